@@ -1,0 +1,44 @@
+"""mechtransplant: find the modules of a language model that carry a skill, graft them into its sibling, and measure.
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "UsageError": "errors",
+    "load_pair": "pair",
+    "list_pairs": "weights",
+    "load_task": "tasks",
+    "list_tasks": "tasks",
+    "register_task": "tasks",
+    "Task": "tasks",
+    "Example": "tasks",
+    "PromptFormat": "tasks",
+    "rank_modules": "ranking",
+    "list_rules": "ranking",
+    "register_rule": "ranking",
+    "Graft": "grafting",
+    "evaluate": "evaluation",
+    "compare": "evaluation",
+    "run_experiment": "experiment",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mechtransplant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mechtransplant.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,175 @@
+"""A task is a workload: prompts with gold answers and a scorer, split by purpose.
+
+One split finds modules (``discover``), one chooses K and strength (``choose``), one reports (``test``). They are
+disjoint by construction, stratified by template, and fixed by a seed. Each split is a Task that knows its role.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from mechtransplant.errors import TaskError
+from mechtransplant.tasks.scorers import get_scorer
+
+Role = Literal["all", "discover", "choose", "test"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its gold answer; ``template`` is the form that several questions share."""
+
+    question: str
+    answer: str
+    template: str = ""
+
+    @property
+    def key(self) -> str:
+        """What makes two examples the same question: twelve hexadecimal digits."""
+        return hashlib.sha256(self.question.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a question becomes the text that a model continues.
+
+    ``chat`` renders with the tokenizer's chat template: True, False, or None for "if it has one". ``shots`` are
+    (question, completion) turns shown first. ``question`` and ``completion`` are templates: ``completion`` says how
+    the gold answer is written, which fixes the tokens that teacher-forced scoring compares.
+    """
+
+    system: str = ""
+    question: str = "{question}"
+    completion: str = "{answer}"
+    shots: tuple[tuple[str, str], ...] = ()
+    chat: bool | None = False
+    shot_separator: str = "\n\n"
+
+    def render(self, question: str, tokenizer: Any = None) -> str:
+        """The prompt's text; ``tokenizer`` is needed only where a chat template is used."""
+        has_template = bool(getattr(tokenizer, "chat_template", None))
+        if self.chat and not has_template:
+            raise TaskError(
+                "this task asks for a chat template and the tokenizer has none: use an instruction-tuned model's "
+                "tokenizer, or set chat: false"
+            )
+        asked = self.question.format(question=question)
+        if has_template and self.chat is not False:
+            turns = [{"role": "system", "content": self.system}] if self.system else []
+            for shot_question, shot_completion in self.shots:
+                turns.append({"role": "user", "content": self.question.format(question=shot_question)})
+                turns.append({"role": "assistant", "content": shot_completion})
+            turns.append({"role": "user", "content": asked})
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        parts = [self.system] if self.system else []
+        parts += [self.question.format(question=q) + c for q, c in self.shots]
+        return self.shot_separator.join([*parts, asked])
+
+    def complete(self, answer: str) -> str:
+        """The gold completion: the answer as the format writes it."""
+        # not str.format: a LaTeX completion is full of braces
+        return self.completion.replace("{answer}", answer)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint parts of one task."""
+
+    discover: Task
+    choose: Task
+    test: Task
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter((self.discover, self.choose, self.test))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with gold answers and a scorer.
+
+    ``short_answer`` says that the gold completion is the only right text, so that one teacher-forced forward
+    decides greedy accuracy (see ``evaluation``). ``stop`` are strings at which a generated answer ends, besides the
+    tokenizer's end of sequence.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    scorer: str = "exact"
+    format: PromptFormat = field(default_factory=PromptFormat)
+    short_answer: bool = False
+    max_new_tokens: int = 16
+    stop: tuple[str, ...] = ()
+    role: Role = "all"
+
+    def __post_init__(self) -> None:
+        get_scorer(self.scorer)
+        if not self.examples:
+            raise TaskError(f"task {self.name!r} has no examples: give at least one question with its answer")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self.examples)
+
+    def prompts(self, tokenizer: Any = None) -> list[str]:
+        """The rendered prompts, in the task's order."""
+        return [self.format.render(e.question, tokenizer) for e in self.examples]
+
+    def completions(self) -> list[str]:
+        """The gold completions, in the task's order."""
+        return [self.format.complete(e.answer) for e in self.examples]
+
+    def score(self, text: str, answer: str) -> bool:
+        """Whether a generated text gives the gold answer."""
+        return get_scorer(self.scorer)(text, answer)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of everything that decides a score: questions, answers, format, scorer, stops."""
+        content = asdict(self)
+        content.pop("role")
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def subset(self, indices: Sequence[int], role: Role | None = None) -> Task:
+        """The task restricted to some of its examples, in the given order."""
+        return replace(self, examples=tuple(self.examples[i] for i in indices), role=role or self.role)
+
+    def split(self, discover: int = 64, choose: int = 64, test: int = 256, seed: int = 0) -> Splits:
+        """Disjoint parts, stratified by template: each has the task's proportions of templates to within two examples.
+
+        Raises TaskError when the task has too few distinct questions, or is itself a split.
+        """
+        if self.role != "all":
+            raise TaskError(f"this is already the {self.role!r} split of {self.name!r}: split the whole task once")
+        first_of = {e.key: i for i, e in reversed(list(enumerate(self.examples)))}
+        wanted = {"discover": discover, "choose": choose, "test": test}
+        if min(wanted.values()) < 1:
+            raise TaskError(f"a split needs at least one question in each part, got {wanted}")
+        if len(first_of) < sum(wanted.values()):
+            raise TaskError(
+                f"task {self.name!r} has {len(first_of)} distinct questions and the split asks for "
+                f"{sum(wanted.values())} ({discover} + {choose} + {test}): ask for fewer"
+            )
+        rng = np.random.default_rng(seed)
+        groups: dict[str, list[int]] = {}
+        for index in sorted(first_of.values()):
+            groups.setdefault(self.examples[index].template, []).append(index)
+        # every example gets a place in [0, 1) inside its own template; sorting by place interleaves the templates
+        # in proportion, so that any run of consecutive examples is stratified
+        placed: list[tuple[float, int]] = []
+        for name in sorted(groups):
+            members = rng.permutation(groups[name])
+            offset = rng.random()
+            placed += [((rank + offset) / len(members), int(i)) for rank, i in enumerate(members)]
+        order = [index for _, index in sorted(placed)]
+        parts, start = [], 0
+        for role, size in (("discover", discover), ("choose", choose), ("test", test)):
+            parts.append(self.subset(order[start : start + size], role))  # type: ignore[arg-type]
+            start += size
+        return Splits(*parts)
