@@ -1,0 +1,257 @@
+"""Two models of one shape: load them, report what matches, and give hook points over the same parameters.
+
+The clean Hugging Face model is the truth. ``LanguageModel.bridge`` is a TransformerLens bridge, raw, on a twin that
+shares the parameters: a write to either is seen by both, and ``hf`` keeps plain Hugging Face speed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.errors import CompatibilityError, UsageError
+from mechtransplant.modules import Kind, Layout, layout_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass
+class LanguageModel:
+    """A causal model with its tokenizer: ``hf`` (clean), ``bridge`` (hook points), ``name``, ``fingerprint``."""
+
+    name: str
+    hf: Any
+    tokenizer: Any
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A raw TransformerBridge over the same parameters; made when first asked for (about 4 s of imports)."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # booting replaces submodules, so it gets a twin; the memo makes the twin share every parameter
+        twin = copy.deepcopy(self.hf, memo={id(p): p for p in self.hf.parameters()})
+        folder = getattr(self.hf.config, "_name_or_path", "") or self.name
+        return TransformerBridge.boot_transformers(folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device))
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of all parameters as they are now (a graft in place changes it)."""
+        from mechtransplant.weights import fingerprint
+
+        return fingerprint(self.hf)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the model's modules are."""
+        return layout_of(self.hf)
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
+        return f"LanguageModel({self.name!r}, {type(self.hf).__name__}, {millions:.1f} M parameters)"
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What matches between two models, what stays the target's in any graft, and what forbids one.
+
+    ``checks`` has columns ``what, source, target, verdict`` (same / stays the target's / forbids); ``shapes`` has one
+    row a linear layer: ``module, source, target, match, relative_change`` (‖ΔW‖ / ‖W_target‖, Frobenius).
+    """
+
+    checks: pd.DataFrame
+    shapes: pd.DataFrame
+
+    @property
+    def forbidden(self) -> list[str]:
+        """The reasons that forbid a graft, in words; empty when one is possible."""
+        rows = self.checks[self.checks.verdict == "forbids"]
+        return [f"{row.what} (source {row.source}, target {row.target})" for row in rows.itertuples()]
+
+    @property
+    def stays(self) -> list[str]:
+        """Settings and tensors that differ and stay the target's."""
+        rows = self.checks[self.checks.verdict == "stays the target's"]
+        return [f"{row.what} (source {row.source}, target {row.target})" for row in rows.itertuples()]
+
+    def __str__(self) -> str:
+        lines = [f"{row.what:34} {row.source!s:>26} {row.target!s:>26}  {row.verdict}" for row in self.checks.itertuples()]
+        changed = int((self.shapes.relative_change > 0).sum())
+        lines.append(f"{len(self.shapes)} linear layers of equal name and shape, {changed} of them with different weights")
+        return "\n".join(lines)
+
+
+@dataclass
+class Pair:
+    """A source that gives modules and a target that receives them."""
+
+    source: LanguageModel
+    target: LanguageModel
+    compatibility: Compatibility
+    name: str = ""
+    default_task: str | None = None
+    known_finite: set[str] = field(default_factory=set)
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that both models share."""
+        return self.target.layout
+
+    @cached_property
+    def source_parameters(self) -> dict[str, Any]:
+        """The source's parameters by name."""
+        return dict(self.source.hf.named_parameters())
+
+    @cached_property
+    def target_parameters(self) -> dict[str, Any]:
+        """The target's parameters by name: the tensors that grafts write."""
+        return dict(self.target.hf.named_parameters())
+
+    def modules(self, kind: Kind) -> list[str]:
+        """Every address of a kind: "linear", "head", "mlp", "attn" or "block"."""
+        return self.layout.of_kind(kind)
+
+    def reversed(self) -> Pair:
+        """The same two models with their parts exchanged."""
+        swapped = compare_models(self.target, self.source)
+        return Pair(self.target, self.source, swapped, f"{self.name} reversed", self.default_task)
+
+    def __repr__(self) -> str:
+        return f"Pair({self.name!r}, source={self.source!r}, target={self.target!r})"
+
+
+def load_pair(
+    name: str | None = None, *, source: str | None = None, target: str | None = None, dtype: str = "float32",
+    device: str = "cpu",
+) -> Pair:
+    """Two models by the pair's name, or by the specs of its source and its target (see ``weights``).
+
+    ``load_pair("family/generations")``, ``load_pair(source="org/model-it", target="org/model")``.
+
+    Raises:
+        UnknownNameError: no pair of that name. WeightsError: weights that cannot be had. CompatibilityError: models
+        between which nothing can be grafted, with the reasons.
+    """
+    from mechtransplant.weights import get_pair, load_model
+
+    task = None
+    if name is not None:
+        if source or target:
+            raise UsageError("give a pair's name, or source and target, not both")
+        entry = get_pair(name)
+        source, target, task = entry.source, entry.target, entry.task
+    if not source or not target:
+        raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
+    models = [LanguageModel(spec, *load_model(spec, dtype=dtype, device=device)) for spec in (source, target)]
+    return make_pair(*models, name=name or f"{source} → {target}", default_task=task)
+
+
+def make_pair(source: LanguageModel, target: LanguageModel, name: str = "", default_task: str | None = None) -> Pair:
+    """A pair from two loaded models; raises CompatibilityError when nothing can be grafted between them."""
+    report = compare_models(source, target)
+    if report.forbidden:
+        reasons = "; ".join(report.forbidden[:3]) + (f"; and {len(report.forbidden) - 3} more" if len(report.forbidden) > 3 else "")
+        raise CompatibilityError(
+            f"nothing can be grafted from {source.name} into {target.name}: {reasons}. Use two models of one "
+            "architecture, size and tokenizer"
+        )
+    # both models must see the same text; a base model often lacks the template that its sibling has
+    if not getattr(target.tokenizer, "chat_template", None) and getattr(source.tokenizer, "chat_template", None):
+        target.tokenizer = source.tokenizer
+    source.tokenizer = target.tokenizer
+    return Pair(source, target, report, name, default_task)
+
+
+#: configuration that decides whether tensors fit together at all
+_STRUCTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+              "intermediate_size", "vocab_size")
+#: configuration that a graft does not move
+_SETTINGS = ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+             "hidden_act", "hidden_activation", "activation_function", "attention_bias", "sliding_window", "layer_types",
+             "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "max_position_embeddings",
+             "tie_word_embeddings")
+
+
+def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibility:
+    """The compatibility report of two loaded models."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+
+    def check(what: str, a: Any, b: Any, otherwise: str, same: bool | None = None) -> None:
+        equal = a == b if same is None else same
+        rows.append({"what": what, "source": a, "target": b, "verdict": "same" if equal else otherwise})
+
+    configs = [m.hf.config.get_text_config() for m in (source, target)]
+    for key in _STRUCTURE:
+        values = [getattr(c, key, None) for c in configs]
+        if values != [None, None]:
+            check(key, *values, "forbids")
+    _check_tokenizers(check, source.tokenizer, target.tokenizer)
+    for key in _SETTINGS:
+        values = [getattr(c, key, None) for c in configs]
+        if values != [None, None]:
+            check(key, *values, "stays the target's")
+    check("dtype", *[str(m.hf.dtype).removeprefix("torch.") for m in (source, target)], "stays the target's")
+    # a tensor of integers is still packed by its quantiser: its numbers are no weights
+    quantised = [any(not p.is_floating_point() for p in m.hf.parameters())
+                 or getattr(m.hf.config, "quantization_config", None) is not None for m in (source, target)]
+    check("still quantised", *quantised, "forbids", same=not any(quantised))
+    shapes = _compare_shapes(source, target)
+    misfits = shapes[~shapes.match]
+    for row in misfits.itertuples():
+        check(f"shape of {row.module}", row.source, row.target, "forbids")
+    if misfits.empty and not any(quantised):
+        _check_other_tensors(check, source, target)
+    return Compatibility(pd.DataFrame(rows), shapes)
+
+
+def _check_tokenizers(check: Any, source: Any, target: Any) -> None:
+    vocabularies = [t.get_vocab() for t in (source, target)]
+    check("tokenizer vocabulary", *[f"{len(v)} tokens" for v in vocabularies], "forbids", same=vocabularies[0] == vocabularies[1])
+    probe = "What is 47 + 85? \\boxed{132}\n"
+    ids = [t(probe, add_special_tokens=False)["input_ids"] for t in (source, target)]
+    check("tokens of a probe text", *[f"{len(i)} tokens" for i in ids], "forbids", same=ids[0] == ids[1])
+    special = [(t.bos_token, t.eos_token) for t in (source, target)]
+    check("begin and end tokens", *special, "stays the target's")
+    templates = [getattr(t, "chat_template", None) for t in (source, target)]
+    otherwise = "stays the target's" if templates[1] else "the source's is used for both"
+    check("chat template", *["yes" if t else "none" for t in templates], otherwise, same=templates[0] == templates[1])
+
+
+def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFrame:
+    import pandas as pd
+
+    parameters = [dict(m.hf.named_parameters()) for m in (source, target)]
+    rows = []
+    for address in dict.fromkeys([*source.layout.linears, *target.layout.linears]):
+        names = [m.layout.linears.get(address) for m in (source, target)]
+        tensors = [p.get(f"{n}.weight") for p, n in zip(parameters, names, strict=True)]
+        sizes = [None if t is None else tuple(t.shape) for t in tensors]
+        biased = [f"{n}.bias" in p for p, n in zip(parameters, names, strict=True)]
+        match = sizes[0] is not None and sizes[0] == sizes[1] and biased[0] == biased[1]
+        change = float("nan")
+        if match and tensors[0] is not None and tensors[1] is not None:
+            change = float((tensors[0].float() - tensors[1].float()).norm() / tensors[1].float().norm().clamp_min(1e-30))
+        rows.append({"module": address, "source": sizes[0], "target": sizes[1], "match": match, "relative_change": change})
+    return pd.DataFrame(rows)
+
+
+def _check_other_tensors(check: Any, source: LanguageModel, target: LanguageModel) -> None:
+    """Embeddings, norms and the output head: not moved by a graft, so a difference stays the target's."""
+    import torch
+
+    moved = {f"{n}.{s}" for n in target.layout.linears.values() for s in ("weight", "bias")}
+    theirs = dict(source.hf.named_parameters())
+    ours = dict(target.hf.named_parameters())
+    if theirs.keys() != ours.keys():
+        check("parameter names", f"{len(theirs)}", f"{len(ours)}", "forbids", same=False)
+        return
+    for group, is_in in (("norm scales", True), ("embeddings and output head", False)):
+        names = [n for n in ours if n not in moved and ("norm" in n or "ln_" in n) == is_in]
+        fits = [n for n in names if theirs[n].shape == ours[n].shape]
+        equal = len(fits) == len(names) and all(torch.equal(theirs[n], ours[n].to(theirs[n].dtype)) for n in names)
+        check(f"{group} ({len(names)} tensors)", "equal" if equal else "differ", "equal" if equal else "differ",
+              "stays the target's", same=equal)
