@@ -234,7 +234,8 @@ def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFram
         match = sizes[0] is not None and sizes[0] == sizes[1] and biased[0] == biased[1]
         change = float("nan")
         if match and tensors[0] is not None and tensors[1] is not None:
-            change = float((tensors[0].float() - tensors[1].float()).norm() / tensors[1].float().norm().clamp_min(1e-30))
+            new, old = (t.detach().float() for t in tensors)
+            change = float((new - old).norm() / old.norm().clamp_min(1e-30))
         rows.append({"module": address, "source": sizes[0], "target": sizes[1], "match": match, "relative_change": change})
     return pd.DataFrame(rows)
 

@@ -1,0 +1,106 @@
+"""Activations during decoding: the mean absolute output of every linear layer at the last generated token (eq. 5).
+
+At step t the input is the prompt and the t tokens generated so far, and the activation of a layer is
+a(t) = ‖h(t)‖₁ / d at the last of them; step 0 reads the last token of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.evaluation.batches import encode, length_sorted, pad
+from mechtransplant.evaluation.generation import Generation, generation_batches
+from mechtransplant.progress import track
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from mechtransplant.pair import LanguageModel
+
+Magnitudes = NDArray[np.float64]
+
+
+@contextmanager
+def _recorded_magnitudes(model: LanguageModel) -> Iterator[dict[str, list[Any]]]:
+    """address → ‖h‖₁/d of every forward call, each of shape (batch, positions)."""
+    calls: dict[str, list[Any]] = {address: [] for address in model.layout.linears}
+
+    def recorder(address: str) -> Any:
+        # float32 sums whatever the model's dtype
+        return lambda module, inputs, output: calls[address].append(output.detach().abs().float().mean(-1).cpu())
+
+    handles = [
+        model.hf.get_submodule(name).register_forward_hook(recorder(address))
+        for address, name in model.layout.linears.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoding_magnitudes(
+    model: LanguageModel, task: Task, max_new_tokens: int | None = None, batch_size: int = 64, progress: bool = False
+) -> tuple[Magnitudes, list[Generation]]:
+    """Magnitudes while the model writes its own greedy text.
+
+    Returns:
+        (array of shape (linear layers, prompts, steps), NaN after a row's last step; the generations).
+    """
+    encoded = encode(task, model.tokenizer)
+    budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    values = np.full((len(model.layout.linears), len(task), budget), np.nan)
+    generations: list[Generation] = [Generation((), False)] * len(task)
+    with _recorded_magnitudes(model) as calls:
+        for rows, written in generation_batches(model, encoded, budget, batch_size, progress):
+            steps = max(len(g.tokens) for g in written)
+            for index, recorded in enumerate(calls.values()):
+                # the prefix's own forward, if any, comes before the last `steps` calls
+                for step, call in enumerate(recorded[-steps:]):
+                    values[index, rows, step] = call[:, -1].numpy()
+                recorded.clear()
+            for row, generation in zip(rows, written, strict=True):
+                generations[row] = generation
+                # a finished row goes on being padded while others write: those steps are not the model's
+                values[:, row, len(generation.tokens) :] = np.nan
+    return values, generations
+
+
+def forced_magnitudes(
+    model: LanguageModel, task: Task, texts: Sequence[Sequence[int]], batch_size: int = 64, progress: bool = False
+) -> Magnitudes:
+    """Magnitudes while the model reads given continuations, one list of token ids a prompt.
+
+    Returns:
+        array of shape (linear layers, prompts, steps), NaN after the length of a row's text.
+    """
+    import torch
+
+    encoded = encode(task, model.tokenizer)
+    longest = max(1, *(len(t) for t in texts))
+    values = np.full((len(model.layout.linears), len(task), longest), np.nan)
+    batches = list(length_sorted([len(p) + len(t) for p, t in zip(encoded.prompts, texts, strict=True)], batch_size))
+    with torch.no_grad(), _recorded_magnitudes(model) as calls:
+        for rows in track(batches, "read activations", progress):
+            prompts, mask = pad([encoded.prompts[i] for i in rows], 0, "left")
+            # the last token of a text is written at the last step and never read
+            read, read_mask = pad([[*texts[i][:-1], 0] for i in rows], 0, "right")
+            read, read_mask = read[:, :-1], read_mask[:, :-1]
+            ids, full = torch.cat([prompts, read], 1), torch.cat([mask, read_mask], 1)
+            positions = (full.cumsum(1) - 1).clamp_min(0)
+            model.hf(
+                input_ids=ids.to(model.hf.device), attention_mask=full.to(model.hf.device),
+                position_ids=positions.to(model.hf.device), use_cache=False, logits_to_keep=1,
+            )
+            steps = read.shape[1] + 1
+            for index, recorded in enumerate(calls.values()):
+                values[index, rows, :steps] = recorded[-1][:, -steps:].numpy()
+                recorded.clear()
+            for row in rows:
+                values[:, row, len(texts[row]) :] = np.nan
+    return values

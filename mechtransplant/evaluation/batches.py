@@ -1,0 +1,109 @@
+"""Prompts as token batches: one encoding for every model of a pair, sorted by length, with the shared prefix computed once.
+
+A batch is laid out ``prefix | pad | rest | completion | pad``: the prefix that all prompts share (system message, worked
+examples) stands before the padding, so that its keys and values are computed once and repeated for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from mechtransplant.errors import TaskError
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    import torch
+
+PaddingSide = Literal["left", "right"]
+#: below this many shared tokens a prefix is not worth a forward pass of its own
+SHORTEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a task's prompts and gold completions, in the task's order; gold ends with the end token."""
+
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    prefix: list[int]
+
+
+def encode(task: Task, tokenizer: Any) -> Encoded:
+    """The task's prompts and completions as token ids; raises TaskError for a prompt that becomes no token."""
+    # a chat template writes its own begin token
+    templated = task.format.chat is not False and bool(getattr(tokenizer, "chat_template", None))
+    prompts = [list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in task.prompts(tokenizer)]
+    for example, ids in zip(task.examples, prompts, strict=True):
+        if not ids:
+            raise TaskError(f"the question {example.question!r} becomes no token: give the tokenizer a begin token, or a longer prompt")
+    end = [tokenizer.eos_token_id]
+    completions = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for text in task.completions()]
+    return Encoded(prompts, completions, _shared_prefix(prompts))
+
+
+def _shared_prefix(prompts: list[list[int]]) -> list[int]:
+    """The longest common prefix that leaves at least one token of every prompt; empty where it is too short to pay."""
+    if len(prompts) < 2:
+        return []
+    low, high = min(prompts), max(prompts)
+    shared = 0
+    limit = min(map(len, prompts)) - 1
+    while shared < limit and low[shared] == high[shared]:
+        shared += 1
+    return low[:shared] if shared >= SHORTEST_PREFIX else []
+
+
+def length_sorted(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Batches of row numbers with similar lengths, longest first, so that a run that will not fit fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@contextmanager
+def prefix_cache(model: Any, prefix: list[int]) -> Iterator[Any]:
+    """A function of a batch size that gives a fresh key-value cache holding the prefix, or None without a prefix."""
+    import copy
+
+    import torch
+    from transformers import DynamicCache
+
+    if not prefix:
+        yield lambda rows: None
+        return
+    with torch.no_grad():
+        cache = model(
+            input_ids=torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1,
+            past_key_values=DynamicCache(config=model.config),
+        ).past_key_values
+
+    def repeated(rows: int) -> Any:
+        # a model appends to the cache that it is given
+        fresh = copy.deepcopy(cache)
+        fresh.batch_repeat_interleave(rows)
+        return fresh
+
+    yield repeated
+
+
+def usable_prefix(model: Any, encoded: Encoded, longest: int) -> list[int]:
+    """The shared prefix, unless a sliding window would make padding inside the context count."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return encoded.prefix if window is None or longest <= window else []
+
+
+def pad(rows: list[list[int]], value: int, side: PaddingSide = "left") -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of rows of unequal length, each of shape (rows, longest)."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        span = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+        ids[i, span] = torch.tensor(row, dtype=torch.long)
+        mask[i, span] = 1
+    return ids, mask

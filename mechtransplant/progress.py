@@ -1,0 +1,17 @@
+"""Progress bars: tqdm's, in terminals and notebooks; quiet anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def track(items: Iterable[Item], what: str, show: bool = True, total: int | None = None) -> Iterable[Item]:
+    """The items, with a bar on the error stream when it is a terminal (or a notebook)."""
+    from tqdm.auto import tqdm
+
+    in_notebook = "ipykernel" in sys.modules
+    return tqdm(items, desc=what, total=total, leave=False, disable=not (show and (in_notebook or sys.stderr.isatty())))

@@ -1,0 +1,127 @@
+"""Which modules to graft: one registry of rules that score every module of a kind, highest first.
+
+A rule is a function of (pair, task, kind, options) that returns one score a module, in the order of
+``pair.modules(kind)``. Yours takes three lines::
+
+    @register_rule("mine", equation="…", needs="prompts")
+    def mine(pair, task, kind, **options):
+        return [score(module) for module in pair.modules(kind)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import TaskError, UnknownNameError, UsageError
+from mechtransplant.modules import Kind, module_frame
+from mechtransplant.shifts import Alignment, Text, decoding_shifts
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechtransplant.pair import Pair
+
+Scores = Sequence[float] | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule: its function, its equation, and what it needs ("nothing" or "prompts")."""
+
+    name: str
+    score: Callable[..., Scores]
+    equation: str
+    needs: str
+    description: str
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(name: str, equation: str = "", needs: str = "prompts") -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+    """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
+
+    def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
+        summary = (function.__doc__ or "").strip().split("\n")[0]
+        RULES[name] = Rule(name, function, equation, needs, summary)
+        return function
+
+    return add
+
+
+def list_rules() -> dict[str, str]:
+    """Every rule with its equation and what it needs."""
+    return {r.name: f"{r.description} {r.equation} (needs {r.needs})" for r in RULES.values()}
+
+
+def rank_modules(
+    pair: Pair, task: Task | None, rule: str = "lae", kind: Kind = "linear", *, seed: int = 0, **options: Any
+) -> pd.DataFrame:
+    """Every module of a kind with its score and rank (1 is the highest score; ties go to the earlier module).
+
+    Args:
+        task: the ``discover`` split (None for rules that need no prompts).
+        options: passed to the rule, for example ``alignment="teacher-forced"`` for ``lae``.
+
+    Returns:
+        columns module, kind, layer, head, score, rank, sorted by rank.
+
+    Raises:
+        UnknownNameError: no such rule or kind. TaskError: the test split, which is kept for reporting.
+    """
+    if rule not in RULES:
+        raise UnknownNameError("rule", rule, RULES)
+    entry = RULES[rule]
+    modules = pair.modules(kind)
+    if task is not None and task.role == "test":
+        raise TaskError("the test split reports and may not rank: pass splits.discover")
+    if task is None and entry.needs != "nothing":
+        raise UsageError(f"rule {rule!r} needs {entry.needs}: pass a task's discover split")
+    try:
+        scores = np.asarray(entry.score(pair, task, kind, seed=seed, **options), dtype=float)
+    except TypeError as error:
+        if "unexpected keyword" in str(error):
+            raise UsageError(f"rule {rule!r}: {error}") from error
+        raise
+    if scores.shape != (len(modules),) or not np.isfinite(scores).all():
+        raise UsageError(f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}")
+    frame = module_frame(modules).assign(score=scores)
+    order = np.argsort(-scores, kind="stable")
+    frame = frame.iloc[order].reset_index(drop=True)
+    return frame.assign(rank=np.arange(1, len(frame) + 1))
+
+
+@register_rule("lae", "s(m) = mean over prompts and steps of |a_source(t) − a_target(t)|, a = ‖h‖₁/d")
+def lae(
+    pair: Pair, task: Task, kind: Kind, *, alignment: Alignment = "own-text", text: Text = "target",
+    max_new_tokens: int | None = None, batch_size: int = 64, seed: int = 0, progress: bool = False,
+) -> Scores:
+    """The seed paper's layer-wise activation evaluation (eqs. 5 and 6)."""
+    if kind != "linear":
+        raise UsageError(f"rule 'lae' scores linear layers, as the paper does, not kind {kind!r}: use kind='linear'")
+    shifts = decoding_shifts(pair, task, alignment, text, max_new_tokens, batch_size, progress)
+    return shifts.groupby("module", sort=False).value.mean().reindex(pair.modules(kind)).to_numpy()
+
+
+@register_rule("weight_delta", "s(m) = ‖W_source − W_target‖ (Frobenius)", needs="nothing")
+def weight_delta(pair: Pair, task: Task | None, kind: Kind, *, seed: int = 0) -> Scores:
+    """How far the weights moved; needs no data."""
+    theirs, ours = pair.source_parameters, pair.target_parameters
+    scores = []
+    for module in pair.modules(kind):
+        regions = pair.layout.regions(module, ours)
+        squares = [float((r.of(theirs[r.parameter]).float() - r.of(ours[r.parameter]).float()).square().sum()) for r in regions]
+        scores.append(float(np.sqrt(sum(squares))))
+    return scores
+
+
+@register_rule("random", "s(m) uniform on [0, 1)", needs="nothing")
+def random(pair: Pair, task: Task | None, kind: Kind, *, seed: int = 0) -> Scores:
+    """No information: what any other rule must beat."""
+    return np.random.default_rng(seed).random(len(pair.modules(kind)))
