@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test lint notebooks lab clean
+
+help:  ## what each target does
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## .venv with the pinned versions and the package in it; instant the second time
+
+# the stamp is written last, so that an install that failed is tried again
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer: make install PYTHON=python3.11")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## find, graft and measure on the family in the repo
+	$(BIN)/mechtransplant demo
+
+test: install  ## all tests, on two processes
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy mechtransplant
+
+notebooks: install  ## run every notebook from top to bottom; the copies go to a temporary folder
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	for notebook in notebooks/*.ipynb; do \
+		test -e "$$notebook" || { echo "no notebooks yet"; break; }; \
+		echo "$$notebook"; \
+		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir "$$out" "$$notebook" || exit 1; \
+	done
+
+lab: install  ## open the notebooks
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## remove caches, builds and demo runs; the environment stays
+	rm -rf build dist runs/demo runs/scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
