@@ -20,13 +20,17 @@ __all__ = [
 _REGISTERED: dict[str, tuple[Callable[[str, int, int], Task], str]] = dict(GENERATED)
 
 
-def register_task(name: str, description: str = "") -> Callable[[Callable[[int, int], Task]], Callable[[int, int], Task]]:
+Builder = Callable[[int, int], Task]
+
+
+def register_task(name: str, description: str = "") -> Callable[[Builder], Builder]:
     """Decorator: make a function of (n, seed) that returns a Task available to :func:`load_task` under ``name``."""
 
-    def add(build: Callable[[int, int], Task]) -> Callable[[int, int], Task]:
+    def add(build: Builder) -> Builder:
         if name in _REGISTERED:
             raise TaskError(f"a task named {name!r} exists already: choose another name")
-        _REGISTERED[name] = (lambda _, n, seed: build(n, seed), description or (build.__doc__ or "").strip())
+        doc = (build.__doc__ or "").strip().splitlines() or [""]
+        _REGISTERED[name] = (lambda _, n, seed: build(n, seed), description or doc[0])
         return build
 
     return add
@@ -52,7 +56,8 @@ def load_task(name: str | Path, n: int = 1024, seed: int = 0, **options: Any) ->
     text = str(name)
     if text in _REGISTERED:
         if options:
-            raise TaskError(f"task {text!r} takes n and seed only, got {', '.join(options)}: those options are for JSONL files")
+            got = ", ".join(options)
+            raise TaskError(f"task {text!r} takes n and seed only, got {got}: those options are for JSONL files")
         return _REGISTERED[text][0](text, n, seed)
     if isinstance(name, Path) or text.endswith((".jsonl", ".json")) or "/" in text or Path(text).is_file():
         return load_jsonl(name, **options)

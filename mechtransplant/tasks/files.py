@@ -24,7 +24,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
         raise TaskError(f"no task file at {path}: give the path of a JSONL file, or a name from `mechtransplant tasks`")
     rows: list[tuple[int, dict[str, Any]]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): JSON strings may hold U+2028 and other characters that it takes for line ends
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8 JSONL") from error
     for at, line in enumerate(lines, 1):
@@ -33,16 +34,20 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise TaskError(f"{path} line {at}: broken JSON ({error.msg} at column {error.colno}): fix this line") from error
+            where = f"{error.msg} at column {error.colno}"
+            raise TaskError(f"{path} line {at}: broken JSON ({where}): fix this line") from error
         if not isinstance(row, dict):
-            raise TaskError(f"{path} line {at}: expected a JSON object with a question and an answer, got {type(row).__name__}")
+            got = type(row).__name__
+            raise TaskError(f"{path} line {at}: expected a JSON object with a question and an answer, got {got}")
         rows.append((at, row))
     if not rows:
         raise TaskError(f"{path} is empty: expected one JSON object a line, with a question and an answer")
     return rows
 
 
-def _pick_field(rows: list[tuple[int, dict[str, Any]]], given: str | None, known: tuple[str, ...], what: str, path: Path) -> str:
+def _pick_field(
+    rows: list[tuple[int, dict[str, Any]]], given: str | None, known: tuple[str, ...], what: str, path: Path
+) -> str:
     """The field that holds the ``what``: the one given, else the first known name in the first row."""
     first = rows[0][1]
     name = given or next((k for k in known if k in first), None)
@@ -92,5 +97,8 @@ def load_jsonl(
         Example(str(row[question]), final_answer(str(row[answer])), str(row.get(template, "")) if template else "")
         for _, row in rows
     )
+    for (at, _), example in zip(rows, examples, strict=True):
+        if not example.answer:
+            raise TaskError(f"{path} line {at}: no final answer after #### or in the box of field {answer!r}")
     prompt = format or PromptFormat(system=MATH_SYSTEM, completion="\\boxed{{answer}}", chat=None)
     return Task(name or path.stem, examples, scorer, prompt, max_new_tokens=max_new_tokens, stop=stop)

@@ -180,7 +180,7 @@ def _boxed_task(name: str, n: int, seed: int) -> Task:
 
 
 def _english_task(name: str, n: int, seed: int) -> Task:
-    makers = [word_puzzle] if name == "word-puzzles" else ARITHMETIC
+    makers: list[Maker] = [word_puzzle] if name == "word-puzzles" else ARITHMETIC
     prompt = FEW_SHOT_FORMAT if name.endswith("few-shot") else ARITHMETIC_FORMAT
     return Task(name, tuple(draw(makers, n, seed)), "boxed", prompt, max_new_tokens=16)
 

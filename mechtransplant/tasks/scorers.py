@@ -11,7 +11,10 @@ Each scorer is a function of (generated text, gold answer) that returns a bool:
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
 
 from mechtransplant.errors import UnknownNameError
 
@@ -24,8 +27,8 @@ def extract_boxed(text: str) -> str | None:
         depth, start = 1, match.end()
         for end in range(start, len(text)):
             # \{ and \} are printed braces: they do not open or close a group
-            escaped = text[end - 1] == "\\" and (end < 2 or text[end - 2] != "\\")
-            if escaped:
+            before = text[start:end]
+            if (len(before) - len(before.rstrip("\\"))) % 2:
                 continue
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             if depth == 0:
@@ -38,14 +41,19 @@ def normalise_answer(answer: str) -> str:
 
     ``\frac12`` and ``\frac{1}{2}`` become the same string; so do ``0.5`` and ``.5``, ``x=5`` and ``5``.
     """
-    text = answer.strip().rstrip(".").replace("\n", "").replace("\\!", "").replace("\\ ", " ")
+    text = answer.strip().rstrip(".").replace("\n", "").replace("\\ ", " ")
+    text = re.sub(r"\\!\s*", "", text)
     for old, new in (
         ("\\left", ""), ("\\right", ""), ("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("^{\\circ}", ""),
         ("^\\circ", ""), ("\\$", ""), ("$", ""), ("\\%", ""), ("%", ""), ("\\,", ""), ("\\;", ""), ("\\cdot", "*"),
     ):
         text = text.replace(old, new)
-    text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*([^{}]*?)\s*\}", lambda m: _drop_unit(m, text), text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    whole = text
+    unit = r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*([^{}]*?)\s*\}(\s*\^\s*(?:\d|\{\d\}))?"
+    text = re.sub(unit, lambda m: _drop_unit(m, whole), text)
+    text = text.replace("{,}", ",")
+    if not re.search(r"[(\[]|\\\{", text):  # in a tuple or a set, a comma separates: (100,200) is (100, 200)
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
@@ -54,15 +62,15 @@ def normalise_answer(answer: str) -> str:
     text = re.sub(r"(?<![\d.])\.(\d)", r"0.\1", text)
     text = re.sub(r"^[a-zA-Z]=(?=.)", "", text)
     text = re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"^-\\frac", r"-\\frac", text)
+    text = re.sub(r"^\\frac\{-(\d+)\}", r"-\\frac{\1}", text)
     return re.sub(r"^(-?\d+)\.0+$", r"\1", text)
 
 
 def _drop_unit(match: re.Match[str], whole: str) -> str:
     """A trailing ``\\text{ cm}`` after a number is a unit and goes; any other text keeps its words."""
     before, after = whole[: match.start()].strip(), whole[match.end() :].strip()
-    is_unit = bool(before) and not after and before[-1] in "0123456789}"
-    return "" if is_unit else match.group(1)
+    is_unit = bool(before) and not after and (before[-1] in "0123456789}" or before.endswith("\\pi"))
+    return "" if is_unit else match.group(1) + (match.group(2) or "")
 
 
 def exact(text: str, answer: str) -> bool:
@@ -78,10 +86,11 @@ def boxed(text: str, answer: str) -> bool:
 
 def number(text: str, answer: str) -> bool:
     """The last number in the text has the answer's value; thousands commas are ignored."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    # a minus after a digit subtracts or joins ("3-5" ends in 5); commas count only as thousands ("1,2" ends in 2)
+    found = re.findall(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)", text)
     try:
-        return bool(found) and float(found[-1].replace(",", "")) == float(answer.replace(",", ""))
-    except ValueError:
+        return bool(found) and Decimal(found[-1].replace(",", "")) == Decimal(answer.strip().replace(",", ""))
+    except InvalidOperation:
         return False
 
 
@@ -89,11 +98,21 @@ def math(text: str, answer: str) -> bool:
     """The boxed expression (or, without a box, the text) is mathematically equal to the answer by math-verify."""
     from math_verify import parse, verify  # type: ignore[import-untyped]
 
+    if boxed(text, answer):
+        return True
     found = extract_boxed(text)
-    # the time-outs use SIGALRM, which only works in a main thread; the inputs here are short
-    gold = parse(f"${answer}$", parsing_timeout=None)
-    guess = parse(f"${found}$" if found is not None else text, parsing_timeout=None)
-    return bool(gold) and bool(guess) and bool(verify(gold, guess, timeout_seconds=None))
+    if _HUGE.search(found if found is not None else text):
+        return False
+    # the time-outs use SIGALRM, which only works in a main thread
+    limit = 5 if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM") else None
+    gold = parse(f"${answer}$", parsing_timeout=limit)
+    guess = parse(f"${found}$" if found is not None else text, parsing_timeout=limit)
+    return bool(gold) and bool(guess) and bool(verify(gold, guess, timeout_seconds=limit))
+
+
+#: Towers of powers, long exponents, and factorials of long numbers: evaluating one can take hours, and no time-out
+#: interrupts the arithmetic of one big integer.
+_HUGE = re.compile(r"\^\s*\{?\s*\(?\s*\d+\s*\^|\^\s*\{?\s*\d{6,}|\d{5,}\s*!|[)}\]]\s*!|\d\s*\^\s*\{?[^{}]*!")
 
 
 SCORERS: dict[str, Scorer] = {"exact": exact, "boxed": boxed, "number": number, "math": math}

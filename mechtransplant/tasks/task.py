@@ -7,6 +7,7 @@ disjoint by construction, stratified by template, and fixed by a seed. Each spli
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -58,16 +59,16 @@ class PromptFormat:
                 "this task asks for a chat template and the tokenizer has none: use an instruction-tuned model's "
                 "tokenizer, or set chat: false"
             )
-        asked = self.question.format(question=question)
+        asked = self.question.replace("{question}", question)
         if has_template and self.chat is not False:
             turns = [{"role": "system", "content": self.system}] if self.system else []
             for shot_question, shot_completion in self.shots:
-                turns.append({"role": "user", "content": self.question.format(question=shot_question)})
+                turns.append({"role": "user", "content": self.question.replace("{question}", shot_question)})
                 turns.append({"role": "assistant", "content": shot_completion})
             turns.append({"role": "user", "content": asked})
             return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         parts = [self.system] if self.system else []
-        parts += [self.question.format(question=q) + c for q, c in self.shots]
+        parts += [self.question.replace("{question}", q) + c for q, c in self.shots]
         return self.shot_separator.join([*parts, asked])
 
     def complete(self, answer: str) -> str:
@@ -160,16 +161,34 @@ class Task:
         groups: dict[str, list[int]] = {}
         for index in sorted(first_of.values()):
             groups.setdefault(self.examples[index].template, []).append(index)
-        # every example gets a place in [0, 1) inside its own template; sorting by place interleaves the templates
-        # in proportion, so that any run of consecutive examples is stratified
-        placed: list[tuple[float, int]] = []
-        for name in sorted(groups):
-            members = rng.permutation(groups[name])
-            offset = rng.random()
-            placed += [((rank + offset) / len(members), int(i)) for rank, i in enumerate(members)]
-        order = [index for _, index in sorted(placed)]
+        members = [[int(i) for i in rng.permutation(groups[name])] for name in sorted(groups)]
+        order = _interleave(members, rng)
         parts, start = [], 0
         for role, size in (("discover", discover), ("choose", choose), ("test", test)):
             parts.append(self.subset(order[start : start + size], role))  # type: ignore[arg-type]
             start += size
         return Splits(*parts)
+
+
+def _interleave(groups: list[list[int]], rng: np.random.Generator) -> list[int]:
+    """One order of all members in which every run of consecutive ones is stratified to within two.
+
+    Tijdeman's solution of the chairman assignment problem: in every prefix, each group's count is within one of its
+    share. A group's r-th member may be placed from its release on and must be by its deadline; the earliest deadline
+    goes first. Whole numbers throughout, so that the bound holds exactly.
+    """
+    total, m = sum(map(len, groups)), max(2 * len(groups) - 2, 1)
+    releases: dict[int, list[tuple[int, float, int]]] = {}
+    for members in groups:
+        tie = float(rng.random())
+        step = len(members) * m
+        for r, index in enumerate(members):
+            release = -(-(r * m + 1) * total // step) if len(groups) > 1 else r + 1
+            releases.setdefault(release, []).append(((r * m + m - 1) * total // step + 1, tie, index))
+    waiting: list[tuple[int, float, int]] = []
+    order = []
+    for place in range(1, total + 1):
+        for item in releases.get(place, ()):
+            heapq.heappush(waiting, item)
+        order.append(heapq.heappop(waiting)[2])
+    return order

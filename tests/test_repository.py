@@ -1,0 +1,139 @@
+"""The repository keeps its own promises: versions agree, nothing leaks from a machine, floors hold, import is cheap."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomllib")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+
+FLOORS = {
+    "errors": 0,
+    "modules": 1, "weights": 1, "tasks": 1, "significance": 1, "figures": 1, "engine": 1,
+    "pair": 2, "evaluation": 2, "localization": 2,
+    "activations": 3, "grafting": 3,
+    "shifts": 4, "patching": 4, "export": 4,
+    "ranking": 5,
+    "controls": 6,
+    "experiment": 7,
+    "cli": 8, "report": 8,
+}
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def requirements(lines: list[str]) -> dict[str, Requirement]:
+    found = [Requirement(line) for line in lines]
+    return {canonicalize_name(CONDA_NAMES.get(r.name, r.name)): r for r in found}
+
+
+def test_environment_yml_agrees_with_pyproject() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    conda = [d for d in environment["dependencies"] if isinstance(d, str) and not re.match(r"(python|pip)\b", d)]
+    pip = [d for part in environment["dependencies"] if isinstance(part, dict) for d in part["pip"]]
+    assert "-e ." in pip
+    given = requirements(conda + [d for d in pip if not d.startswith("-")])
+    for name, wanted in requirements(project()["dependencies"]).items():
+        assert name in given, f"environment.yml lacks {name}"
+        assert given[name].specifier == wanted.specifier, f"{name}: {given[name]} against {wanted}"
+
+
+def test_constraints_satisfy_pyproject() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line)
+            assert match, f"not a plain pin: {line}"
+            pins[canonicalize_name(match[1])] = match[2]
+    wanted = requirements(project()["dependencies"] + project()["optional-dependencies"]["dev"])
+    for name, requirement in wanted.items():
+        assert name in pins, f"constraints.txt lacks {name}"
+        assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} against {pins[name]}"
+
+
+def test_tracked_files_name_no_machine_path_and_no_registry() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    # put together here, so that this file does not contain them
+    paths = "|".join(["work", "root", "opt/" + "pypi", "opt/" + "wheels"])
+    hosts = "|".join(["pypi" + r"\.org", "python" + r"hosted\.org", "download" + r"\.pytorch\.org", "index" + "-url"])
+    banned = re.compile(rf"(?<![\w.~*\-])/(?:{paths})/|{hosts}".encode())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True).stdout
+    hits = []
+    for name in filter(None, listed.decode().split("\0")):
+        path = ROOT / name
+        if not path.is_file() or path.suffix in {".safetensors", ".gguf", ".png", ".parquet"}:
+            continue
+        data = path.read_bytes()
+        hits += [f"{name}:{data[: m.start()].count(10) + 1}: {m[0].decode()}" for m in banned.finditer(data)]
+    assert not hits, "\n".join(hits)
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(name on its floor, file) of every file of the package but its front door."""
+    package = ROOT / "mechtransplant"
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        if parts not in {("__init__",), ("__main__",)} and "_models" not in parts:
+            found.append((parts[0], path))
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """The names of the package's own files that a file imports, anywhere in it."""
+    sys.path.insert(0, str(ROOT))
+    import mechtransplant
+
+    home = mechtransplant._HOME
+    found = set()
+    relative = path.relative_to(ROOT).with_suffix("").parts
+    package = relative[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [[*base, a.name] for a in node.names]
+        else:
+            continue
+        for name in names:
+            if name[0] == "mechtransplant" and len(name) > 1 and name[1] != "__version__":
+                found.add(home.get(name[1], name[1]) if len(name) == 2 else name[1])
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), sources(), ids=lambda v: v.stem if isinstance(v, Path) else v)
+def test_file_imports_only_from_floors_below(name: str, path: Path) -> None:
+    assert name in FLOORS, f"{path.name} has no floor: give it one in FLOORS and in the design"
+    for other in imported(path) - {name}:
+        assert other in FLOORS, f"{path.name} imports mechtransplant.{other}, which has no floor"
+        assert FLOORS[other] < FLOORS[name], f"{path.name} (floor {FLOORS[name]}) imports {other} ({FLOORS[other]})"
+
+
+def test_import_is_cheap() -> None:
+    code = "import mechtransplant, sys; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "[]"
+    cost = re.search(r"\|\s*(\d+) \| mechtransplant$", run.stderr, re.MULTILINE)
+    assert cost, run.stderr
+    assert int(cost[1]) < 300_000

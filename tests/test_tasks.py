@@ -1,0 +1,322 @@
+"""Tasks: scorers, files, splits, generated skills."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mechtransplant.errors import TaskError, UnknownNameError
+from mechtransplant.tasks import (
+    Example,
+    PromptFormat,
+    Task,
+    get_scorer,
+    list_tasks,
+    load_jsonl,
+    load_task,
+    register_task,
+)
+from mechtransplant.tasks.generated import BOX_REQUESTS, SKILLS, draw, held_out
+from mechtransplant.tasks.scorers import extract_boxed, normalise_answer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# --- scorers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{5}", "5"),
+        (r"first \boxed{1}, then \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{a\\{b}}", r"a\\{b}"),  # a line break, then a group
+        (r"\boxed{\\\{1\\\}}", r"\\\{1\\\}"),  # a line break, then a printed brace
+        (r"\fbox {3}", "3"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{", None),
+        ("5", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text: str, expected: str | None) -> None:
+    assert extract_boxed(text) == expected
+
+
+@given(st.recursive(st.text("ab1", max_size=3), lambda s: st.tuples(s, s).map(lambda p: f"{p[0]}{{{p[1]}}}")))
+def test_extract_boxed_inverts_boxing(inner: str) -> None:
+    assert extract_boxed(f"so \\boxed{{{inner}}}.") == inner
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\frac{1}2", r"\frac{1}{2}"),
+        ("1/2", r"\frac{1}{2}"), ("-1/2", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac12"),
+        (".5", "0.5"), ("-.5", "-0.5"), ("5.0", "5"), ("5.", "5"), ("x=5", "5"), ("x = 5", "5"),
+        ("1,000", "1000"), ("1{,}000", "1000"), (r"10,\!000", "10000"),
+        (r"11,\! 111,\! 100", "11111100"), ("1,234,567", "1234567"),
+        ("(100,200)", "(100, 200)"), (r"\{100,200\}", r"\{100, 200\}"), (r"\left( 3, 4 \right)", "(3,4)"),
+        (r"\sqrt2", r"\sqrt{2}"), (r"\$18", "18"), (r"50\%", "50"), (r"90^\circ", "90"), (r"90^{\circ}", "90"),
+        (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"5\mbox{ cm}^{3}", "5"), (r"4\pi\text{ cm}", r"4\pi"),
+        (r"\text{Evelyn}", "Evelyn"),
+    ],
+)
+def test_boxed_equates(one: str, other: str) -> None:
+    score = get_scorer("boxed")
+    assert score(f"\\boxed{{{one}}}", other)
+    assert score(f"\\boxed{{{other}}}", one)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("5", "6"), ("(100,200)", "100200"), ("(100,200)", "(100200)"), (r"2\text{ or }3", "23"), ("-5", "5"),
+        (r"\frac{1}{2}", r"-\frac{1}{2}"), ("0.5", "5"), (r"\text{A}", r"\text{B}"), ("1.05", "1.5"),
+    ],
+)
+def test_boxed_distinguishes(one: str, other: str) -> None:
+    assert not get_scorer("boxed")(f"\\boxed{{{one}}}", other)
+
+
+def test_boxed_needs_a_box() -> None:
+    assert not get_scorer("boxed")("5", "5")
+    assert get_scorer("exact")(" 5\n", "5")
+    assert not get_scorer("exact")("5.", "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("so 7, then 12.", "12", True), ("$1,234.50", "1234.5", True), ("it is .5", "0.5", True),
+        ("[1,2,3]", "3", True), ("[1,2,3]", "123", False), ("3-5", "5", True), ("it is -5", "-5", True),
+        ("= -5", "5", False), ("1,000,000 coins", "1,000,000", True), ("none", "5", False), ("5", "five", False),
+        ("100000000000000001", "100000000000000000", False), ("5.0", "5", True), ("5", " 5 ", True),
+    ],
+)
+def test_number(text: str, answer: str, right: bool) -> None:
+    assert get_scorer("number")(text, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("guess", "gold", "right"),
+    [
+        (r"\boxed{0.5}", r"\frac12", True), (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}", True),
+        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", True), (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{\{2,1\}}", r"\{1,2\}", True), (r"\boxed{-\frac12}", "-0.5", True), (r"\boxed{2+3}", "5", True),
+        (r"\boxed{3 \times 10^2}", "300", True), (r"\boxed{(0,1)}", "[0,1)", False), (r"\boxed{6}", "5", False),
+        (r"\boxed{\text{A}}", r"\text{B}", False), (r"\boxed{}", "5", False), ("the answer is 5", "5", True),
+        ("", "5", False), (r"\boxed{)}", "5", False),
+        # these would take hours to evaluate
+        (r"\boxed{9^{9^{9}}}", "5", False), (r"\boxed{2^{99999999}}", "5", False), (r"\boxed{(10^{9})!}", "5", False),
+        (r"\boxed{9^{9^{9}}}", "9^{9^{9}}", True),
+    ],
+)
+def test_math(guess: str, gold: str, right: bool) -> None:
+    assert get_scorer("math")(guess, gold) is right
+
+
+def test_unknown_scorer_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="boxed"):
+        get_scorer("boxd")
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "questions.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "1+1", "answer": "2"}\n\n{"question": "1+2", "answer": \n', r"line 3: broken JSON"),
+        ('{"question": "1+1", "answer": "2"}\n{"question": "1+2"}\n', r"line 2: field 'answer' is missing or empty"),
+        ('{"question": "1+1", "answer": "2"}\n{"question": " ", "answer": "2"}\n', r"line 2: field 'question'"),
+        ('{"ask": "1+1", "answer": "2"}\n', r"line 1: no question field among ask, answer"),
+        ('{"question": "1+1", "reply": "2"}\n', r"line 1: no answer field"),
+        ('{"question": "1+1", "answer": "2"}\n[1]\n', r"line 2: expected a JSON object.*list"),
+        ('{"question": "1+1", "answer": "2"}\n{"question": "1+1", "answer": "so ####"}\n', r"line 2: no final answer"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        (b'{"question": "caf\xe9", "answer": "2"}\n', r"not UTF-8 text \(byte 17\)"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path: Path, content: str | bytes, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_jsonl(write(tmp_path, content))
+
+
+def test_missing_file_and_unknown_task(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="no task file"):
+        load_task(tmp_path / "none.jsonl")
+    with pytest.raises(UnknownNameError, match="addition"):
+        load_task("adition")
+    with pytest.raises(TaskError, match="JSONL"):
+        load_task("addition", scorer="exact")
+
+
+def test_file_with_byte_order_mark_and_unicode_line_separators(tmp_path: Path) -> None:
+    rows = [{"question": "a\u2028b\x85c", "answer": 0}, {"question": "d", "answer": "so \\boxed{3}"}]
+    text = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    task = load_jsonl(write(tmp_path, "\ufeff" + text))
+    assert [(e.question, e.answer) for e in task] == [("a\u2028b\x85c", "0"), ("d", "3")]
+
+
+def data_file(name: str) -> Path:
+    if not (DATA / name).is_file():
+        pytest.skip(f"no {name} beside this checkout")
+    return DATA / name
+
+
+def test_math500() -> None:
+    task = load_task(data_file("math500.jsonl"))
+    assert len(task) == 500
+    assert len({e.template for e in task}) == 7
+    assert all(task.score(c, e.answer) for c, e in zip(task.completions(), task, strict=True))
+    assert all(normalise_answer(normalise_answer(e.answer)) == normalise_answer(e.answer) for e in task)
+
+
+def test_gsm8k() -> None:
+    for name, rows in (("gsm8k_test.jsonl", 1319), ("gsm8k_train.jsonl", 7473)):
+        task = load_task(data_file(name), scorer="number")
+        assert len(task) == rows
+        assert all(task.score(f"So it is {e.answer}.", e.answer) for e in task)
+    assert load_task(data_file("gsm8k_test.jsonl")).examples[0].answer == "18"
+
+
+# --- prompts and fingerprints ------------------------------------------------------------------------------------
+
+
+def test_prompt_with_latex_braces() -> None:
+    form = PromptFormat(question="Answer in \\boxed{}: {question}", completion="\\boxed{{answer}}", shots=(("q", "c"),))
+    assert form.render("{question}{x}") == "Answer in \\boxed{}: qc\n\nAnswer in \\boxed{}: {question}{x}"
+    assert form.complete(r"\frac{1}{2}") == r"\boxed{\frac{1}{2}}"
+    with pytest.raises(TaskError, match="chat template"):
+        PromptFormat(chat=True).render("q")
+
+
+def test_fingerprint_changes_with_everything_but_the_role() -> None:
+    task = Task("t", (Example("q", "a"), Example("r", "b")))
+    others = [
+        replace(task, name="u"), replace(task, scorer="boxed"), replace(task, short_answer=True),
+        replace(task, max_new_tokens=17), replace(task, stop=("\n",)), task.subset([0]), task.subset([1, 0]),
+        replace(task, examples=(Example("q", "a"), Example("r", "c"))),
+        replace(task, examples=(Example("q", "a", "x"), Example("r", "b"))),
+        *(replace(task, format=f) for f in (
+            PromptFormat(system="s"), PromptFormat(question="Q {question}"), PromptFormat(completion=" {answer}"),
+            PromptFormat(shots=(("q", "a"),)), PromptFormat(chat=None), PromptFormat(shot_separator="\n"),
+        )),
+    ]
+    assert len({t.fingerprint for t in [task, *others]}) == len(others) + 1
+    assert replace(task, role="test").fingerprint == task.fingerprint
+
+
+def test_a_task_has_examples() -> None:
+    with pytest.raises(TaskError, match="no examples"):
+        Task("t", ())
+
+
+# --- splits ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    parts=st.tuples(st.integers(1, 30), st.integers(1, 30), st.integers(1, 30)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_splits_are_disjoint_stratified_and_seeded(sizes: list[int], parts: tuple[int, int, int], seed: int) -> None:
+    examples = tuple(Example(f"{t}-{i}", str(i), f"t{t}") for t, size in enumerate(sizes) for i in range(size))
+    task = Task("t", examples)
+    if sum(parts) > len(task):
+        with pytest.raises(TaskError, match="ask for fewer"):
+            task.split(*parts, seed=seed)
+        return
+    splits = task.split(*parts, seed=seed)
+    assert [len(s) for s in splits] == list(parts)
+    assert [s.role for s in splits] == ["discover", "choose", "test"]
+    keys = [e.key for s in splits for e in s]
+    assert len(set(keys)) == len(keys)
+    for split in splits:
+        counts = Counter(e.template for e in split)
+        for t, size in enumerate(sizes):
+            assert abs(counts[f"t{t}"] - size * len(split) / len(task)) < 2
+    assert task.split(*parts, seed=seed) == splits
+    # a larger test split changes neither of the others
+    assert task.split(*parts[:2], 1, seed=seed).discover == splits.discover
+
+
+def test_split_drops_repeats_and_follows_its_seed() -> None:
+    task = Task("t", tuple(Example(f"q{i % 30}", "a") for i in range(60)))
+    splits = task.split(10, 10, 10)
+    assert len({e.question for s in splits for e in s}) == 30
+    assert task.split(10, 10, 10, seed=1) != splits
+    with pytest.raises(TaskError, match="30 distinct"):
+        task.split(10, 10, 11)
+    with pytest.raises(TaskError, match="already"):
+        splits.test.split(1, 1, 1)
+    with pytest.raises(TaskError, match="at least one"):
+        task.split(0, 1, 1)
+
+
+# --- generated ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_tasks())
+def test_generated_tasks_are_seeded_held_out_and_right(name: str) -> None:
+    task = load_task(name, n=100, seed=3)
+    assert len(task) == 100
+    assert task == load_task(name, n=100, seed=3)
+    assert task != load_task(name, n=100, seed=4)
+    assert len({e.key for e in task}) == 100
+    assert all(held_out(e.question) for e in task)
+    assert all(task.score(c, e.answer) for c, e in zip(task.completions(), task, strict=True))
+
+
+@pytest.mark.parametrize("skill", SKILLS)
+def test_training_questions_never_meet_held_out_ones(skill: str) -> None:
+    train = {e.question for e in draw([SKILLS[skill]], 400, 0, held=False)}
+    tested = {e.question for e in draw([SKILLS[skill]], 200, 1)}
+    assert train and tested and not train & tested
+    assert 0.12 < np.mean([held_out(e.question) for e in draw([SKILLS[skill]], 1000, 2, held=None)]) < 0.28
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_asking_for_a_box_does_not_move_a_question(a: int, b: int) -> None:
+    question = f"{a}+{b}="
+    for request in BOX_REQUESTS:
+        inner = question.rstrip("=") if request.endswith("=") else question
+        assert held_out(request.format(question=inner)) == held_out(question)
+
+
+def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mechtransplant.tasks as tasks
+
+    monkeypatch.setattr(tasks, "_REGISTERED", dict(tasks._REGISTERED))
+
+    @register_task("echo")
+    def echo(n: int, seed: int) -> Task:
+        """Say it again.
+
+        More about it.
+        """
+        return Task("echo", tuple(Example(f"{seed}:{i}", str(i)) for i in range(n)))
+
+    assert list_tasks()["echo"] == "Say it again."
+    assert len(load_task("echo", n=5)) == 5
+    with pytest.raises(TaskError, match="exists already"):
+        register_task("echo")(echo)
