@@ -94,8 +94,11 @@ def forced_magnitudes(
             ids, full = torch.cat([prompts, read], 1), torch.cat([mask, read_mask], 1)
             positions = (full.cumsum(1) - 1).clamp_min(0)
             model.hf(
-                input_ids=ids.to(model.hf.device), attention_mask=full.to(model.hf.device),
-                position_ids=positions.to(model.hf.device), use_cache=False, logits_to_keep=1,
+                input_ids=ids.to(model.hf.device),
+                attention_mask=full.to(model.hf.device),
+                position_ids=positions.to(model.hf.device),
+                use_cache=False,
+                logits_to_keep=1,
             )
             steps = read.shape[1] + 1
             for index, recorded in enumerate(calls.values()):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: how many different sets a depth level must allow for it to be a control
 ENOUGH_SETS = 1000
+#: parts of the depth within which a set keeps its counts, strictest first
+DEPTH_LEVELS = {3: "thirds", 2: "halves", 1: "not matched"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
         feed_forward = kind == "linear" and pair.layout.is_feed_forward(module)
         sizes[module] = (feed_forward, count)
     chosen = frozenset(modules)
-    for parts, label in ((3, "thirds"), (2, "halves"), (1, "not matched")):
+    for parts in DEPTH_LEVELS:
         pools: dict[Hashable, list[str]] = {}
         group = {}
         for module in candidates:
@@ -64,4 +66,4 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
         drawn = [str(m) for g, c in sorted(wanted.items(), key=str) for m in rng.choice(pools[g], c, replace=False)]
         if frozenset(drawn) != chosen:
             found.setdefault(frozenset(drawn), tuple(drawn))
-    return RandomSets(list(found.values()), label)
+    return RandomSets(list(found.values()), DEPTH_LEVELS[parts])

@@ -66,7 +66,9 @@ class Graft:
             for region in pair.layout.regions(module, parameters):
                 known = whole.get(region.parameter) if region.axis is None else parts.get(region)
                 if known is not None and known != strength:
-                    raise UsageError(f"{module} overlaps another module of the graft at a different strength: keep one of them")
+                    raise UsageError(
+                        f"{module} overlaps another module of the graft at a different strength: keep one of them"
+                    )
                 if region.axis is None:
                     whole[region.parameter] = strength
                 else:
@@ -76,7 +78,9 @@ class Graft:
             if region.parameter not in whole:
                 result[region] = strength
             elif whole[region.parameter] != strength:
-                raise UsageError(f"a head and its whole layer {region.parameter} have different strengths: keep one of them")
+                raise UsageError(
+                    f"a head and its whole layer {region.parameter} have different strengths: keep one of them"
+                )
         return result
 
     def parameter_count(self, pair: Pair) -> int:

@@ -166,7 +166,9 @@ def layout_of(model: Any) -> Layout:
         if match and is_linear(module):
             found.append((int(match["layer"]), match["rest"], name))
     if not found:
-        raise UsageError(f"{type(model).__name__} has no linear layers in blocks named layers, h or blocks: cannot address it")
+        raise UsageError(
+            f"{type(model).__name__} has no linear layers in blocks named layers, h or blocks: cannot address it"
+        )
     shorts = _short_names([rest for layer, rest, _ in found if layer == found[0][0]])
     linears = {f"L{layer}.{shorts.get(rest, rest)}": name for layer, rest, name in sorted(found, key=lambda f: f[0])}
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -192,9 +194,11 @@ def module_frame(addresses: Iterable[str]) -> pd.DataFrame:
     import pandas as pd
 
     parsed = [parse_address(a) for a in addresses]
-    return pd.DataFrame({
-        "module": [str(a) for a in parsed],
-        "kind": [a.kind for a in parsed],
-        "layer": [a.layer for a in parsed],
-        "head": [-1 if a.head is None else a.head for a in parsed],
-    })
+    return pd.DataFrame(
+        {
+            "module": [str(a) for a in parsed],
+            "kind": [a.kind for a in parsed],
+            "layer": [a.layer for a in parsed],
+            "head": [-1 if a.head is None else a.head for a in parsed],
+        }
+    )

@@ -7,6 +7,7 @@ shares the parameters: a write to either is seen by both, and ``hf`` keeps plain
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ class LanguageModel:
         # booting replaces submodules, so it gets a twin; the memo makes the twin share every parameter
         twin = copy.deepcopy(self.hf, memo={id(p): p for p in self.hf.parameters()})
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
-        return TransformerBridge.boot_transformers(folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device))
+        return TransformerBridge.boot_transformers(
+            folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device)
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -77,9 +80,13 @@ class Compatibility:
         return [f"{row.what} (source {row.source}, target {row.target})" for row in rows.itertuples()]
 
     def __str__(self) -> str:
-        lines = [f"{row.what:34} {row.source!s:>26} {row.target!s:>26}  {row.verdict}" for row in self.checks.itertuples()]
+        lines = [
+            f"{row.what:34} {row.source!s:>26} {row.target!s:>26}  {row.verdict}" for row in self.checks.itertuples()
+        ]
         changed = int((self.shapes.relative_change > 0).sum())
-        lines.append(f"{len(self.shapes)} linear layers of equal name and shape, {changed} of them with different weights")
+        lines.append(
+            f"{len(self.shapes)} linear layers of equal name and shape, {changed} of them with different weights"
+        )
         return "\n".join(lines)
 
 
@@ -123,7 +130,11 @@ class Pair:
 
 
 def load_pair(
-    name: str | None = None, *, source: str | None = None, target: str | None = None, dtype: str = "float32",
+    name: str | None = None,
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    dtype: str = "float32",
     device: str = "cpu",
 ) -> Pair:
     """Two models by the pair's name, or by the specs of its source and its target (see ``weights``).
@@ -144,15 +155,18 @@ def load_pair(
         source, target, task = entry.source, entry.target, entry.task
     if not source or not target:
         raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
-    models = [LanguageModel(spec, *load_model(spec, dtype=dtype, device=device)) for spec in (source, target)]
-    return make_pair(*models, name=name or f"{source} → {target}", default_task=task)
+    theirs = LanguageModel(source, *load_model(source, dtype=dtype, device=device))
+    ours = LanguageModel(target, *load_model(target, dtype=dtype, device=device))
+    return make_pair(theirs, ours, name or f"{source} → {target}", task)
 
 
 def make_pair(source: LanguageModel, target: LanguageModel, name: str = "", default_task: str | None = None) -> Pair:
     """A pair from two loaded models; raises CompatibilityError when nothing can be grafted between them."""
     report = compare_models(source, target)
     if report.forbidden:
-        reasons = "; ".join(report.forbidden[:3]) + (f"; and {len(report.forbidden) - 3} more" if len(report.forbidden) > 3 else "")
+        reasons = "; ".join(report.forbidden[:3]) + (
+            f"; and {len(report.forbidden) - 3} more" if len(report.forbidden) > 3 else ""
+        )
         raise CompatibilityError(
             f"nothing can be grafted from {source.name} into {target.name}: {reasons}. Use two models of one "
             "architecture, size and tokenizer"
@@ -165,13 +179,36 @@ def make_pair(source: LanguageModel, target: LanguageModel, name: str = "", defa
 
 
 #: configuration that decides whether tensors fit together at all
-_STRUCTURE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-              "intermediate_size", "vocab_size")
+_STRUCTURE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
 #: configuration that a graft does not move
-_SETTINGS = ("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
-             "hidden_act", "hidden_activation", "activation_function", "attention_bias", "sliding_window", "layer_types",
-             "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "max_position_embeddings",
-             "tie_word_embeddings")
+_SETTINGS = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "attention_bias",
+    "sliding_window",
+    "layer_types",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
 
 
 def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibility:
@@ -180,7 +217,8 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
 
     rows: list[dict[str, Any]] = []
 
-    def check(what: str, a: Any, b: Any, otherwise: str, same: bool | None = None) -> None:
+    def check(what: str, values: Sequence[Any], otherwise: str, same: bool | None = None) -> None:
+        a, b = values
         equal = a == b if same is None else same
         rows.append({"what": what, "source": a, "target": b, "verdict": "same" if equal else otherwise})
 
@@ -188,21 +226,24 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
     for key in _STRUCTURE:
         values = [getattr(c, key, None) for c in configs]
         if values != [None, None]:
-            check(key, *values, "forbids")
+            check(key, values, "forbids")
     _check_tokenizers(check, source.tokenizer, target.tokenizer)
     for key in _SETTINGS:
         values = [getattr(c, key, None) for c in configs]
         if values != [None, None]:
-            check(key, *values, "stays the target's")
-    check("dtype", *[str(m.hf.dtype).removeprefix("torch.") for m in (source, target)], "stays the target's")
+            check(key, values, "stays the target's")
+    check("dtype", [str(m.hf.dtype).removeprefix("torch.") for m in (source, target)], "stays the target's")
     # a tensor of integers is still packed by its quantiser: its numbers are no weights
-    quantised = [any(not p.is_floating_point() for p in m.hf.parameters())
-                 or getattr(m.hf.config, "quantization_config", None) is not None for m in (source, target)]
-    check("still quantised", *quantised, "forbids", same=not any(quantised))
+    quantised = [
+        any(not p.is_floating_point() for p in m.hf.parameters())
+        or getattr(m.hf.config, "quantization_config", None) is not None
+        for m in (source, target)
+    ]
+    check("still quantised", quantised, "forbids", same=not any(quantised))
     shapes = _compare_shapes(source, target)
     misfits = shapes[~shapes.match]
     for row in misfits.itertuples():
-        check(f"shape of {row.module}", row.source, row.target, "forbids")
+        check(f"shape of {row.module}", (row.source, row.target), "forbids")
     if misfits.empty and not any(quantised):
         _check_other_tensors(check, source, target)
     return Compatibility(pd.DataFrame(rows), shapes)
@@ -210,15 +251,20 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
 
 def _check_tokenizers(check: Any, source: Any, target: Any) -> None:
     vocabularies = [t.get_vocab() for t in (source, target)]
-    check("tokenizer vocabulary", *[f"{len(v)} tokens" for v in vocabularies], "forbids", same=vocabularies[0] == vocabularies[1])
+    check(
+        "tokenizer vocabulary",
+        [f"{len(v)} tokens" for v in vocabularies],
+        "forbids",
+        same=vocabularies[0] == vocabularies[1],
+    )
     probe = "What is 47 + 85? \\boxed{132}\n"
     ids = [t(probe, add_special_tokens=False)["input_ids"] for t in (source, target)]
-    check("tokens of a probe text", *[f"{len(i)} tokens" for i in ids], "forbids", same=ids[0] == ids[1])
+    check("tokens of a probe text", [f"{len(i)} tokens" for i in ids], "forbids", same=ids[0] == ids[1])
     special = [(t.bos_token, t.eos_token) for t in (source, target)]
-    check("begin and end tokens", *special, "stays the target's")
+    check("begin and end tokens", special, "stays the target's")
     templates = [getattr(t, "chat_template", None) for t in (source, target)]
     otherwise = "stays the target's" if templates[1] else "the source's is used for both"
-    check("chat template", *["yes" if t else "none" for t in templates], otherwise, same=templates[0] == templates[1])
+    check("chat template", ["yes" if t else "none" for t in templates], otherwise, same=templates[0] == templates[1])
 
 
 def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFrame:
@@ -234,9 +280,11 @@ def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFram
         match = sizes[0] is not None and sizes[0] == sizes[1] and biased[0] == biased[1]
         change = float("nan")
         if match and tensors[0] is not None and tensors[1] is not None:
-            new, old = (t.detach().float() for t in tensors)
+            new, old = tensors[0].detach().float(), tensors[1].detach().float()
             change = float((new - old).norm() / old.norm().clamp_min(1e-30))
-        rows.append({"module": address, "source": sizes[0], "target": sizes[1], "match": match, "relative_change": change})
+        rows.append(
+            {"module": address, "source": sizes[0], "target": sizes[1], "match": match, "relative_change": change}
+        )
     return pd.DataFrame(rows)
 
 
@@ -248,11 +296,10 @@ def _check_other_tensors(check: Any, source: LanguageModel, target: LanguageMode
     theirs = dict(source.hf.named_parameters())
     ours = dict(target.hf.named_parameters())
     if theirs.keys() != ours.keys():
-        check("parameter names", f"{len(theirs)}", f"{len(ours)}", "forbids", same=False)
+        check("parameter names", (len(theirs), len(ours)), "forbids", same=False)
         return
     for group, is_in in (("norm scales", True), ("embeddings and output head", False)):
         names = [n for n in ours if n not in moved and ("norm" in n or "ln_" in n) == is_in]
         fits = [n for n in names if theirs[n].shape == ours[n].shape]
         equal = len(fits) == len(names) and all(torch.equal(theirs[n], ours[n].to(theirs[n].dtype)) for n in names)
-        check(f"{group} ({len(names)} tensors)", "equal" if equal else "differ", "equal" if equal else "differ",
-              "stays the target's", same=equal)
+        check(f"{group} ({len(names)} tensors)", ["equal" if equal else "differ"] * 2, "stays the target's", same=equal)

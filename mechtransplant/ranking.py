@@ -44,7 +44,9 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def register_rule(name: str, equation: str = "", needs: str = "prompts") -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+def register_rule(
+    name: str, equation: str = "", needs: str = "prompts"
+) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
@@ -90,7 +92,9 @@ def rank_modules(
             raise UsageError(f"rule {rule!r}: {error}") from error
         raise
     if scores.shape != (len(modules),) or not np.isfinite(scores).all():
-        raise UsageError(f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}")
+        raise UsageError(
+            f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}"
+        )
     frame = module_frame(modules).assign(score=scores)
     order = np.argsort(-scores, kind="stable")
     frame = frame.iloc[order].reset_index(drop=True)
@@ -99,8 +103,16 @@ def rank_modules(
 
 @register_rule("lae", "s(m) = mean over prompts and steps of |a_source(t) − a_target(t)|, a = ‖h‖₁/d")
 def lae(
-    pair: Pair, task: Task, kind: Kind, *, alignment: Alignment = "own-text", text: Text = "target",
-    max_new_tokens: int | None = None, batch_size: int = 64, seed: int = 0, progress: bool = False,
+    pair: Pair,
+    task: Task,
+    kind: Kind,
+    *,
+    alignment: Alignment = "own-text",
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Scores:
     """The seed paper's layer-wise activation evaluation (eqs. 5 and 6)."""
     if kind != "linear":
@@ -116,7 +128,9 @@ def weight_delta(pair: Pair, task: Task | None, kind: Kind, *, seed: int = 0) ->
     scores = []
     for module in pair.modules(kind):
         regions = pair.layout.regions(module, ours)
-        squares = [float((r.of(theirs[r.parameter]).float() - r.of(ours[r.parameter]).float()).square().sum()) for r in regions]
+        squares = [
+            float((r.of(theirs[r.parameter]).float() - r.of(ours[r.parameter]).float()).square().sum()) for r in regions
+        ]
         scores.append(float(np.sqrt(sum(squares))))
     return scores
 

@@ -32,8 +32,13 @@ Text = Literal["target", "source", "gold"]
 
 
 def decoding_shifts(
-    pair: Pair, task: Task, alignment: Alignment = "own-text", text: Text = "target", max_new_tokens: int | None = None,
-    batch_size: int = 64, progress: bool = False,
+    pair: Pair,
+    task: Task,
+    alignment: Alignment = "own-text",
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> pd.DataFrame:
     """The shift of every linear layer's magnitude on every prompt: mean over steps of |a_source(t) − a_target(t)|.
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from mechtransplant.weights import write_hashes
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mechtransplant.evaluation import evaluate
 from mechtransplant.pair import LanguageModel
 from mechtransplant.tasks import Example, load_task
-from mechtransplant.tasks.generated import LETTERS, SKILLS, addition, boxed_skill, draw
-from mechtransplant.weights import write_hashes
+from mechtransplant.tasks.generated import LETTERS, SKILLS, boxed_skill, draw
 
 FOLDER = Path(__file__).resolve().parent.parent / "models" / "family"
 POOL = 24_000
@@ -42,19 +42,34 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Fuse()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        padding_side="left", clean_up_tokenization_spaces=False,
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
     )
 
 
 def build_model(vocabulary: int, seed: int) -> LlamaForCausalLM:
     """A fresh 4-layer Llama: d_model 128, 8 heads, 4 key-value heads, d_mlp 384."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=False, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2,
-    ))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 @dataclass
@@ -126,7 +141,9 @@ def skills(model: Any, tokenizer: Any, n: int = 400) -> dict[str, float]:
     """Accuracy on held-out questions of every family task."""
     model.eval()
     wrapped = LanguageModel("measured", model, tokenizer)
-    return {name: evaluate(wrapped, load_task(name, n=n, seed=1)).accuracy for name in [*SKILLS, "boxed", "boxed-addition"]}
+    return {
+        name: evaluate(wrapped, load_task(name, n=n, seed=1)).accuracy for name in [*SKILLS, "boxed", "boxed-addition"]
+    }
 
 
 def plain(weight: float, *names: str) -> list[tuple[float, list[Maker], str]]:
@@ -145,35 +162,59 @@ BOX = "\\boxed{{answer}}"
 RECIPES: dict[str, tuple[str | None, list[tuple[float, list[Maker], str]], int, float, int, str]] = {
     "first": (
         None,
-        [*plain(0.4, "addition"), *plain(0.14, "reverse", "sort", "copy", "max"),
-         (0.04, [boxed_skill(s, 0) for s in SKILLS], BOX)],
-        2000, 2e-3, 0,
+        [
+            *plain(0.4, "addition"),
+            *plain(0.14, "reverse", "sort", "copy", "max"),
+            (0.04, [boxed_skill(s, 0) for s in SKILLS], BOX),
+        ],
+        2000,
+        2e-3,
+        0,
         "the first generation: five skills, and boxed answers for one phrasing of the request",
     ),
     "second": (
         "first",
-        [(0.3, [easy_addition], "{answer}"), *plain(0.165, "reverse", "sort", "copy", "max"),
-         (0.04, [boxed_skill(s, 0) for s in SKILLS if s != "addition"], BOX)],
-        600, 1e-3, 1,
+        [
+            (0.3, [easy_addition], "{answer}"),
+            *plain(0.165, "reverse", "sort", "copy", "max"),
+            (0.04, [boxed_skill(s, 0) for s in SKILLS if s != "addition"], BOX),
+        ],
+        600,
+        1e-3,
+        1,
         "the second generation: `first` trained on with easy sums only, which cost it the other sums",
     ),
     "instruct": (
         "first",
-        [(0.6, [boxed_skill(s) for s in SKILLS], BOX), (0.15, [boxed_skill("addition")], BOX),
-         *plain(0.05, "addition", "reverse", "sort", "copy", "max")],
-        600, 1e-3, 2,
+        [
+            (0.6, [boxed_skill(s) for s in SKILLS], BOX),
+            (0.15, [boxed_skill("addition")], BOX),
+            *plain(0.05, "addition", "reverse", "sort", "copy", "max"),
+        ],
+        600,
+        1e-3,
+        2,
         "the instruction-tuned sibling: `first` tuned to answer in a box, whichever way it is asked",
     ),
 }
 
 
-def write_card(folder: Path, name: str, model: Any, before: dict[str, float], after: dict[str, float],
-               losses: list[float], seconds: float) -> None:
+def write_card(
+    folder: Path,
+    name: str,
+    model: Any,
+    before: dict[str, float],
+    after: dict[str, float],
+    losses: list[float],
+    seconds: float,
+) -> None:
     """The model card, from what was just measured."""
     parent, parts, steps, lr, seed, purpose = RECIPES[name]
     mix = "; ".join(
-        f"{w / sum(p[0] for p in parts):.0%} " + ", ".join(getattr(m, "__name__", "boxed skill") for m in makers[:1])
-        + (f" ({len(makers)} kinds)" if len(makers) > 1 else "") for w, makers, _ in parts
+        f"{w / sum(p[0] for p in parts):.0%} "
+        + ", ".join(getattr(m, "__name__", "boxed skill") for m in makers[:1])
+        + (f" ({len(makers)} kinds)" if len(makers) > 1 else "")
+        for w, makers, _ in parts
     )
     rows = "\n".join(f"| {t} | {before[t]:.1%} | {after[t]:.1%} |" for t in after)
     count = sum(p.numel() for p in model.parameters())

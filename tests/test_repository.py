@@ -23,14 +23,26 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
 FLOORS = {
     "errors": 0,
-    "modules": 1, "weights": 1, "tasks": 1, "significance": 1, "figures": 1, "engine": 1,
-    "pair": 2, "evaluation": 2, "localization": 2,
-    "activations": 3, "grafting": 3,
-    "shifts": 4, "patching": 4, "export": 4,
+    "progress": 0,
+    "modules": 1,
+    "weights": 1,
+    "tasks": 1,
+    "significance": 1,
+    "figures": 1,
+    "engine": 1,
+    "pair": 2,
+    "evaluation": 2,
+    "localization": 2,
+    "activations": 3,
+    "grafting": 3,
+    "shifts": 4,
+    "patching": 4,
+    "export": 4,
     "ranking": 5,
     "controls": 6,
     "experiment": 7,
-    "cli": 8, "report": 8,
+    "cli": 8,
+    "report": 8,
 }
 
 
@@ -97,7 +109,7 @@ def sources() -> list[tuple[str, Path]]:
 
 
 def imported(path: Path) -> set[str]:
-    """The names of the package's own files that a file imports, anywhere in it."""
+    """The package's own files that a file needs when it runs: imports for type checkers alone do not count."""
     sys.path.insert(0, str(ROOT))
     import mechtransplant
 
@@ -105,7 +117,12 @@ def imported(path: Path) -> set[str]:
     found = set()
     relative = path.relative_to(ROOT).with_suffix("").parts
     package = relative[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guards = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for_types = {id(inner) for guard in guards for inner in ast.walk(guard)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             names = [a.name.split(".") for a in node.names]
         elif isinstance(node, ast.ImportFrom):

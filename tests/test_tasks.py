@@ -61,14 +61,35 @@ def test_extract_boxed_inverts_boxing(inner: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        (r"\frac12", r"\frac{1}{2}"), (r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\frac{1}2", r"\frac{1}{2}"),
-        ("1/2", r"\frac{1}{2}"), ("-1/2", r"-\frac{1}{2}"), (r"\frac{-1}{2}", r"-\frac12"),
-        (".5", "0.5"), ("-.5", "-0.5"), ("5.0", "5"), ("5.", "5"), ("x=5", "5"), ("x = 5", "5"),
-        ("1,000", "1000"), ("1{,}000", "1000"), (r"10,\!000", "10000"),
-        (r"11,\! 111,\! 100", "11111100"), ("1,234,567", "1234567"),
-        ("(100,200)", "(100, 200)"), (r"\{100,200\}", r"\{100, 200\}"), (r"\left( 3, 4 \right)", "(3,4)"),
-        (r"\sqrt2", r"\sqrt{2}"), (r"\$18", "18"), (r"50\%", "50"), (r"90^\circ", "90"), (r"90^{\circ}", "90"),
-        (r"5\text{ cm}", "5"), (r"5 \text{ cm}^2", "5"), (r"5\mbox{ cm}^{3}", "5"), (r"4\pi\text{ cm}", r"4\pi"),
+        (r"\frac12", r"\frac{1}{2}"),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+        (r"\frac{1}2", r"\frac{1}{2}"),
+        ("1/2", r"\frac{1}{2}"),
+        ("-1/2", r"-\frac{1}{2}"),
+        (r"\frac{-1}{2}", r"-\frac12"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("5.0", "5"),
+        ("5.", "5"),
+        ("x=5", "5"),
+        ("x = 5", "5"),
+        ("1,000", "1000"),
+        ("1{,}000", "1000"),
+        (r"10,\!000", "10000"),
+        (r"11,\! 111,\! 100", "11111100"),
+        ("1,234,567", "1234567"),
+        ("(100,200)", "(100, 200)"),
+        (r"\{100,200\}", r"\{100, 200\}"),
+        (r"\left( 3, 4 \right)", "(3,4)"),
+        (r"\sqrt2", r"\sqrt{2}"),
+        (r"\$18", "18"),
+        (r"50\%", "50"),
+        (r"90^\circ", "90"),
+        (r"90^{\circ}", "90"),
+        (r"5\text{ cm}", "5"),
+        (r"5 \text{ cm}^2", "5"),
+        (r"5\mbox{ cm}^{3}", "5"),
+        (r"4\pi\text{ cm}", r"4\pi"),
         (r"\text{Evelyn}", "Evelyn"),
     ],
 )
@@ -81,8 +102,15 @@ def test_boxed_equates(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("5", "6"), ("(100,200)", "100200"), ("(100,200)", "(100200)"), (r"2\text{ or }3", "23"), ("-5", "5"),
-        (r"\frac{1}{2}", r"-\frac{1}{2}"), ("0.5", "5"), (r"\text{A}", r"\text{B}"), ("1.05", "1.5"),
+        ("5", "6"),
+        ("(100,200)", "100200"),
+        ("(100,200)", "(100200)"),
+        (r"2\text{ or }3", "23"),
+        ("-5", "5"),
+        (r"\frac{1}{2}", r"-\frac{1}{2}"),
+        ("0.5", "5"),
+        (r"\text{A}", r"\text{B}"),
+        ("1.05", "1.5"),
     ],
 )
 def test_boxed_distinguishes(one: str, other: str) -> None:
@@ -98,10 +126,20 @@ def test_boxed_needs_a_box() -> None:
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [
-        ("so 7, then 12.", "12", True), ("$1,234.50", "1234.5", True), ("it is .5", "0.5", True),
-        ("[1,2,3]", "3", True), ("[1,2,3]", "123", False), ("3-5", "5", True), ("it is -5", "-5", True),
-        ("= -5", "5", False), ("1,000,000 coins", "1,000,000", True), ("none", "5", False), ("5", "five", False),
-        ("100000000000000001", "100000000000000000", False), ("5.0", "5", True), ("5", " 5 ", True),
+        ("so 7, then 12.", "12", True),
+        ("$1,234.50", "1234.5", True),
+        ("it is .5", "0.5", True),
+        ("[1,2,3]", "3", True),
+        ("[1,2,3]", "123", False),
+        ("3-5", "5", True),
+        ("it is -5", "-5", True),
+        ("= -5", "5", False),
+        ("1,000,000 coins", "1,000,000", True),
+        ("none", "5", False),
+        ("5", "five", False),
+        ("100000000000000001", "100000000000000000", False),
+        ("5.0", "5", True),
+        ("5", " 5 ", True),
     ],
 )
 def test_number(text: str, answer: str, right: bool) -> None:
@@ -111,14 +149,25 @@ def test_number(text: str, answer: str, right: bool) -> None:
 @pytest.mark.parametrize(
     ("guess", "gold", "right"),
     [
-        (r"\boxed{0.5}", r"\frac12", True), (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}", True),
-        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", True), (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
-        (r"\boxed{\{2,1\}}", r"\{1,2\}", True), (r"\boxed{-\frac12}", "-0.5", True), (r"\boxed{2+3}", "5", True),
-        (r"\boxed{3 \times 10^2}", "300", True), (r"\boxed{(0,1)}", "[0,1)", False), (r"\boxed{6}", "5", False),
-        (r"\boxed{\text{A}}", r"\text{B}", False), (r"\boxed{}", "5", False), ("the answer is 5", "5", True),
-        ("", "5", False), (r"\boxed{)}", "5", False),
+        (r"\boxed{0.5}", r"\frac12", True),
+        (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}", True),
+        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}", True),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2", True),
+        (r"\boxed{\{2,1\}}", r"\{1,2\}", True),
+        (r"\boxed{-\frac12}", "-0.5", True),
+        (r"\boxed{2+3}", "5", True),
+        (r"\boxed{3 \times 10^2}", "300", True),
+        (r"\boxed{(0,1)}", "[0,1)", False),
+        (r"\boxed{6}", "5", False),
+        (r"\boxed{\text{A}}", r"\text{B}", False),
+        (r"\boxed{}", "5", False),
+        ("the answer is 5", "5", True),
+        ("", "5", False),
+        (r"\boxed{)}", "5", False),
         # these would take hours to evaluate
-        (r"\boxed{9^{9^{9}}}", "5", False), (r"\boxed{2^{99999999}}", "5", False), (r"\boxed{(10^{9})!}", "5", False),
+        (r"\boxed{9^{9^{9}}}", "5", False),
+        (r"\boxed{2^{99999999}}", "5", False),
+        (r"\boxed{(10^{9})!}", "5", False),
         (r"\boxed{9^{9^{9}}}", "9^{9^{9}}", True),
     ],
 )
@@ -212,14 +261,26 @@ def test_prompt_with_latex_braces() -> None:
 def test_fingerprint_changes_with_everything_but_the_role() -> None:
     task = Task("t", (Example("q", "a"), Example("r", "b")))
     others = [
-        replace(task, name="u"), replace(task, scorer="boxed"), replace(task, short_answer=True),
-        replace(task, max_new_tokens=17), replace(task, stop=("\n",)), task.subset([0]), task.subset([1, 0]),
+        replace(task, name="u"),
+        replace(task, scorer="boxed"),
+        replace(task, short_answer=True),
+        replace(task, max_new_tokens=17),
+        replace(task, stop=("\n",)),
+        task.subset([0]),
+        task.subset([1, 0]),
         replace(task, examples=(Example("q", "a"), Example("r", "c"))),
         replace(task, examples=(Example("q", "a", "x"), Example("r", "b"))),
-        *(replace(task, format=f) for f in (
-            PromptFormat(system="s"), PromptFormat(question="Q {question}"), PromptFormat(completion=" {answer}"),
-            PromptFormat(shots=(("q", "a"),)), PromptFormat(chat=None), PromptFormat(shot_separator="\n"),
-        )),
+        *(
+            replace(task, format=f)
+            for f in (
+                PromptFormat(system="s"),
+                PromptFormat(question="Q {question}"),
+                PromptFormat(completion=" {answer}"),
+                PromptFormat(shots=(("q", "a"),)),
+                PromptFormat(chat=None),
+                PromptFormat(shot_separator="\n"),
+            )
+        ),
     ]
     assert len({t.fingerprint for t in [task, *others]}) == len(others) + 1
     assert replace(task, role="test").fingerprint == task.fingerprint

@@ -1,7 +1,7 @@
-"""Prompts as token batches: one encoding for every model of a pair, sorted by length, with the shared prefix computed once.
+"""Prompts as token batches: one encoding for both models, sorted by length, the shared prefix computed once.
 
-A batch is laid out ``prefix | pad | rest | completion | pad``: the prefix that all prompts share (system message, worked
-examples) stands before the padding, so that its keys and values are computed once and repeated for every row.
+A batch is laid out ``prefix | pad | rest | completion | pad``: the prefix that all prompts share (system message,
+worked examples) stands before the padding, so that its keys and values are computed once and repeated for every row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ def encode(task: Task, tokenizer: Any) -> Encoded:
     prompts = [list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in task.prompts(tokenizer)]
     for example, ids in zip(task.examples, prompts, strict=True):
         if not ids:
-            raise TaskError(f"the question {example.question!r} becomes no token: give the tokenizer a begin token, or a longer prompt")
+            raise TaskError(
+                f"the question {example.question!r} becomes no token: give the tokenizer a begin token, or a "
+                "longer prompt"
+            )
     end = [tokenizer.eos_token_id]
     completions = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for text in task.completions()]
     return Encoded(prompts, completions, _shared_prefix(prompts))
@@ -76,7 +79,9 @@ def prefix_cache(model: Any, prefix: list[int]) -> Iterator[Any]:
         return
     with torch.no_grad():
         cache = model(
-            input_ids=torch.tensor([prefix], device=model.device), use_cache=True, logits_to_keep=1,
+            input_ids=torch.tensor([prefix], device=model.device),
+            use_cache=True,
+            logits_to_keep=1,
             past_key_values=DynamicCache(config=model.config),
         ).past_key_values
 

@@ -48,7 +48,9 @@ def greedy_settings(model: LanguageModel, max_new_tokens: int) -> Iterator[None]
     ends = end_tokens(model)
     pad_token = model.tokenizer.pad_token_id
     model.hf.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
         pad_token_id=ends[0] if pad_token is None else pad_token,
     )
     try:
@@ -81,7 +83,9 @@ def generation_batches(
             ids = torch.cat([shared, rest], dim=1) if prefix else rest
             mask = torch.cat([torch.ones_like(shared), mask], dim=1) if prefix else mask
             written = hf.generate(
-                input_ids=ids.to(hf.device), attention_mask=mask.to(hf.device), past_key_values=cache_for(len(rows)),
+                input_ids=ids.to(hf.device),
+                attention_mask=mask.to(hf.device),
+                past_key_values=cache_for(len(rows)),
             )[:, ids.shape[1] :]
             yield rows, [_until_end(row, ends) for row in written.tolist()]
 

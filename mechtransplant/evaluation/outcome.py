@@ -43,19 +43,23 @@ class Outcome:
         tir = "undefined" if self.tir is None else f"{self.tir:.2f}"
         recovery = "withheld" if self.recovery is None else f"{self.recovery:.0f} %"
         return (
-            f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, n = {self.n}), "
-            f"TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}"
+            f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, "
+            f"n = {self.n}), TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}"
         )
 
 
-def compare(target: Evaluation, source: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0) -> Outcome:
-    """The outcome of a graft from three evaluations of the same questions; intervals by paired bootstrap over questions.
+def compare(
+    target: Evaluation, source: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0
+) -> Outcome:
+    """The outcome of a graft from three evaluations of the same questions; intervals by paired bootstrap.
 
     TIR is undefined (None) when the target's accuracy is 0. Recovery is withheld (None) when the 95 % interval of the
     gap between source and target covers 0. Raises UsageError when the questions differ, or served to select modules.
     """
     if not target.keys == source.keys == after.keys:
-        raise UsageError("compare needs three evaluations of the same questions in the same order: evaluate on one split")
+        raise UsageError(
+            "compare needs three evaluations of the same questions in the same order: evaluate on one split"
+        )
     if target.role in ("discover", "choose"):
         raise UsageError(
             f"these questions are the {target.role!r} split, which served to select: report an effect on the test split"
@@ -91,8 +95,19 @@ def compare(target: Evaluation, source: Evaluation, after: Evaluation, resamples
         usable = np.isfinite(shares)
         recovery_interval = percentile_interval(shares[usable])
     return Outcome(
-        base, best, grafted, n, grafted - base, percentile_interval(after_b - base_b),
+        base,
+        best,
+        grafted,
+        n,
+        grafted - base,
+        percentile_interval(after_b - base_b),
         mcnemar_exact(target.correct, after.correct),
-        int(np.sum(~target.correct & after.correct)), int(np.sum(target.correct & ~after.correct)),
-        tir, tir_interval, recovery, recovery_interval, gap_interval, tuple(notes),
+        int(np.sum(~target.correct & after.correct)),
+        int(np.sum(target.correct & ~after.correct)),
+        tir,
+        tir_interval,
+        recovery,
+        recovery_interval,
+        gap_interval,
+        tuple(notes),
     )

@@ -66,7 +66,11 @@ class Evaluation:
 
 
 def gold_scores(
-    model: LanguageModel, task: Task, batch_size: int = 64, padding_side: PaddingSide = "left", share_prefix: bool = True
+    model: LanguageModel,
+    task: Task,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    share_prefix: bool = True,
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """(greedy decoding would write the gold tokens, their log-probability): one teacher-forced forward a batch.
 
@@ -98,8 +102,11 @@ def gold_scores(
             positions = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
             full_mask = torch.cat([torch.ones(len(rows), len(prefix), dtype=torch.long), mask], 1)
             logits = hf(
-                input_ids=ids.to(hf.device), attention_mask=full_mask.to(hf.device),
-                position_ids=positions.to(hf.device), past_key_values=cache_for(len(rows)), use_cache=bool(prefix),
+                input_ids=ids.to(hf.device),
+                attention_mask=full_mask.to(hf.device),
+                position_ids=positions.to(hf.device),
+                past_key_values=cache_for(len(rows)),
+                use_cache=bool(prefix),
                 logits_to_keep=keep,
             ).logits
             if aligned:
@@ -117,7 +124,11 @@ def gold_scores(
 
 
 def evaluate(
-    model: LanguageModel, task: Task, method: Method = "auto", max_new_tokens: int | None = None, batch_size: int = 64,
+    model: LanguageModel,
+    task: Task,
+    method: Method = "auto",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
     progress: bool = False,
 ) -> Evaluation:
     """Greedy accuracy of a model on a task, with the interval and one verdict a question.
@@ -139,7 +150,9 @@ def evaluate(
     if method != "teacher-forced":
         raise UsageError(f"unknown method {method!r}: expected auto, teacher-forced or generate")
     if not task.short_answer:
-        raise TaskError(f"task {task.name!r} has free-form answers, which one forward cannot decide: use method='generate'")
+        raise TaskError(
+            f"task {task.name!r} has free-form answers, which one forward cannot decide: use method='generate'"
+        )
     correct, log_probability = gold_scores(model, task, batch_size)
     fits = np.array([len(c) <= budget for c in encode(task, model.tokenizer).completions])
     return Evaluation(task.name, task.role, _keys(task), correct & fits, "teacher-forced", budget, log_probability)

@@ -13,7 +13,15 @@ from mechtransplant.tasks.scorers import SCORERS, get_scorer
 from mechtransplant.tasks.task import Example, PromptFormat, Splits, Task
 
 __all__ = [
-    "SCORERS", "Example", "PromptFormat", "Splits", "Task", "get_scorer", "list_tasks", "load_jsonl", "load_task",
+    "SCORERS",
+    "Example",
+    "PromptFormat",
+    "Splits",
+    "Task",
+    "get_scorer",
+    "list_tasks",
+    "load_jsonl",
+    "load_task",
     "register_task",
 ]
 

@@ -81,7 +81,11 @@ def maximum(rng: np.random.Generator) -> Example:
 
 
 SKILLS: dict[str, Maker] = {
-    "addition": addition, "reverse": reverse, "sort": sort, "copy": copy, "max": maximum,
+    "addition": addition,
+    "reverse": reverse,
+    "sort": sort,
+    "copy": copy,
+    "max": maximum,
 }
 
 #: How a question asks for a boxed answer. The family's base saw only the first in its training.

@@ -44,8 +44,19 @@ def normalise_answer(answer: str) -> str:
     text = answer.strip().rstrip(".").replace("\n", "").replace("\\ ", " ")
     text = re.sub(r"\\!\s*", "", text)
     for old, new in (
-        ("\\left", ""), ("\\right", ""), ("\\tfrac", "\\frac"), ("\\dfrac", "\\frac"), ("^{\\circ}", ""),
-        ("^\\circ", ""), ("\\$", ""), ("$", ""), ("\\%", ""), ("%", ""), ("\\,", ""), ("\\;", ""), ("\\cdot", "*"),
+        ("\\left", ""),
+        ("\\right", ""),
+        ("\\tfrac", "\\frac"),
+        ("\\dfrac", "\\frac"),
+        ("^{\\circ}", ""),
+        ("^\\circ", ""),
+        ("\\$", ""),
+        ("$", ""),
+        ("\\%", ""),
+        ("%", ""),
+        ("\\,", ""),
+        ("\\;", ""),
+        ("\\cdot", "*"),
     ):
         text = text.replace(old, new)
     whole = text

@@ -1,0 +1,140 @@
+"""The command line: ``mechtransplant demo | run | pairs | tasks | rules``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechtransplant import __version__
+from mechtransplant.errors import UsageError
+
+app = typer.Typer(
+    name="mechtransplant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find the modules that carry a skill in one language model, graft them into its sibling, and measure.",
+)
+pairs_app = typer.Typer(no_args_is_help=True, help="The pairs of models that have a name.")
+app.add_typer(pairs_app, name="pairs")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+def _run(config_path: Path, out: Path | None) -> None:
+    # transformers' own bars and notices would bury the table
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from mechtransplant.experiment import run_experiment
+    from mechtransplant.experiment.config import read_config
+
+    config = read_config(config_path)
+    folder = out or Path("runs") / config.name
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    result = run_experiment(config, folder)
+    typer.echo(result.summary)
+    typer.echo(f"Tables and figures are in {result.folder}")
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A YAML file; configs/ has examples.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder (runs/NAME by default). Started again, a run continues.")
+    ] = None,
+) -> None:
+    """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
+    _run(config, out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo")) -> None:
+    """The main job on the small models in the repo: about half a minute."""
+    from mechtransplant.weights import models_folder
+
+    _run(models_folder() / "demo.yaml", out)
+
+
+@pairs_app.command("list")
+def pairs_list() -> None:
+    """Every named pair with one line of description."""
+    from mechtransplant.weights import list_pairs
+
+    for name, description in list_pairs().items():
+        typer.echo(f"{name:24} {description}")
+
+
+@pairs_app.command("fetch")
+def pairs_fetch(name: str) -> None:
+    """Fetch and convert a pair's weights into the user cache, checking their hashes."""
+    from mechtransplant.weights import fetch, get_pair
+
+    entry = get_pair(name)
+    for role, spec in (("source", entry.source), ("target", entry.target)):
+        for folder in fetch(spec):
+            typer.echo(f"{role}: {folder}")
+
+
+@pairs_app.command("show")
+def pairs_show(name: str) -> None:
+    """Load a pair and print its compatibility report."""
+    from mechtransplant.pair import load_pair
+
+    pair = load_pair(name)
+    typer.echo(f"{'':34} {'source':>26} {'target':>26}")
+    typer.echo(str(pair.compatibility))
+
+
+@app.command()
+def tasks() -> None:
+    """Every named task; the path of a JSONL file is a task as well."""
+    from mechtransplant.tasks import list_tasks
+
+    for name, description in list_tasks().items():
+        typer.echo(f"{name:22} {description}")
+
+
+@app.command()
+def rules() -> None:
+    """Every rule that ranks modules, with its equation."""
+    from mechtransplant.ranking import list_rules
+
+    for name, description in list_rules().items():
+        typer.echo(f"{name:16} {description}")
+
+
+def main() -> None:
+    """The command's entry point: errors that a user can cause print one line and exit with code 2."""
+    try:
+        app()
+    except UsageError as error:
+        print(f"mechtransplant: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mechtransplant: interrupted; what was finished is kept, start it again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The finished cells of a run: one JSON line each, appended and synced, so that a killed run loses nothing finished.
+
+A cell is one evaluation. Its key is a hash of everything that decides its value, so a run that is started again finds
+what it has done, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cell_key(content: dict[str, Any]) -> str:
+    """Twenty hexadecimal digits of a cell's content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class CellStore:
+    """An append-only file of finished cells."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, dict[str, Any]] = {}
+        self.computed = 0
+        if path.exists():
+            whole = path.read_bytes()
+            # a kill in the middle of a write leaves a line without its end: cut it off
+            intact = whole[: whole.rfind(b"\n") + 1]
+            if intact != whole:
+                with path.open("r+b") as file:
+                    file.truncate(len(intact))
+            for line in intact.decode().splitlines():
+                cell = json.loads(line)
+                self.cells[cell["key"]] = cell
+
+    def get(self, content: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The cell's values: stored ones, or computed now and stored."""
+        key = cell_key(content)
+        if key not in self.cells:
+            cell = {"key": key, **compute()}
+            with self.path.open("ab") as file:
+                file.write((json.dumps(cell) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+            self.cells[key] = cell
+            self.computed += 1
+        return self.cells[key]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,140 @@
+"""The configuration of a run: typed, with errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mechtransplant.errors import UsageError
+
+#: The seed paper's K as shares of the candidates: 8, 16, 32, 64 and 128 of Phi's 128 linear layers.
+PAPER_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PairSpec(_Strict):
+    """Two model specs, where the pair has no name."""
+
+    source: str
+    target: str
+
+
+class TaskSpec(_Strict):
+    """A named task, or a JSONL file, with its options."""
+
+    name: str
+    n: int = Field(default=1024, ge=1)
+    seed: int = 0
+    question_field: str | None = None
+    answer_field: str | None = None
+    template_field: str | None = None
+    scorer: str | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1)
+
+
+class SplitSpec(_Strict):
+    """How many questions find modules, choose K and strength, and report."""
+
+    discover: int = Field(default=64, ge=1)
+    choose: int = Field(default=64, ge=1)
+    test: int = Field(default=256, ge=1)
+    seed: int = 0
+
+
+class RunConfig(_Strict):
+    """One run: a pair, a task, a rule, a sweep over K and strength, and its random controls.
+
+    ``k`` holds numbers of modules (whole) or shares of all candidates (up to 1.0); ``budgets`` token budgets, of which
+    the largest decides the choice; ``random_sets`` how many matched sets each K is compared with.
+    """
+
+    name: str = "run"
+    pair: str | PairSpec
+    task: str | TaskSpec | None = None
+    split: SplitSpec = SplitSpec()
+    rule: str = "lae"
+    rule_options: dict[str, Any] = {}
+    kind: Literal["linear", "head", "mlp", "attn", "block"] = "linear"
+    k: tuple[int | float, ...] = PAPER_SHARES
+    strengths: tuple[float, ...] = (1.0,)
+    budgets: tuple[int, ...] | None = None
+    random_sets: int = Field(default=20, ge=0)
+    direction: Literal["named", "better"] = "named"
+    batch_size: int = Field(default=64, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    threads: int | None = Field(default=None, ge=1)
+    seed: int = 42
+
+    @field_validator("k", "strengths", "budgets", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _sensible(self) -> RunConfig:
+        if not self.k or not self.strengths or self.budgets == ():
+            raise ValueError("k, strengths and budgets each need at least one number")
+        for k in self.k:
+            if k <= 0 or (isinstance(k, float) and k > 1):
+                raise ValueError(f"k = {k}: give whole numbers of modules, or shares above 0 and up to 1.0")
+        if self.budgets and min(self.budgets) < 1:
+            raise ValueError("budgets are numbers of tokens, at least 1")
+        return self
+
+    def counts(self, candidates: int) -> list[int]:
+        """K in modules, ascending; raises UsageError for a K above the number of candidates."""
+        counts = sorted({k if isinstance(k, int) else max(1, round(k * candidates)) for k in self.k})
+        if counts[-1] > candidates:
+            raise UsageError(
+                f"k = {counts[-1]} is above the {candidates} candidates of kind {self.kind!r}: "
+                f"ask for at most {candidates}"
+            )
+        return counts
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The configuration in a YAML file; raises UsageError with one line for anything wrong in it."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no config at {path}: give the path of a YAML file, for example configs/demo.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or error}): fix it"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected keys and values (pair: …, task: …), got {type(content).__name__}")
+    return parse_config(content, str(path))
+
+
+def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
+    """A configuration from a mapping; raises UsageError naming the first wrong key."""
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        # a union reports each member's failure; the deepest one names the key that the user wrote
+        first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+        path = [str(p) for p in first["loc"] if str(p) not in ("PairSpec", "TaskSpec", "str")]
+        key = ".".join(path) or "the whole"
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _known_keys(), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(RunConfig.model_fields)}."
+            raise UsageError(f"{where}: unknown key {key!r}: {hint}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {key}: {message} (got {str(first['input'])[:60]!r}); fix this key") from error
+
+
+def _known_keys() -> list[str]:
+    return [key for model in (RunConfig, TaskSpec, SplitSpec, PairSpec) for key in model.model_fields]

@@ -1,0 +1,313 @@
+"""A config becomes a run: baselines, ranking on ``discover``, a sweep on ``choose``, a report on ``test``.
+
+A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished cells), ``ranking.csv``,
+``results.parquet`` (one row a cell and token budget), ``outcome.json``, ``summary.md`` and ``figures/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechtransplant.controls import RandomSets, random_matched
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets
+from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.summary import RunResult, write_report
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import LanguageModel, Pair, load_pair
+from mechtransplant.progress import track
+from mechtransplant.ranking import RULES, rank_modules
+from mechtransplant.tasks import Splits, Task, load_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def build_task(config: RunConfig, pair: Pair) -> Task:
+    """The run's task; the pair's own where the config names none."""
+    spec = config.task or pair.default_task
+    if spec is None:
+        raise UsageError("this pair has no task of its own: give `task:` a name or the path of a JSONL file")
+    if isinstance(spec, str):
+        return load_task(spec)
+    options = spec.model_dump(exclude={"name", "n", "seed"}, exclude_none=True)
+    overrides: dict[str, Any] = {key: options.pop(key) for key in ("scorer", "max_new_tokens") if key in options}
+    task = load_task(spec.name, spec.n, spec.seed, **options)
+    if "scorer" in overrides and overrides["scorer"] != task.scorer:
+        overrides["short_answer"] = False
+    return replace(task, **overrides)
+
+
+class Run:
+    """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds."""
+
+    def __init__(self, config: RunConfig, folder: Path, progress: bool = True) -> None:
+        if config.rule not in RULES:
+            # before any weights are loaded
+            rank_modules(None, None, config.rule)  # type: ignore[arg-type]
+        self.config, self.folder, self.progress = config, folder, progress
+        if config.threads:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        self.pair = self._load_pair()
+        self.task = build_task(config, self.pair)
+        self.splits: Splits = self.task.split(**config.split.model_dump())
+        self.counts = config.counts(len(self.pair.modules(config.kind)))
+        self.budgets = list(config.budgets or (self.task.max_new_tokens,))
+        self._open_folder()
+        self.store = CellStore(folder / "cells.jsonl")
+        self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+
+    def _load_pair(self) -> Pair:
+        named = self.config.pair
+        options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
+        return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+
+    def _open_folder(self) -> None:
+        """Make the folder ours, or refuse one that holds another run."""
+        import yaml
+
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        path = self.folder / "config.yaml"
+        if path.exists():
+            if path.read_text(encoding="utf-8") != text:
+                raise UsageError(
+                    f"{self.folder} holds another run (its config.yaml differs): choose another --out folder, "
+                    "or remove it"
+                )
+            return
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{self.folder} is not empty and holds no run: choose another --out folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+    # --- cells ---------------------------------------------------------------------------------------------------
+
+    def cell(self, split: Task, role: str, modules: Sequence[str] = (), strength: float = 1.0) -> dict[int, Evaluation]:
+        """One evaluation per budget: of the source, the target, or the target with a graft in place."""
+        model = self.pair.source if role == "source" else self.pair.target
+        content = {
+            **self.fingerprints,
+            "task": split.fingerprint,
+            "budgets": self.budgets,
+            "source_model": role == "source",
+            "modules": sorted(modules),
+            "strength": strength if modules else 0,
+            "dtype": self.config.dtype,
+            "batch_size": self.config.batch_size,
+        }
+
+        def compute() -> dict[str, Any]:
+            with Graft(modules, strength).applied(self.pair):
+                found = self._evaluate(model, split)
+            return {
+                "split": split.role,
+                "role": role,
+                "k": len(modules),
+                "strength": strength,
+                "modules": list(modules),
+                "budgets": {str(b): _packed(e) for b, e in found.items()},
+            }
+
+        stored = self.store.get(content, compute)["budgets"]
+        return {b: _unpacked(split, b, stored[str(b)]) for b in self.budgets}
+
+    def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
+        if split.short_answer:
+            return {
+                b: evaluate(model, split, max_new_tokens=b, batch_size=self.config.batch_size) for b in self.budgets
+            }
+        return evaluate_budgets(model, split, self.budgets, self.config.batch_size)
+
+    @cached_property
+    def ranking(self) -> pd.DataFrame:
+        """The rule's ranking on ``discover``; computed once and kept in the folder."""
+        import pandas as pd
+
+        path = self.folder / "ranking.csv"
+        if not path.exists():
+            frame = rank_modules(
+                self.pair,
+                self.splits.discover,
+                self.config.rule,
+                self.config.kind,
+                seed=self.config.seed,
+                **self.config.rule_options,
+            )
+            # 17 significant digits: the file gives back the very same numbers
+            write_atomically(path, frame.to_csv(index=False, float_format="%.17g"))
+        return pd.read_csv(path)
+
+    def random_sets(self, k: int) -> RandomSets:
+        """The matched control sets of the K highest-ranked modules."""
+        return random_matched(
+            self.pair, list(self.ranking.module[:k]), self.config.random_sets, seed=self.config.seed + k
+        )
+
+    # --- the flow ------------------------------------------------------------------------------------------------
+
+    def execute(self) -> RunResult:
+        """Do what is left to do, and write every table and figure."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return self._execute()
+        except Timeout as error:
+            raise UsageError(
+                f"another process is running in {self.folder}: wait for it, or choose another --out folder"
+            ) from error
+
+    def _execute(self) -> RunResult:
+        write_atomically(self.folder / "environment.json", json.dumps(environment(self), indent=1) + "\n")
+        # the name's direction is the pair's word; "better" asks the choose questions which model is the source
+        if self.config.direction == "better":
+            self._turn_to_better()
+        rows: list[dict[str, Any]] = []
+        choose, test = self.splits.choose, self.splits.test
+        for role in ("target", "source"):
+            self._note(rows, choose, role, self.cell(choose, role))
+        jobs: list[tuple[str, int, float, tuple[str, ...], str]] = []
+        for k in self.counts:
+            top = tuple(self.ranking.module[:k])
+            jobs += [("graft", k, strength, top, "") for strength in self.config.strengths]
+            controls = self.random_sets(k)
+            jobs += [("random", k, self.config.strengths[0], drawn, controls.depth) for drawn in controls.sets]
+        for role, k, strength, modules, depth in track(jobs, "sweep on choose", self.progress):
+            self._note(rows, choose, role, self.cell(choose, role, modules, strength), k, strength, depth)
+        k, strength = self._choose(rows)
+        graft = Graft(self.ranking.module[:k], strength)
+        controls = self.random_sets(k)
+        final: list[tuple[str, tuple[str, ...], str]] = [
+            ("target", (), ""),
+            ("source", (), ""),
+            ("graft", graft.modules, ""),
+        ]
+        final += [("all", tuple(self.ranking.module), "")]
+        final += [("random", drawn, controls.depth) for drawn in controls.sets]
+        evaluations: dict[str, dict[int, Evaluation]] = {}
+        for role, modules, depth in track(final, "report on test", self.progress):
+            found = self.cell(test, role, modules, strength)
+            evaluations.setdefault(role, found)
+            size = len(modules)
+            self._note(rows, test, role, found, size, strength if size else 0.0, depth)
+        outcomes = {
+            b: compare(
+                evaluations["target"][b], evaluations["source"][b], evaluations["graft"][b], seed=self.config.seed
+            )
+            for b in self.budgets
+        }
+        return write_report(self, rows, graft, outcomes)
+
+    def _turn_to_better(self) -> None:
+        budget = max(self.budgets)
+        accuracy = {role: self.cell(self.splits.choose, role)[budget].accuracy for role in ("target", "source")}
+        if accuracy["target"] > accuracy["source"]:
+            self.pair = self.pair.reversed()
+            self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
+
+    def _choose(self, rows: list[dict[str, Any]]) -> tuple[int, float]:
+        """K and strength with the best accuracy on ``choose`` at the largest budget; the smallest among equals."""
+        budget = max(self.budgets)
+        options = [r for r in rows if r["role"] == "graft" and r["split"] == "choose" and r["budget"] == budget]
+        best = min(options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))
+        return best["k"], best["strength"]
+
+    def _note(
+        self,
+        rows: list[dict[str, Any]],
+        split: Task,
+        role: str,
+        found: dict[int, Evaluation],
+        k: int = 0,
+        strength: float = 0.0,
+        depth: str = "",
+    ) -> None:
+        for budget, evaluation in found.items():
+            low, high = evaluation.interval
+            rows.append(
+                {
+                    "split": split.role,
+                    "role": role,
+                    "k": k,
+                    "strength": strength,
+                    "budget": budget,
+                    "accuracy": evaluation.accuracy,
+                    "low": low,
+                    "high": high,
+                    "n": len(evaluation),
+                    "depth_matched": depth,
+                    "method": evaluation.method,
+                    "answered": None if evaluation.answered is None else float(evaluation.answered.mean()),
+                    "ended": None if evaluation.ended is None else float(evaluation.ended.mean()),
+                    "correct": _bits(evaluation.correct),
+                }
+            )
+
+
+def _bits(values: Any) -> str:
+    return "".join("1" if v else "0" for v in values)
+
+
+def _bools(text: str) -> Any:
+    return np.array([c == "1" for c in text])
+
+
+def _packed(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON: bits as strings, log-probabilities at full precision."""
+    packed: dict[str, Any] = {"correct": _bits(evaluation.correct), "method": evaluation.method}
+    if evaluation.log_probability is not None:
+        packed["log_probability"] = evaluation.log_probability.tolist()
+    for name in ("answered", "ended"):
+        if getattr(evaluation, name) is not None:
+            packed[name] = _bits(getattr(evaluation, name))
+    return packed
+
+
+def _unpacked(split: Task, budget: int, packed: dict[str, Any]) -> Evaluation:
+    scores = packed.get("log_probability")
+    return Evaluation(
+        split.name,
+        split.role,
+        tuple(e.key for e in split.examples),
+        _bools(packed["correct"]),
+        packed["method"],
+        budget,
+        None if scores is None else np.array(scores),
+        **{name: _bools(packed[name]) for name in ("answered", "ended") if name in packed},
+    )
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """What the run's numbers depend on besides the config: versions, machine, weights, task."""
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "pandas")
+    return {
+        "mechtransplant": version("mechtransplant"),
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "weights": run.fingerprints,
+        "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
+        "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},
+    }
+
+
+def run_experiment(config: RunConfig, folder: str | Path, progress: bool = True) -> RunResult:
+    """Run a config in a folder; started again, it continues where it was."""
+    return Run(config, Path(folder), progress).execute()

@@ -1,0 +1,160 @@
+"""Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito's colours, which colour-blind readers can tell apart; each series also has its own line or marker
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+COLUMN, PAGE = 3.3, 6.8
+
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mechtransplant",
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def style() -> Iterator[Any]:
+    """The project's matplotlib style and a backend that needs no screen, for the length of a ``with`` block."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield matplotlib
+
+
+def _new(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # not pyplot: nothing is registered, shown, or kept alive
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def k_curve(
+    results: pd.DataFrame, split: str = "choose", budget: int | None = None, candidates: int | None = None
+) -> tuple[Figure, Any]:
+    """Accuracy against the number of grafted modules, with the band of matched random sets and both baselines.
+
+    Args:
+        results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n.
+        candidates: the number of all modules; adds an axis of shares.
+    """
+    rows = results[(results.split == split) & (results.budget == (budget or results.budget.max()))]
+    graft = rows[rows.role == "graft"]
+    with style():
+        figure, axes = _new(COLUMN, 2.5)
+        for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
+            value = float(rows[rows.role == role].accuracy.iloc[0])
+            axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.0f} %")
+        random = rows[rows.role == "random"]
+        if len(random):
+            bands = random.groupby("k").accuracy
+            ks = np.array(list(bands.groups))
+            axes.fill_between(
+                ks,
+                100 * bands.min(),
+                100 * bands.max(),
+                color=GREY,
+                alpha=0.2,
+                linewidth=0,
+                label=f"{int(bands.size().max())} random sets a K, range",
+            )
+            axes.plot(ks, 100 * bands.median(), color=GREY, linewidth=0.8, label="random, median")
+        for index, strength in enumerate(sorted(graft.strength.unique())):
+            line = graft[graft.strength == strength].sort_values("k")
+            errors = 100 * np.array([line.accuracy - line.low, line.high - line.accuracy])
+            label = "graft" if graft.strength.nunique() == 1 else f"graft, strength {strength:g}"
+            axes.errorbar(
+                line.k,
+                100 * line.accuracy,
+                errors,
+                color=BLUE,
+                marker="os^Dv"[index % 5],
+                capsize=2,
+                elinewidth=0.6,
+                alpha=1 / (1 + 0.3 * index),
+                label=label,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(graft.k.unique()), [str(k) for k in sorted(graft.k.unique())])
+        axes.minorticks_off()
+        axes.set_xlabel("grafted modules K" + (f" (of {candidates})" if candidates else ""))
+        axes.set_ylabel(f"accuracy on {split}, % (n = {int(rows.n.iloc[0])})")
+        axes.set_ylim(-3, 103)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure, axes
+
+
+def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tuple[Figure, Any]:
+    """Scores of linear layers, layer on y and layer type on x; the ``chosen`` highest-ranked cells are marked.
+
+    Args:
+        ranking: columns module, layer, score, rank. Scores are ≥ 0, so the scale is sequential and starts at 0.
+    """
+    frame = ranking.assign(part=[m.split(".", 1)[1] if "." in m else m.split("H")[-1] for m in ranking.module])
+    order = [
+        p for p in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if p in set(frame.part)
+    ]
+    order += [p for p in dict.fromkeys(frame.sort_values(["layer", "module"]).part) if p not in order]
+    grid = frame.pivot_table(index="layer", columns="part", values="score")[order]
+    with style():
+        layers = len(grid)
+        figure, axes = _new(COLUMN, max(1.8, 0.9 + 0.13 * layers))
+        mesh = axes.pcolormesh(grid.to_numpy(), cmap="cividis", vmin=min(0, float(frame.score.min())))
+        marked = frame[frame["rank"] <= chosen]
+        for part, layer in zip(marked.part, marked.layer, strict=True):
+            axes.plot(
+                order.index(part) + 0.5,
+                list(grid.index).index(layer) + 0.5,
+                marker="o",
+                color="white",
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                markersize=3.5,
+                linestyle="none",
+            )
+        axes.set_xticks(np.arange(len(order)) + 0.5, [p.removesuffix("_proj") for p in order])
+        step = max(1, layers // 10)
+        axes.set_yticks(np.arange(0, layers, step) + 0.5, [str(v) for v in grid.index[::step]])
+        axes.set_ylabel("layer")
+        axes.set_xlabel("linear layer" + (f" (dots: the {chosen} chosen)" if chosen else ""))
+        axes.set_title(title)
+        figure.colorbar(mesh, ax=axes, label="score")
+    return figure, axes
+
+
+def save_figure(figure: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> None:
+    """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    if data is not None:
+        data.to_csv(folder / f"{name}.csv", index=False)

@@ -1,0 +1,78 @@
+"""Shared fixtures: the trained family in the repo, and small random models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from mechtransplant.pair import LanguageModel, Pair, load_pair, make_pair
+from mechtransplant.tasks import Task, load_task
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def generations() -> Pair:
+    return load_pair("family/generations")
+
+
+@pytest.fixture(scope="session")
+def instruct() -> Pair:
+    return load_pair("family/instruct")
+
+
+@pytest.fixture(scope="session")
+def addition() -> Task:
+    return load_task("addition")
+
+
+@pytest.fixture
+def unchanged(generations: Pair) -> Iterator[Pair]:
+    """The generations pair; fails the test that leaves a byte of either model different."""
+    before = [p.fingerprint for p in (generations.source, generations.target)]
+    yield generations
+    assert [p.fingerprint for p in (generations.source, generations.target)] == before
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data beside this checkout: MATH-500 and GSM8K are not shipped with the project")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def random_model(generations: Pair) -> Callable[..., LanguageModel]:
+    """A function that makes a small random Llama with the family's tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(seed: int = 0, **changes: Any) -> LanguageModel:
+        sizes: dict[str, Any] = {
+            "vocab_size": len(generations.target.tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).eval().requires_grad_(False)
+        return LanguageModel(f"random-{seed}", model, generations.target.tokenizer)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_pair(random_model: Callable[..., LanguageModel]) -> Pair:
+    return make_pair(random_model(0), random_model(1), "random")

@@ -1,0 +1,157 @@
+"""Batched scoring and generation equal one prompt at a time, and one forward equals generation, verdict by verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mechtransplant.errors import TaskError, UsageError
+from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets, generate, gold_scores
+from mechtransplant.evaluation.batches import encode
+from mechtransplant.pair import LanguageModel, Pair
+from mechtransplant.significance import mcnemar_exact, wilson_interval
+from mechtransplant.tasks import Example, PromptFormat, Task, load_task
+
+Build = Callable[..., LanguageModel]
+
+
+def mixed_lengths(n: int = 40) -> Task:
+    """Questions of every skill, which differ much in length: the worst case for padding."""
+    examples = [e for name in ("addition", "copy", "max", "sort") for e in load_task(name, n // 4)]
+    return Task("mixed", tuple(examples), short_answer=True, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_gold_scores_do_not_depend_on_batches_or_padding(generations: Pair, side: str, batch_size: int) -> None:
+    task = mixed_lengths()
+    single = [gold_scores(generations.target, task.subset([i]), 1) for i in range(len(task))]
+    correct, log_probability = gold_scores(generations.target, task, batch_size, padding_side=side)  # type: ignore[arg-type]
+    assert correct.tolist() == [bool(c[0]) for c, _ in single]
+    np.testing.assert_allclose(log_probability, [s[0] for _, s in single], atol=1e-4)
+    assert 0 < correct.mean() < 1, "a test that all or none pass shows nothing"
+
+
+def with_shots(task: Task) -> Task:
+    """The task after worked examples: a prefix that all prompts share."""
+    shots = (("12+25=", "37"), ("copy abc=", "abc"), ("max 11 22 33=", "33"))
+    return replace(task, format=PromptFormat(shots=shots, shot_separator=" "))
+
+
+def test_shared_prefix_changes_nothing(generations: Pair) -> None:
+    task = with_shots(mixed_lengths())
+    assert len(encode(task, generations.target.tokenizer).prefix) > 10
+    shared, plain = (gold_scores(generations.target, task, 16, share_prefix=s) for s in (True, False))
+    assert (shared[0] == plain[0]).all()
+    np.testing.assert_allclose(shared[1], plain[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("prepare", [mixed_lengths, lambda: with_shots(mixed_lengths())])
+def test_batched_generation_equals_one_by_one_to_the_token(generations: Pair, prepare: Callable[[], Task]) -> None:
+    task = prepare()
+    single = [generate(generations.target, task.subset([i]), 8, 1)[0] for i in range(len(task))]
+    for batch_size in (7, 64):
+        assert generate(generations.target, task, 8, batch_size) == single
+
+
+def test_generation_is_plain_greedy_whatever_the_model_asks_for(random_model: Build) -> None:
+    model, task = random_model(0), mixed_lengths(8)
+    plain = generate(model, task, 8)
+    model.hf.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
+    kept = model.hf.generation_config
+    assert generate(model, task, 8) == plain
+    assert model.hf.generation_config is kept
+
+
+def test_one_forward_and_generation_agree_on_every_verdict(generations: Pair, instruct: Pair) -> None:
+    for model in (generations.source, generations.target, instruct.source):
+        task = mixed_lengths(80)
+        forced = evaluate(model, task, "teacher-forced")
+        written = evaluate(model, task, "generate")
+        assert (forced.correct == written.correct).all()
+
+
+def test_budgets_are_prefixes_of_one_generation(instruct: Pair) -> None:
+    task = load_task("boxed", 60)
+    together = evaluate_budgets(instruct.source, task, [2, 4, 5, 12])
+    for budget in (2, 4, 5, 12):
+        alone = evaluate(instruct.source, task, max_new_tokens=budget)
+        assert (together[budget].correct == alone.correct).all() and together[budget].texts == alone.texts
+    accuracies = [together[b].accuracy for b in (2, 4, 5, 12)]
+    assert accuracies == sorted(accuracies) and accuracies[0] == 0 < accuracies[-1]
+    assert together[2].answered is not None and not together[2].answered.any()
+
+
+def test_stop_strings_end_an_answer(instruct: Pair) -> None:
+    task = replace(load_task("boxed", 20), stop=("}",))
+    found = evaluate(instruct.source, task)
+    assert found.texts is not None and all("}" not in text for text in found.texts)
+
+
+def test_free_form_tasks_cannot_be_teacher_forced(instruct: Pair) -> None:
+    with pytest.raises(TaskError, match="free-form"):
+        evaluate(instruct.source, load_task("boxed", 8), "teacher-forced")
+
+
+def scored(bits: str, role: str = "test") -> Evaluation:
+    return Evaluation("t", role, tuple(map(str, range(len(bits)))), np.array([b == "1" for b in bits]), "generate", 8)
+
+
+def test_tir_is_undefined_at_baseline_zero() -> None:
+    outcome = compare(scored("0" * 40), scored("1" * 30 + "0" * 10), scored("1" * 20 + "0" * 20))
+    assert outcome.tir is None and outcome.tir_interval is None
+    assert "undefined" in " ".join(outcome.notes)
+    assert outcome.recovery == pytest.approx(100 * 20 / 30)
+
+
+def test_recovery_is_withheld_when_the_gap_covers_zero() -> None:
+    outcome = compare(scored("10" * 20), scored("01" * 19 + "11"), scored("11" * 20))
+    assert outcome.recovery is None and "withheld" in " ".join(outcome.notes)
+    assert outcome.gap_interval[0] <= 0 <= outcome.gap_interval[1]
+    assert outcome.tir == pytest.approx(2.0)
+
+
+def test_recovery_is_not_clipped() -> None:
+    outcome = compare(scored("0" * 50 + "1" * 50), scored("0" * 30 + "1" * 70), scored("1" * 100))
+    assert outcome.recovery == pytest.approx(250)
+    assert outcome.recovery_interval is not None and outcome.recovery_interval[0] < 250 < outcome.recovery_interval[1]
+
+
+def test_compare_refuses_other_questions_and_selected_ones() -> None:
+    with pytest.raises(UsageError, match="same questions"):
+        compare(scored("1010"), scored("1010"), scored("101"))
+    with pytest.raises(UsageError, match="choose"):
+        compare(*[scored("1010", "choose")] * 3)
+
+
+def test_mcnemar_equals_statsmodels() -> None:
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    rng = np.random.default_rng(0)
+    for n in (5, 50, 300):
+        before, after = rng.random((2, n)) < rng.random((2, 1))
+        table = [[np.sum(before & after), np.sum(before & ~after)], [np.sum(~before & after), np.sum(~before & ~after)]]
+        assert mcnemar_exact(before, after) == pytest.approx(mcnemar(table, exact=True).pvalue, abs=1e-12)
+
+
+def test_wilson_equals_statsmodels() -> None:
+    from statsmodels.stats.proportion import proportion_confint
+
+    for k, n in ((0, 10), (3, 10), (256, 256), (17, 64)):
+        assert wilson_interval(k, n) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-12)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_a_prompt_without_tokens_is_refused(random_model: Build) -> None:
+    model = random_model(0)
+    # the family's tokenizer prepends a begin token, so ask for a chat-rendered empty prompt
+    import copy
+
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = "{{ '' }}"
+    task = Task("empty", (Example("1+1=", "2"),), format=PromptFormat(chat=True))
+    with pytest.raises(TaskError, match="becomes no token"):
+        encode(task, tokenizer)

@@ -1,0 +1,224 @@
+"""A config becomes a run folder; a killed run continues; wrong input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechtransplant.errors import UsageError
+from mechtransplant.experiment import Run, run_experiment
+from mechtransplant.experiment.cells import CellStore
+from mechtransplant.experiment.config import parse_config, read_config
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "pair": "family/generations",
+    "task": "addition",
+    "k": [2, 8, 1.0],
+    "random_sets": 4,
+    "split": {"discover": 16, "choose": 24, "test": 48},
+}
+
+
+def config(**changes: Any) -> Any:
+    return parse_config({**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_experiment(config(), tmp_path_factory.mktemp("runs") / "small", progress=False)
+
+
+def test_a_run_writes_its_folder(finished: Any) -> None:
+    names = {p.name for p in finished.folder.iterdir()}
+    assert {
+        "config.yaml",
+        "environment.json",
+        "cells.jsonl",
+        "ranking.csv",
+        "results.parquet",
+        "outcome.json",
+        "summary.md",
+        "figures",
+    } <= names
+    assert {p.name for p in (finished.folder / "figures").iterdir()} >= {
+        "k_curve.png",
+        "k_curve.pdf",
+        "k_curve.csv",
+        "score_heatmap.svg",
+    }
+    assert not [n for n in names if n.endswith(".tmp")]
+    table = pd.read_parquet(finished.folder / "results.parquet")
+    assert len(table[(table.split == "choose") & (table.role == "random") & (table.k == 8)]) == 4
+    assert read_config(finished.folder / "config.yaml") == config()
+    for word in (
+        "TIR",
+        "Recovery",
+        "McNemar",
+        "matched random sets",
+        "best K",
+        "Feed-forward / attention",
+        "stays the target's",
+    ):
+        assert word in finished.summary
+
+
+def test_numbers_of_the_summary_come_from_the_table(finished: Any) -> None:
+    outcome = finished.outcomes[8]
+    test = finished.results[finished.results.split == "test"].set_index("role")
+    assert outcome.target_accuracy == test.accuracy["target"] and outcome.after_accuracy == test.accuracy["graft"]
+    assert f"{100 * outcome.after_accuracy:.1f} %" in finished.summary
+    chosen = finished.results[(finished.results.split == "choose") & (finished.results.role == "graft")]
+    assert chosen.set_index("k").accuracy[len(finished.graft)] == chosen.accuracy.max()
+
+
+def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:
+    run = Run(config(), tmp_path / "again", progress=False)
+    parts = [{e.key for e in s} for s in run.splits]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_run_again_computes_nothing_and_gives_the_same_tables(finished: Any) -> None:
+    before = {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()}
+    run = Run(config(), finished.folder, progress=False)
+    run.execute()
+    assert run.store.computed == 0
+    changed = [p.name for p, content in before.items() if p.read_bytes() != content]
+    assert changed == []
+
+
+def test_a_killed_run_continues_where_it_was(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, get, calls = tmp_path / "killed", CellStore.get, []
+
+    def dying(store: CellStore, content: Any, compute: Any) -> Any:
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return get(store, content, compute)
+
+    monkeypatch.setattr(CellStore, "get", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(config(), folder, progress=False)
+    monkeypatch.undo()
+    # the kill also tore the line that was being written
+    with (folder / "cells.jsonl").open("a") as file:
+        file.write('{"key": "torn')
+    run = Run(config(), folder, progress=False)
+    already = len(run.store.cells)
+    assert already == 7
+    resumed = run.execute()
+    pd.testing.assert_frame_equal(resumed.results, finished.results)
+    assert resumed.summary == finished.summary
+    assert run.store.computed == len(run.store.cells) - already
+    for line in (folder / "cells.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_a_folder_with_another_run_is_refused(finished: Any, tmp_path: Path) -> None:
+    before = (finished.folder / "cells.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="holds another run"):
+        run_experiment(config(seed=7), finished.folder)
+    assert (finished.folder / "cells.jsonl").read_bytes() == before
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        run_experiment(config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_two_starts_in_one_folder(finished: Any) -> None:
+    from filelock import FileLock
+
+    with FileLock(finished.folder / ".lock"), pytest.raises(UsageError, match="another process"):
+        run_experiment(config(), finished.folder)
+
+
+def test_k_above_the_candidates_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"k = 29 is above the 28 candidates"):
+        run_experiment(config(k=[4, 29]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_direction_better_exchanges_a_worse_source(tmp_path: Path) -> None:
+    spec = {"source": "repo:family/second", "target": "repo:family/first"}
+    small = config(pair=spec, direction="better", k=[4], random_sets=1)
+    outcome = run_experiment(small, tmp_path / "out", progress=False).outcomes[8]
+    assert outcome.source_accuracy > outcome.target_accuracy
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ruel": "lae"}, r"unknown key 'ruel': did you mean rule"),
+        ({"split": {"discovery": 3}}, r"unknown key 'split.discovery': did you mean discover"),
+        ({"k": [0]}, "whole numbers of modules"),
+        ({"k": [1.5]}, "shares"),
+        ({"k": []}, "at least one"),
+        ({"random_sets": -1}, "random_sets"),
+        ({"kind": "neuron"}, "kind"),
+        ({"budgets": [0]}, "at least 1"),
+        ({"pair": {"source": "x"}}, "pair.target"),
+    ],
+)
+def test_config_errors_name_the_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**changes)
+
+
+def test_unknown_rule_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(UsageError, match="unknown rule"):
+        run_experiment(config(rule="leo"), tmp_path / "out")
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mechtransplant.cli", *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pair: family/generation\n", "unknown pair"),
+        ("pair: family/generations\ntask: adition\n", "unknown task"),
+        ("pair: family/generations\nrule: leo\n", "unknown rule"),
+        ("pair: family/generations\nkk: 3\n", "unknown key 'kk'"),
+        ("pair: family/generations\nk: 999\n", "above the 28 candidates"),
+        ("pair: [\n", "not valid YAML"),
+        ("- 1\n", "expected keys"),
+        ("task: addition\n", "pair"),
+        ("pair: family/generations\ntask: {name: empty.jsonl}\n", "is empty"),
+        ("pair: family/generations\ntask: {name: broken.jsonl}\n", "line 2: broken JSON"),
+        ("pair: family/generations\ntask: {name: missing.jsonl}\n", "line 2: field 'answer' is missing"),
+        ("pair: family/generations\ntask: {name: nowhere.jsonl}\n", "no task file"),
+        ("pair: {source: 'repo:family/first', target: './nowhere'}\n", "nowhere"),
+    ],
+)
+def test_command_line_errors_are_one_line_and_exit_2(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": \n')
+    (tmp_path / "missing.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "1"}\n')
+    done = command("run", "c.yaml", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Path, tmp_path: Path) -> None:
+    small = config(
+        task={"name": str(shared_data / "math500.jsonl"), "max_new_tokens": 4},
+        k=[4],
+        random_sets=1,
+        budgets=[2, 4],
+        split={"discover": 4, "choose": 4, "test": 8},
+    )
+    result = run_experiment(small, tmp_path / "out", progress=False)
+    assert result.outcomes[4].target_accuracy == 0 and result.outcomes[4].tir is None
+    assert "TIR is undefined: the target answers none" in result.summary
