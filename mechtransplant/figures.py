@@ -105,7 +105,8 @@ def k_curve(
         axes.set_xticks(sorted(graft.k.unique()), [str(k) for k in sorted(graft.k.unique())])
         axes.minorticks_off()
         axes.set_xlabel("grafted modules K" + (f" (of {candidates})" if candidates else ""))
-        axes.set_ylabel(f"accuracy on {split}, % (n = {int(rows.n.iloc[0])})")
+        axes.set_ylabel("accuracy, %")
+        axes.set_title(f"{int(rows.n.iloc[0])} {split} questions, 95 % intervals")
         axes.set_ylim(-3, 103)
         figure.legend(loc="outside lower center", ncols=2)
     return figure, axes

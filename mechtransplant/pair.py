@@ -275,9 +275,11 @@ def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFram
     for address in dict.fromkeys([*source.layout.linears, *target.layout.linears]):
         names = [m.layout.linears.get(address) for m in (source, target)]
         tensors = [p.get(f"{n}.weight") for p, n in zip(parameters, names, strict=True)]
-        sizes = [None if t is None else tuple(t.shape) for t in tensors]
-        biased = [f"{n}.bias" in p for p, n in zip(parameters, names, strict=True)]
-        match = sizes[0] is not None and sizes[0] == sizes[1] and biased[0] == biased[1]
+        sizes = [
+            "missing" if t is None else " × ".join(map(str, t.shape)) + (" + bias" if f"{n}.bias" in p else "")
+            for t, p, n in zip(tensors, parameters, names, strict=True)
+        ]
+        match = sizes[0] == sizes[1]
         change = float("nan")
         if match and tensors[0] is not None and tensors[1] is not None:
             new, old = tensors[0].detach().float(), tensors[1].detach().float()

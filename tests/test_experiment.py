@@ -75,7 +75,8 @@ def test_numbers_of_the_summary_come_from_the_table(finished: Any) -> None:
     assert outcome.target_accuracy == test.accuracy["target"] and outcome.after_accuracy == test.accuracy["graft"]
     assert f"{100 * outcome.after_accuracy:.1f} %" in finished.summary
     chosen = finished.results[(finished.results.split == "choose") & (finished.results.role == "graft")]
-    assert chosen.set_index("k").accuracy[len(finished.graft)] == chosen.accuracy.max()
+    selective = chosen[chosen.k < 28].set_index("k").accuracy
+    assert selective[len(finished.graft)] == selective.max()
 
 
 def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:

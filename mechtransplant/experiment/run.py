@@ -218,10 +218,15 @@ class Run:
             self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
 
     def _choose(self, rows: list[dict[str, Any]]) -> tuple[int, float]:
-        """K and strength with the best accuracy on ``choose`` at the largest budget; the smallest among equals."""
+        """K and strength with the best accuracy on ``choose`` at the largest budget; the smallest among equals.
+
+        A graft of every candidate selects nothing and has no random control: it is always reported as ``all``, and
+        chosen only where the config names no smaller K.
+        """
         budget = max(self.budgets)
         options = [r for r in rows if r["role"] == "graft" and r["split"] == "choose" and r["budget"] == budget]
-        best = min(options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))
+        selective = [r for r in options if r["k"] < len(self.ranking)]
+        best = min(selective or options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))
         return best["k"], best["strength"]
 
     def _note(
