@@ -213,7 +213,7 @@ def write_card(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     parent, parts, steps, lr, seed, purpose = RECIPES[name]
     mix = "; ".join(
         f"{w / sum(p[0] for p in parts):.0%} "
-        + ", ".join(getattr(m, "__name__", "boxed skill") for m in makers[:1])
+        + ", ".join(("boxed skill" if m.__name__ == "make" else m.__name__) for m in makers[:1])
         + (f" ({len(makers)} kinds)" if len(makers) > 1 else "")
         for w, makers, _ in parts
     )
