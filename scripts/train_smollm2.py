@@ -59,7 +59,11 @@ def encode(
 
 
 def completion_logits(
-    causal: Any, ids: torch.Tensor, attention: torch.Tensor, completion: torch.Tensor, cache: Any = None,
+    causal: Any,
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    completion: torch.Tensor,
+    cache: Any = None,
     cached: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, gold ids) at completion tokens only: the vocabulary is a fifth of the model's arithmetic otherwise."""
@@ -231,8 +235,11 @@ def measure(spec: str, n: int) -> dict[str, float]:
     if key in known:
         return dict(known[key])
     model, tokenizer = load_model(spec)
-    tasks = {"arithmetic": (ARITHMETIC, ARITHMETIC_FORMAT), "few-shot": (ARITHMETIC, FEW_SHOT_FORMAT),
-             "word-puzzles": ([word_puzzle], ARITHMETIC_FORMAT)}
+    tasks = {
+        "arithmetic": (ARITHMETIC, ARITHMETIC_FORMAT),
+        "few-shot": (ARITHMETIC, FEW_SHOT_FORMAT),
+        "word-puzzles": ([word_puzzle], ARITHMETIC_FORMAT),
+    }
     found: dict[str, float] = {}
     for task, (makers, prompt) in tasks.items():
         found[task] = accuracy(model, tokenizer, list(draw(makers, n, EVAL_SEED)), prompt)

@@ -154,3 +154,10 @@ def test_import_is_cheap() -> None:
     cost = re.search(r"\|\s*(\d+) \| mechtransplant$", run.stderr, re.MULTILINE)
     assert cost, run.stderr
     assert int(cost[1]) < 300_000
+
+
+def test_readme_has_the_numbers_of_the_committed_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
