@@ -294,7 +294,7 @@ def _convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise WeightsError(f"transformers cannot convert {name}: {_one_line(error)}") from error
     # both say "quantised", which the weights no longer are, and make save_pretrained refuse
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder, max_shard_size="200GB")
@@ -420,7 +420,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         # batches need padding; what is padded is always masked
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        model = model.to(device=device, dtype=final)
+        model = model.to(device=device, dtype=final)  # type: ignore[call-arg]
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device {device!r}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
