@@ -189,9 +189,7 @@ def _check_folder(folder: Path, config: str) -> Path:
     if not files:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         if pickles:
-            raise WeightsError(
-                f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them"
-            )
+            raise WeightsError(f"{folder} holds only pickled weights ({pickles[0]}), which can run code: convert them")
         raise WeightsError(f"{folder} holds no safetensors weights: give a folder with model.safetensors")
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -132,6 +132,20 @@ def test_a_folder_with_another_run_is_refused(finished: Any, tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any) -> None:
+    from mechtransplant.grafting import Graft
+    from mechtransplant.pair import Pair
+
+    changed = Pair(generations.source, generations.target, generations.compatibility, generations.name)
+    with (
+        Graft(["L0.mlp"]).applied(changed),
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UsageError, match="other weights"),
+    ):
+        patch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: changed)
+        run_experiment(config(), finished.folder)
+
+
 def test_two_starts_in_one_folder(finished: Any) -> None:
     from filelock import FileLock
 

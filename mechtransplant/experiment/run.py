@@ -68,6 +68,20 @@ class Run:
         self._open_folder()
         self.store = CellStore(folder / "cells.jsonl")
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        """Refuse to go on with other weights or questions than those that the folder's ranking came from."""
+        path = self.folder / "environment.json"
+        if not path.exists():
+            return
+        saved, now = json.loads(path.read_text(encoding="utf-8")), environment(self)
+        for what in ("weights", "splits"):
+            if saved[what] != now[what]:
+                raise UsageError(
+                    f"{self.folder} holds a run of the same config with other {what} (see its environment.json): "
+                    "choose another --out folder, or remove it"
+                )
 
     def _load_pair(self) -> Pair:
         named = self.config.pair
@@ -171,7 +185,6 @@ class Run:
 
     def _execute(self) -> RunResult:
         write_atomically(self.folder / "environment.json", json.dumps(environment(self), indent=1) + "\n")
-        # the name's direction is the pair's word; "better" asks the choose questions which model is the source
         if self.config.direction == "better":
             self._turn_to_better()
         rows: list[dict[str, Any]] = []
@@ -211,6 +224,7 @@ class Run:
         return write_report(self, rows, graft, outcomes)
 
     def _turn_to_better(self) -> None:
+        """Exchange the two where the named target is better on ``choose``: the better model is the source."""
         budget = max(self.budgets)
         accuracy = {role: self.cell(self.splits.choose, role)[budget].accuracy for role in ("target", "source")}
         if accuracy["target"] > accuracy["source"]:
