@@ -39,19 +39,11 @@ def _root(
 
 
 def _run(config_path: Path, out: Path | None) -> None:
-    # transformers' own bars and notices would bury the table
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from mechtransplant.experiment import run_experiment
     from mechtransplant.experiment.config import read_config
 
     config = read_config(config_path)
     folder = out or Path("runs") / config.name
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
     result = run_experiment(config, folder)
     typer.echo(result.summary)
     typer.echo(f"Tables and figures are in {result.folder}")

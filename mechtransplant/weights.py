@@ -23,8 +23,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -401,13 +403,14 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
 
     final = getattr(torch, dtype)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=torch.float32 if adapters else final,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-        )
+        with _quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                base,
+                dtype=torch.float32 if adapters else final,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise WeightsError(f"transformers cannot load {spec!r}: {_one_line(error)}") from error
@@ -422,6 +425,20 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device {device!r}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar over the tensors of a file, which takes milliseconds and would fill notebooks."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def check_not_quantised(model: Any, spec: str = "the model") -> None:
@@ -439,7 +456,10 @@ def _merge(model: Any, adapter: Path) -> Any:
     import peft
 
     try:
-        merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+        with warnings.catch_warnings():
+            # peft asks transformers for an attribute that is being renamed: nothing that a user could change
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise WeightsError(f"the adapter {adapter} does not fit its base model: {_one_line(error)}") from error
     if hasattr(merged, "peft_config"):
