@@ -300,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["arithmetic", "regressed", "card"])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--regress-rate", type=float, default=3e-4)
+    parser.add_argument("--regress-rate", type=float, default=7e-4)
     parser.add_argument("--questions", type=int, default=192, help="held-out questions for each number in the cards")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
