@@ -10,15 +10,16 @@ A rule is a function of (pair, task, kind, options) that returns one score a mod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import TaskError, UnknownNameError, UsageError
-from mechtransplant.modules import Kind, module_frame
+from mechtransplant.modules import KINDS, Kind, module_frame
 from mechtransplant.shifts import Alignment, Text, decoding_shifts
 from mechtransplant.tasks import Task
 
@@ -32,26 +33,45 @@ Scores = Sequence[float] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: its function, its equation, and what it needs ("nothing" or "prompts")."""
+    """A registered rule: its function, its equation, what it needs ("nothing" or "prompts"), the kinds it can score."""
 
     name: str
     score: Callable[..., Scores]
     equation: str
     needs: str
     description: str
+    kinds: tuple[str, ...] = KINDS
+
+    def check(self, kind: str, options: dict[str, Any]) -> None:
+        """Raise UsageError for a kind that the rule cannot score, or an option that it does not take."""
+        if kind not in KINDS:
+            raise UnknownNameError("kind of module", kind, KINDS)
+        if kind not in self.kinds:
+            raise UsageError(f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {kind!r}: choose another")
+        parameters = inspect.signature(self.score).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        takes = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        hints = get_type_hints(self.score, localns={"Pair": Any, "pd": Any})
+        for name, value in options.items():
+            if name not in takes:
+                raise UnknownNameError(f"option of rule {self.name!r}", name, takes)
+            choices = get_args(hints[name]) if get_origin(hints.get(name)) is Literal else ()
+            if choices and value not in choices:
+                raise UsageError(f"unknown {name} {value!r}: expected {' or '.join(map(str, choices))}")
 
 
 RULES: dict[str, Rule] = {}
 
 
 def register_rule(
-    name: str, equation: str = "", needs: str = "prompts"
+    name: str, equation: str = "", needs: str = "prompts", kinds: tuple[str, ...] = KINDS
 ) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         summary = (function.__doc__ or "").strip().split("\n")[0]
-        RULES[name] = Rule(name, function, equation, needs, summary)
+        RULES[name] = Rule(name, function, equation, needs, summary, kinds)
         return function
 
     return add
@@ -60,6 +80,13 @@ def register_rule(
 def list_rules() -> dict[str, str]:
     """Every rule with its equation and what it needs."""
     return {r.name: f"{r.description} {r.equation} (needs {r.needs})" for r in RULES.values()}
+
+
+def get_rule(name: str) -> Rule:
+    """The rule of that name; raises UnknownNameError."""
+    if name not in RULES:
+        raise UnknownNameError("rule", name, RULES)
+    return RULES[name]
 
 
 def rank_modules(
@@ -77,20 +104,14 @@ def rank_modules(
     Raises:
         UnknownNameError: no such rule or kind. TaskError: the test split, which is kept for reporting.
     """
-    if rule not in RULES:
-        raise UnknownNameError("rule", rule, RULES)
-    entry = RULES[rule]
+    entry = get_rule(rule)
+    entry.check(kind, options)
     modules = pair.modules(kind)
     if task is not None and task.role == "test":
         raise TaskError("the test split reports and may not rank: pass splits.discover")
     if task is None and entry.needs != "nothing":
         raise UsageError(f"rule {rule!r} needs {entry.needs}: pass a task's discover split")
-    try:
-        scores = np.asarray(entry.score(pair, task, kind, seed=seed, **options), dtype=float)
-    except TypeError as error:
-        if "unexpected keyword" in str(error):
-            raise UsageError(f"rule {rule!r}: {error}") from error
-        raise
+    scores = np.asarray(entry.score(pair, task, kind, seed=seed, **options), dtype=float)
     if scores.shape != (len(modules),) or not np.isfinite(scores).all():
         raise UsageError(
             f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}"
@@ -101,7 +122,9 @@ def rank_modules(
     return frame.assign(rank=np.arange(1, len(frame) + 1))
 
 
-@register_rule("lae", "s(m) = mean over prompts and steps of |a_source(t) − a_target(t)|, a = ‖h‖₁/d")
+@register_rule(
+    "lae", "s(m) = mean over prompts and steps of |a_source(t) − a_target(t)|, a = ‖h‖₁/d", kinds=("linear",)
+)
 def lae(
     pair: Pair,
     task: Task,
@@ -115,8 +138,6 @@ def lae(
     progress: bool = False,
 ) -> Scores:
     """The seed paper's layer-wise activation evaluation (eqs. 5 and 6)."""
-    if kind != "linear":
-        raise UsageError(f"rule 'lae' scores linear layers, as the paper does, not kind {kind!r}: use kind='linear'")
     shifts = decoding_shifts(pair, task, alignment, text, max_new_tokens, batch_size, progress)
     return shifts.groupby("module", sort=False).value.mean().reindex(pair.modules(kind)).to_numpy()
 

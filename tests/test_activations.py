@@ -117,7 +117,7 @@ def test_refusals(generations: Pair, addition: Task) -> None:
         rank_modules(generations, splits.test)
     with pytest.raises(UsageError, match="alignment"):
         rank_modules(generations, splits.discover, alignment="sideways")
-    with pytest.raises(UsageError, match="unexpected keyword"):
+    with pytest.raises(UsageError, match="unknown option of rule 'lae' 'colour'"):
         rank_modules(generations, splits.discover, colour="red")
     with pytest.raises(UsageError, match="linear"):
         rank_modules(generations, splits.discover, kind="head")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,41 +187,6 @@ def test_unknown_rule_is_refused_before_weights_are_loaded(tmp_path: Path, monke
     monkeypatch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match="unknown rule"):
         run_experiment(config(rule="leo"), tmp_path / "out")
-
-
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mechtransplant.cli", *arguments], capture_output=True, text=True, cwd=cwd
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("pair: family/generation\n", "unknown pair"),
-        ("pair: family/generations\ntask: adition\n", "unknown task"),
-        ("pair: family/generations\nrule: leo\n", "unknown rule"),
-        ("pair: family/generations\nkk: 3\n", "unknown key 'kk'"),
-        ("pair: family/generations\nk: 999\n", "above the 28 candidates"),
-        ("pair: [\n", "not valid YAML"),
-        ("- 1\n", "expected keys"),
-        ("task: addition\n", "pair"),
-        ("pair: family/generations\ntask: {name: empty.jsonl}\n", "is empty"),
-        ("pair: family/generations\ntask: {name: broken.jsonl}\n", "line 2: broken JSON"),
-        ("pair: family/generations\ntask: {name: missing.jsonl}\n", "line 2: field 'answer' is missing"),
-        ("pair: family/generations\ntask: {name: nowhere.jsonl}\n", "no task file"),
-        ("pair: {source: 'repo:family/first', target: './nowhere'}\n", "nowhere"),
-    ],
-)
-def test_command_line_errors_are_one_line_and_exit_2(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "c.yaml").write_text(text)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": \n')
-    (tmp_path / "missing.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "1"}\n')
-    done = command("run", "c.yaml", "--out", "out", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "out").exists()
 
 
 def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Path, tmp_path: Path) -> None:

@@ -161,3 +161,10 @@ def test_readme_has_the_numbers_of_the_committed_runs() -> None:
         [sys.executable, "scripts/update_readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_notebook_way_in_the_readme_works(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "TIR" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from mechtransplant.experiment.summary import RunResult, write_report
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.progress import track
-from mechtransplant.ranking import RULES, rank_modules
+from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.tasks import Splits, Task, load_task
 
 if TYPE_CHECKING:
@@ -52,9 +52,8 @@ class Run:
     """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds."""
 
     def __init__(self, config: RunConfig, folder: Path, progress: bool = True) -> None:
-        if config.rule not in RULES:
-            # before any weights are loaded
-            rank_modules(None, None, config.rule)  # type: ignore[arg-type]
+        # before any weights are loaded, and before anything is written
+        get_rule(config.rule).check(config.kind, config.rule_options)
         self.config, self.folder, self.progress = config, folder, progress
         if config.threads:
             import torch

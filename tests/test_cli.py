@@ -1,0 +1,161 @@
+"""The command line: wrong input of every kind prints one line, exits with code 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mechtransplant import cli
+from mechtransplant.pair import LanguageModel
+from mechtransplant.weights import models_folder, write_hashes
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function that runs the command in this process and returns (exit code, output, error output)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mechtransplant", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def refused(command: Run, folder: Path, config: str, message: str) -> None:
+    """The config is refused with one line that holds ``message``, and no run folder is made."""
+    (folder / "c.yaml").write_text(config)
+    code, _, error = command("run", str(folder / "c.yaml"), "--out", str(folder / "out"))
+    assert code == 2, error
+    assert message in error and len(error.strip().splitlines()) == 1, error
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("pair: family/generation\n", "unknown pair"),
+        ("pair: family/generations\ntask: adition\n", "unknown task"),
+        ("pair: family/generations\nrule: leo\n", "unknown rule"),
+        ("pair: family/generations\nkk: 3\n", "unknown key 'kk'"),
+        ("pair: family/generations\nk: 999\n", "above the 28 candidates"),
+        ("pair: family/generations\nsplit: {test: 99999}\n", "ask for fewer"),
+        ("pair: family/generations\nrule_options: {alignment: sideways}\n", "unknown alignment"),
+        ("pair: [\n", "not valid YAML"),
+        ("- 1\n", "expected keys"),
+        ("task: addition\n", "pair"),
+        ("pair: family/generations\ntask: {name: DIR/empty.jsonl}\n", "is empty"),
+        ("pair: family/generations\ntask: {name: DIR/broken.jsonl}\n", "line 2: broken JSON"),
+        ("pair: family/generations\ntask: {name: DIR/missing.jsonl}\n", "line 2: field 'answer' is missing"),
+        ("pair: family/generations\ntask: {name: DIR/nowhere.jsonl}\n", "no task file"),
+        ("pair: {source: 'repo:family/first', target: DIR/nowhere}\n", "nowhere"),
+        ("pair: {source: 'repo:family/first', target: 'repo:family/third'}\n", "known: "),
+        ("pair: {source: 'repo:family/first', target: 'package:other'}\n", "unknown package"),
+        ("pair: {source: 'repo:family/first', target: some-org/some-model}\n", "no network or no such model"),
+        ("pair: {source: 'repo:family/first', target: DIR/truncated}\ntask: addition\n", "truncated"),
+        ("pair: {source: 'repo:family/first', target: DIR/changed}\ntask: addition\n", "sha256"),
+        ("pair: {source: 'repo:family/first', target: DIR/small}\ntask: addition\n", "hidden_size"),
+        ("pair: {source: 'repo:family/first', target: DIR/words}\ntask: addition\n", "tokenizer vocabulary"),
+        ("pair: {source: 'repo:family/first', target: DIR/packed}\ntask: addition\n", "still quantised"),
+    ],
+)
+def test_wrong_configs(
+    command: Run, tmp_path: Path, random_model: Callable[..., LanguageModel], config: str, message: str
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": \n')
+    (tmp_path / "missing.jsonl").write_text('{"question": "1", "answer": "2"}\n{"question": "1"}\n')
+    bad_models(tmp_path, random_model, config)
+    refused(command, tmp_path, config.replace("DIR", str(tmp_path)), message)
+
+
+def bad_models(folder: Path, random_model: Callable[..., LanguageModel], config: str) -> None:
+    """The model folder that the config names, broken in the way that its name says."""
+    second = models_folder() / "family" / "second"
+    if "DIR/truncated" in config:
+        copy = Path(shutil.copytree(second, folder / "truncated"))
+        weights = copy / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        write_hashes(copy)
+    if "DIR/changed" in config:
+        copy = Path(shutil.copytree(second, folder / "changed"))
+        content = bytearray((copy / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (copy / "model.safetensors").write_bytes(content)
+    if "DIR/small" in config:
+        model = random_model(0)
+        model.hf.save_pretrained(folder / "small")
+        model.tokenizer.save_pretrained(folder / "small")
+    if "DIR/words" in config:
+        copy = Path(shutil.copytree(second, folder / "words"))
+        tokenizer = json.loads((copy / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["7"], vocabulary["8"] = vocabulary["8"], vocabulary["7"]
+        (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+        write_hashes(copy)
+    if "DIR/packed" in config:
+        copy = Path(shutil.copytree(second, folder / "packed"))
+        settings = json.loads((copy / "config.json").read_text())
+        settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (copy / "config.json").write_text(json.dumps(settings))
+        write_hashes(copy)
+
+
+def test_no_config_and_an_occupied_folder(command: Run, tmp_path: Path) -> None:
+    code, _, error = command("run", str(tmp_path / "none.yaml"))
+    assert code == 2 and "no config at" in error
+    (tmp_path / "c.yaml").write_text("pair: family/generations\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    code, _, error = command("run", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out"))
+    assert code == 2 and "not empty" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_unknown_commands_and_pairs(command: Run) -> None:
+    assert command("runn")[0] == 2
+    code, _, error = command("pairs", "show", "family/generation")
+    assert code == 2 and "did you mean family/generations" in error
+
+
+def test_lists(command: Run) -> None:
+    for arguments, expected in (
+        (("pairs", "list"), "smollm2/generations"),
+        (("tasks",), "arithmetic"),
+        (("rules",), "lae"),
+        (("--version",), "0."),
+    ):
+        code, out, _ = command(*arguments)
+        assert code == 0 and expected in out
+
+
+def test_show_prints_the_compatibility_report(command: Run) -> None:
+    code, out, _ = command("pairs", "show", "family/generations")
+    assert code == 0 and "28 linear layers of equal name and shape" in out and "stays the target's" in out
+
+
+def test_fetch_prints_where_the_weights_are(command: Run) -> None:
+    code, out, _ = command("pairs", "fetch", "family/instruct")
+    assert code == 0 and "family/instruct" in out.splitlines()[0] and out.startswith("source: ")
+
+
+def test_interrupt_exits_with_130(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    code, _, error = command("tasks")
+    assert code == 130 and "start it again" in error

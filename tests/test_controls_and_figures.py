@@ -1,0 +1,110 @@
+"""Random sets are matched as they claim, and figures come from tidy frames without being shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from mechtransplant.controls import random_matched
+from mechtransplant.figures import k_curve, save_figure, score_heatmap
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import Pair
+from mechtransplant.ranking import rank_modules
+
+
+@pytest.mark.parametrize("kind", ["linear", "head"])
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_random_sets_are_matched_different_and_seeded(generations: Pair, kind: str, k: int) -> None:
+    chosen = list(rank_modules(generations, None, "random", kind).module[:k])  # type: ignore[arg-type]
+    controls = random_matched(generations, chosen, 20, seed=3)
+    assert controls.sets == random_matched(generations, chosen, 20, seed=3).sets
+    assert len({frozenset(s) for s in controls.sets}) == len(controls.sets) > 0
+    assert frozenset(chosen) not in {frozenset(s) for s in controls.sets}
+    for drawn in controls.sets:
+        assert len(set(drawn)) == k
+        assert Graft(drawn).parameter_count(generations) == Graft(chosen).parameter_count(generations)
+        if kind == "linear":
+            kinds = [Counter(map(generations.layout.is_feed_forward, s)) for s in (drawn, chosen)]
+            assert kinds[0] == kinds[1]
+
+
+def test_depth_is_matched_where_it_can_be(generations: Pair) -> None:
+    chosen = list(rank_modules(generations, None, "random").module[:14])
+    controls = random_matched(generations, chosen, 10)
+    assert controls.depth == "thirds"
+
+    def profile(modules: tuple[str, ...] | list[str]) -> Counter[int]:
+        return Counter(int(m[1]) * 3 // 4 for m in modules)
+
+    assert all(profile(s) == profile(chosen) for s in controls.sets)
+    assert random_matched(generations, chosen[:1], 10).depth == "not matched"
+
+
+def test_a_set_of_everything_has_no_control(generations: Pair) -> None:
+    assert random_matched(generations, generations.modules("linear"), 5).sets == []
+    mlps = [m for m in generations.modules("linear") if generations.layout.is_feed_forward(m)]
+    assert random_matched(generations, mlps, 5).sets == [], "every feed-forward layer: no other set is matched"
+
+
+def sweep() -> pd.DataFrame:
+    rows = []
+    for role, k, accuracy in [
+        ("target", 0, 0.2),
+        ("source", 0, 0.9),
+        ("graft", 2, 0.3),
+        ("graft", 8, 0.6),
+        ("random", 2, 0.2),
+        ("random", 2, 0.4),
+        ("random", 8, 0.5),
+        ("random", 8, 0.7),
+    ]:
+        rows.append(
+            {
+                "split": "choose",
+                "role": role,
+                "k": k,
+                "strength": 1.0,
+                "budget": 8,
+                "accuracy": accuracy,
+                "low": accuracy - 0.1,
+                "high": accuracy + 0.1,
+                "n": 64,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def test_k_curve_draws_what_the_frame_holds() -> None:
+    _, axes = k_curve(sweep(), candidates=16)
+    labels = axes.get_legend_handles_labels()[1]
+    assert {"source, 90 %", "target, 20 %", "2 random sets a K, range", "random, median", "graft"} == set(labels)
+    median = next(line for line in axes.lines if line.get_label() == "random, median")
+    assert median.get_ydata() == pytest.approx([30, 60])
+    assert axes.get_xlabel() == "grafted modules K (of 16)"
+
+
+def test_heatmap_marks_the_chosen(generations: Pair) -> None:
+    ranking = rank_modules(generations, None, "weight_delta")
+    _, axes = score_heatmap(ranking, chosen=5)
+    assert len(axes.lines) == 5
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["q", "k", "v", "o", "gate", "up", "down"]
+
+
+def test_saved_figures_are_byte_identical_and_text_stays_text(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_figure(k_curve(sweep())[0], tmp_path / name, "curve", sweep())
+    for suffix in ("png", "pdf", "svg", "csv"):
+        first, second = ((tmp_path / name / f"curve.{suffix}").read_bytes() for name in ("one", "two"))
+        assert first == second and first
+    assert b"/Type3" not in (tmp_path / "one" / "curve.pdf").read_bytes()
+
+
+def test_nothing_is_shown_or_registered() -> None:
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    k_curve(sweep())
+    assert plt.get_fignums() == before
