@@ -72,7 +72,8 @@ def k_curve(
         for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
             value = float(rows[rows.role == role].accuracy.iloc[0])
             axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.0f} %")
-        random = rows[rows.role == "random"]
+        # one band, at the first strength of the sweep: bands on top of each other cannot be told apart
+        random = rows[(rows.role == "random") & (rows.strength == graft.strength.iloc[0])]
         if len(random):
             bands = random.groupby("k").accuracy
             ks = np.array(list(bands.groups))

@@ -27,12 +27,13 @@ def percent(value: float) -> str:
 def row(folder: Path) -> str:
     """One run as a row of the table."""
     saved = json.loads((folder / "outcome.json").read_text())
-    budget, outcome = max(saved["outcomes"].items(), key=lambda item: int(item[0]))
+    budget, outcome = max(saved.items(), key=lambda item: int(item[0]))
     results = pd.read_parquet(folder / "results.parquet")
     test = results[(results.split == "test") & (results.budget == int(budget))]
     everything = int(test[test.role == "all"].k.iloc[0])
-    random = test[test.role == "random"].accuracy
-    k = len(saved["modules"])
+    k = len(outcome["modules"])
+    controls = test[(test.role == "random") & (test.k == k) & (test.strength == outcome["strength"])]
+    random = controls.accuracy
     beaten = int((random < outcome["after_accuracy"]).sum())
     tir = "undefined" if outcome["tir"] is None else f"{outcome['tir']:.2f}"
     recovery = "withheld" if outcome["recovery"] is None else f"{outcome['recovery']:.0f} %"

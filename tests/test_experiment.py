@@ -13,6 +13,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.experiment import Run, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
+from mechtransplant.experiment.run import build_task
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -31,6 +32,14 @@ def config(**changes: Any) -> Any:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_experiment(config(), tmp_path_factory.mktemp("runs") / "small", progress=False)
+
+
+@pytest.fixture(scope="module")
+def instruct_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    small = config(
+        pair="family/instruct", task="boxed", k=[4, 14], strengths=[1.0, 1.5], budgets=[3, 6, 12], random_sets=2
+    )
+    return run_experiment(small, tmp_path_factory.mktemp("runs") / "instruct", progress=False)
 
 
 def test_a_run_writes_its_folder(finished: Any) -> None:
@@ -181,6 +190,43 @@ def test_direction_better_exchanges_a_worse_source(tmp_path: Path) -> None:
 def test_config_errors_name_the_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config(**changes)
+
+
+def test_prompt_format_of_the_config_reaches_the_task(generations: Any) -> None:
+    spec = {
+        "name": "addition",
+        "format": {"shots": [["1+1=", "2"]], "shot_separator": " "},
+        "stop": [" "],
+        "max_new_tokens": 5,
+    }
+    task = build_task(config(task=spec), generations)
+    assert task.subset([0]).prompts()[0].startswith("1+1=2 ") and task.stop == (" ",) and task.max_new_tokens == 5
+    assert not task.short_answer, "an answer in another format is judged by generation unless the config says otherwise"
+    assert build_task(config(task="addition"), generations).short_answer
+    assert build_task(config(task={**spec, "short_answer": True}), generations).short_answer
+
+
+def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:
+    saved = json.loads((instruct_run.folder / "outcome.json").read_text())
+    assert set(saved) == {"3", "6", "12"} == {str(b) for b in instruct_run.grafts}
+    table = instruct_run.results
+    for budget, graft in instruct_run.grafts.items():
+        at = table[(table.budget == budget) & (table.role == "graft") & (table.strength == graft.strengths[0])]
+        best = at[(at.split == "choose") & (at.k < 28)].accuracy.max()
+        assert at[(at.split == "choose") & (at.k == len(graft))].accuracy.item() == best
+        after = at[(at.split == "test") & (at.k == len(graft))].accuracy.item()
+        assert after == instruct_run.outcomes[budget].after_accuracy
+    assert instruct_run.outcomes[3].tir is None, "nothing is boxed within three tokens"
+    assert "each with its own best K" in instruct_run.summary
+
+
+def test_random_controls_have_the_strength_of_their_graft(instruct_run: Any) -> None:
+    table = instruct_run.results
+    counts = table[(table.split == "choose") & (table.role == "random")].groupby(["k", "strength", "budget"]).size()
+    assert (counts == 2).all() and len(counts) == 2 * 2 * 3
+    graft = instruct_run.graft
+    controls = table[(table.split == "test") & (table.role == "random") & (table.budget == 12)]
+    assert ((controls.k == len(graft)) & (controls.strength == graft.strengths[0])).sum() == 2
 
 
 def test_unknown_rule_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

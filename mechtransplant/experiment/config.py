@@ -25,8 +25,23 @@ class PairSpec(_Strict):
     target: str
 
 
+class FormatSpec(_Strict):
+    """How a question becomes a prompt; what is not given stays the task's own (see ``tasks.PromptFormat``).
+
+    ``shots`` are worked examples, each a pair of question and completion; ``chat`` is true, false, or null for "where
+    the tokenizer has a chat template".
+    """
+
+    system: str = ""
+    question: str = "{question}"
+    completion: str = "{answer}"
+    shots: tuple[tuple[str, str], ...] = ()
+    chat: bool | None = None
+    shot_separator: str = "\n\n"
+
+
 class TaskSpec(_Strict):
-    """A named task, or a JSONL file, with its options."""
+    """A named task, or a JSONL file, with its options; what is not given stays the task's own."""
 
     name: str
     n: int = Field(default=1024, ge=1)
@@ -36,6 +51,9 @@ class TaskSpec(_Strict):
     template_field: str | None = None
     scorer: str | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
+    stop: tuple[str, ...] | None = None
+    short_answer: bool | None = None
+    format: FormatSpec | None = None
 
 
 class SplitSpec(_Strict):
@@ -126,7 +144,7 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
     except ValidationError as error:
         # a union reports each member's failure; the deepest one names the key that the user wrote
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-        path = [str(p) for p in first["loc"] if str(p) not in ("PairSpec", "TaskSpec", "str")]
+        path = [str(p) for p in first["loc"] if str(p) not in ("PairSpec", "TaskSpec", "FormatSpec", "str")]
         key = ".".join(path) or "the whole"
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(path[-1], _known_keys(), n=1)
@@ -137,4 +155,4 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
 
 
 def _known_keys() -> list[str]:
-    return [key for model in (RunConfig, TaskSpec, SplitSpec, PairSpec) for key in model.model_fields]
+    return [key for model in (RunConfig, TaskSpec, FormatSpec, SplitSpec, PairSpec) for key in model.model_fields]

@@ -20,6 +20,7 @@ import numpy as np
 from mechtransplant.controls import RandomSets, random_matched
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets
+from mechtransplant.evaluation.batches import encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
 from mechtransplant.experiment.summary import RunResult, write_report
@@ -40,12 +41,16 @@ def build_task(config: RunConfig, pair: Pair) -> Task:
         raise UsageError("this pair has no task of its own: give `task:` a name or the path of a JSONL file")
     if isinstance(spec, str):
         return load_task(spec)
-    options = spec.model_dump(exclude={"name", "n", "seed"}, exclude_none=True)
-    overrides: dict[str, Any] = {key: options.pop(key) for key in ("scorer", "max_new_tokens") if key in options}
-    task = load_task(spec.name, spec.n, spec.seed, **options)
-    if "scorer" in overrides and overrides["scorer"] != task.scorer:
-        overrides["short_answer"] = False
-    return replace(task, **overrides)
+    fields = {key: getattr(spec, key) for key in ("question_field", "answer_field", "template_field")}
+    task = load_task(spec.name, spec.n, spec.seed, **{key: name for key, name in fields.items() if name is not None})
+    changes = {key: getattr(spec, key) for key in ("scorer", "max_new_tokens", "stop", "short_answer")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if spec.format is not None:
+        changes["format"] = replace(task.format, **spec.format.model_dump(exclude_unset=True))
+    # one forward decides a short answer only for the scorer and the format that the task was made for
+    if {"scorer", "format"} & changes.keys():
+        changes.setdefault("short_answer", False)
+    return replace(task, **changes)
 
 
 class Run:
@@ -64,6 +69,8 @@ class Run:
         self.splits: Splits = self.task.split(**config.split.model_dump())
         self.counts = config.counts(len(self.pair.modules(config.kind)))
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
+        # a prompt that cannot be written is refused before anything is
+        encode(self.splits.discover.subset([0]), self.pair.target.tokenizer)
         self._open_folder()
         self.store = CellStore(folder / "cells.jsonl")
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
@@ -192,35 +199,37 @@ class Run:
             self._note(rows, choose, role, self.cell(choose, role))
         jobs: list[tuple[str, int, float, tuple[str, ...], str]] = []
         for k in self.counts:
-            top = tuple(self.ranking.module[:k])
-            jobs += [("graft", k, strength, top, "") for strength in self.config.strengths]
-            controls = self.random_sets(k)
-            jobs += [("random", k, self.config.strengths[0], drawn, controls.depth) for drawn in controls.sets]
+            top, controls = tuple(self.ranking.module[:k]), self.random_sets(k)
+            for strength in self.config.strengths:
+                jobs.append(("graft", k, strength, top, ""))
+                jobs += [("random", k, strength, drawn, controls.depth) for drawn in controls.sets]
         for role, k, strength, modules, depth in track(jobs, "sweep on choose", self.progress):
             self._note(rows, choose, role, self.cell(choose, role, modules, strength), k, strength, depth)
-        k, strength = self._choose(rows)
-        graft = Graft(self.ranking.module[:k], strength)
-        controls = self.random_sets(k)
-        final: list[tuple[str, tuple[str, ...], str]] = [
-            ("target", (), ""),
-            ("source", (), ""),
-            ("graft", graft.modules, ""),
-        ]
-        final += [("all", tuple(self.ranking.module), "")]
-        final += [("random", drawn, controls.depth) for drawn in controls.sets]
-        evaluations: dict[str, dict[int, Evaluation]] = {}
-        for role, modules, depth in track(final, "report on test", self.progress):
+
+        # as in the paper, every token budget has its own best K
+        chosen = {budget: self._choose(rows, budget) for budget in self.budgets}
+        grafts = {b: Graft(self.ranking.module[:k], strength) for b, (k, strength) in chosen.items()}
+        jobs = []
+        for k, strength in dict.fromkeys(chosen.values()):
+            controls = self.random_sets(k)
+            jobs.append(("graft", k, strength, tuple(self.ranking.module[:k]), ""))
+            jobs += [("random", k, strength, drawn, controls.depth) for drawn in controls.sets]
+        everything = tuple(self.ranking.module)
+        jobs.append(("all", len(everything), chosen[max(self.budgets)][1], everything, ""))
+        baselines = {role: self.cell(test, role) for role in ("target", "source")}
+        for role, found in baselines.items():
+            self._note(rows, test, role, found)
+        after: dict[tuple[int, float], dict[int, Evaluation]] = {}
+        for role, k, strength, modules, depth in track(jobs, "report on test", self.progress):
             found = self.cell(test, role, modules, strength)
-            evaluations.setdefault(role, found)
-            size = len(modules)
-            self._note(rows, test, role, found, size, strength if size else 0.0, depth)
+            if role == "graft":
+                after[k, strength] = found
+            self._note(rows, test, role, found, k, strength, depth)
         outcomes = {
-            b: compare(
-                evaluations["target"][b], evaluations["source"][b], evaluations["graft"][b], seed=self.config.seed
-            )
+            b: compare(baselines["target"][b], baselines["source"][b], after[chosen[b]][b], seed=self.config.seed)
             for b in self.budgets
         }
-        return write_report(self, rows, graft, outcomes)
+        return write_report(self, rows, grafts, outcomes)
 
     def _turn_to_better(self) -> None:
         """Exchange the two where the named target is better on ``choose``: the better model is the source."""
@@ -230,13 +239,12 @@ class Run:
             self.pair = self.pair.reversed()
             self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
 
-    def _choose(self, rows: list[dict[str, Any]]) -> tuple[int, float]:
-        """K and strength with the best accuracy on ``choose`` at the largest budget; the smallest among equals.
+    def _choose(self, rows: list[dict[str, Any]], budget: int) -> tuple[int, float]:
+        """K and strength with the best accuracy on ``choose`` at a token budget; the smallest among equals.
 
         A graft of every candidate selects nothing and has no random control: it is always reported as ``all``, and
         chosen only where the config names no smaller K.
         """
-        budget = max(self.budgets)
         options = [r for r in rows if r["role"] == "graft" and r["split"] == "choose" and r["budget"] == budget]
         selective = [r for r in options if r["k"] < len(self.ranking)]
         best = min(selective or options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))

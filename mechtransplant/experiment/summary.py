@@ -23,17 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, the tidy tables, the chosen graft and its outcome on ``test`` per token budget."""
+    """A finished run: its folder, tidy tables, and per token budget the chosen graft and its outcome on ``test``."""
 
     folder: Path
     results: pd.DataFrame
     ranking: pd.DataFrame
-    graft: Graft
+    grafts: dict[int, Graft]
     outcomes: dict[int, Outcome]
     summary: str
 
+    @property
+    def graft(self) -> Graft:
+        """The graft chosen at the largest token budget."""
+        return self.grafts[max(self.grafts)]
 
-def write_report(run: Run, rows: list[dict[str, Any]], graft: Graft, outcomes: dict[int, Outcome]) -> RunResult:
+
+def write_report(
+    run: Run, rows: list[dict[str, Any]], grafts: dict[int, Graft], outcomes: dict[int, Outcome]
+) -> RunResult:
     """Write results.parquet, outcome.json, summary.md and figures/, and return them as a RunResult."""
     import pandas as pd
 
@@ -42,21 +49,30 @@ def write_report(run: Run, rows: list[dict[str, Any]], graft: Graft, outcomes: d
     results.to_parquet(temporary, index=False)
     temporary.replace(run.folder / "results.parquet")
     content = {
-        "modules": list(graft.modules),
-        "strength": graft.strengths[0],
-        "parameter_share": parameter_share(run, graft),
-        "outcomes": {str(b): asdict(o) for b, o in outcomes.items()},
+        str(budget): {
+            "modules": list(graft.modules),
+            "strength": graft.strengths[0],
+            "parameter_share": parameter_share(run, graft),
+            **asdict(outcomes[budget]),
+        }
+        for budget, graft in grafts.items()
     }
     write_atomically(run.folder / "outcome.json", json.dumps(content, indent=1) + "\n")
-    summary = summarise(run, results, graft, outcomes)
+    summary = summarise(run, results, grafts, outcomes)
     write_atomically(run.folder / "summary.md", summary)
-    candidates = len(run.ranking)
-    figure, _ = k_curve(results, "choose", max(run.budgets), candidates)
+    budget = max(run.budgets)
+    figure, _ = k_curve(results, "choose", budget, len(run.ranking))
     save_figure(figure, run.folder / "figures", "k_curve", results.drop(columns="correct"))
     if run.config.kind == "linear":
-        figure, _ = score_heatmap(run.ranking, len(graft), f"{run.pair.name}: rule {run.config.rule}")
+        figure, _ = score_heatmap(run.ranking, len(grafts[budget]), f"{run.pair.name}: rule {run.config.rule}")
         save_figure(figure, run.folder / "figures", "score_heatmap", run.ranking)
-    return RunResult(run.folder, results, run.ranking, graft, outcomes, summary)
+    return RunResult(run.folder, results, run.ranking, grafts, outcomes, summary)
+
+
+def controls_of(results: pd.DataFrame, split: str, budget: int, graft: Graft) -> pd.DataFrame:
+    """The rows of the random sets that a graft is compared with: same split, budget, K and strength."""
+    rows = results[(results.split == split) & (results.budget == budget) & (results.role == "random")]
+    return rows[(rows.k == len(graft)) & (rows.strength == graft.strengths[0])]
 
 
 def parameter_share(run: Run, graft: Graft) -> float:
@@ -82,6 +98,14 @@ def _band(values: Any) -> str:
     return f"{_percent(values.median())} ({_percent(values.min())} – {_percent(values.max())})"
 
 
+_RATIOS = ("TIR", "Recovery")
+
+
+def _row(cells: Sequence[Any]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def _ratios(outcome: Outcome) -> list[str]:
     """TIR and Recovery as text."""
     return [
@@ -94,16 +118,17 @@ def _interval(pair: tuple[float, float] | None, unit: str = " %", scale: float =
     return "–" if pair is None else f"[{scale * pair[0]:.3g}, {scale * pair[1]:.3g}]{unit}"
 
 
-def summarise(run: Run, results: pd.DataFrame, graft: Graft, outcomes: dict[int, Outcome]) -> str:
+def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcomes: dict[int, Outcome]) -> str:
     """The one-page summary, in Markdown."""
     config, pair = run.config, run.pair
     budget = max(run.budgets)
-    outcome = outcomes[budget]
+    outcome, graft = outcomes[budget], grafts[budget]
     candidates = len(run.ranking)
     k, strength = len(graft), graft.strengths[0]
     at_budget = results[results.budget == budget]
     test = at_budget[at_budget.split == "test"]
-    random = test[test.role == "random"]
+    test = test[(test.role != "graft") | ((test.k == len(graft)) & (test.strength == graft.strengths[0]))]
+    random = controls_of(results, "test", budget, graft)
     lines = [
         f"# {config.name}: {pair.name or 'pair'}, {run.task.name}, rule {config.rule}",
         "",
@@ -144,16 +169,31 @@ def summarise(run: Run, results: pd.DataFrame, graft: Graft, outcomes: dict[int,
     lines += [f"- {note}" for note in outcome.notes]
     lines.append(f"- {verdict(run, outcome.after_accuracy, random, k)}")
     if len(outcomes) > 1:
+        columns = ["tokens", "answered by the target", "target", "source", "best K", "graft", "random median", *_RATIOS]
         lines += [
             "",
-            "## Token budgets (test)",
+            "## Token budgets (test; each with its own best K)",
             "",
-            "| tokens | target | source | graft | TIR | Recovery |",
-            "|---|---|---|---|---|---|",
+            _row(columns),
+            _row(["---"] * len(columns)),
         ]
         for b, o in outcomes.items():
-            accuracies = [_percent(v) for v in (o.target_accuracy, o.source_accuracy, o.after_accuracy)]
-            lines.append(f"| {' | '.join([str(b), *accuracies, *_ratios(o)])} |")
+            row = results[(results.split == "test") & (results.budget == b) & (results.role == "target")].iloc[0]
+            sets = controls_of(results, "test", b, grafts[b]).accuracy
+            lines.append(
+                _row(
+                    [
+                        b,
+                        "–" if row.answered is None else _percent(row.answered),
+                        _percent(o.target_accuracy),
+                        _percent(o.source_accuracy),
+                        len(grafts[b]),
+                        _percent(o.after_accuracy),
+                        _percent(sets.median()) if len(sets) else "–",
+                        *_ratios(o),
+                    ]
+                )
+            )
     lines += [
         "",
         "## K sweep (choose)",
@@ -163,7 +203,8 @@ def summarise(run: Run, results: pd.DataFrame, graft: Graft, outcomes: dict[int,
     ]
     choose = at_budget[at_budget.split == "choose"]
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
-        sets = choose[(choose.role == "random") & (choose.k == point.k)].accuracy
+        same = (choose.role == "random") & (choose.k == point.k) & (choose.strength == point.strength)
+        sets = choose[same].accuracy
         band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else "none: only one such set"
         lines.append(f"| {point.k} | {point.strength:g} | {_percent(point.accuracy)} | {band} |")
     if config.kind == "linear":

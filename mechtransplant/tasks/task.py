@@ -51,6 +51,11 @@ class PromptFormat:
     chat: bool | None = False
     shot_separator: str = "\n\n"
 
+    def __post_init__(self) -> None:
+        for name, hole in (("question", "{question}"), ("completion", "{answer}")):
+            if hole not in getattr(self, name):
+                raise TaskError(f"format.{name} is {getattr(self, name)!r} and has no {hole}: say where it goes")
+
     def render(self, question: str, tokenizer: Any = None) -> str:
         """The prompt's text; ``tokenizer`` is needed only where a chat template is used."""
         has_template = bool(getattr(tokenizer, "chat_template", None))
