@@ -2,7 +2,7 @@ r"""Scorers: does a generated text give the gold answer?
 
 Each scorer is a function of (generated text, gold answer) that returns a bool:
 
-* ``exact``: the whole text, stripped, is the answer.
+* ``exact``: the whole text, stripped, is the answer as the task writes it (its gold completion).
 * ``boxed``: the last ``\boxed{…}`` equals the answer after normalisation (the seed paper's accuracy).
 * ``math``: mathematical equivalence by the math-verify library.
 * ``number``: the last number of the text equals the answer's value.

@@ -132,8 +132,8 @@ class Task:
         return [self.format.complete(e.answer) for e in self.examples]
 
     def score(self, text: str, answer: str) -> bool:
-        """Whether a generated text gives the gold answer."""
-        return get_scorer(self.scorer)(text, answer)
+        """Whether a generated text gives the gold answer; ``exact`` compares it with the gold completion."""
+        return get_scorer(self.scorer)(text, self.format.complete(answer) if self.scorer == "exact" else answer)
 
     @property
     def fingerprint(self) -> str:
