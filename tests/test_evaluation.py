@@ -107,6 +107,12 @@ def test_tir_is_undefined_at_baseline_zero() -> None:
     assert outcome.recovery == pytest.approx(100 * 20 / 30)
 
 
+def test_tir_is_unbounded_above_where_resamples_have_no_baseline() -> None:
+    outcome = compare(scored("1" + "0" * 39), scored("1" * 30 + "0" * 10), scored("1" * 20 + "0" * 20))
+    assert outcome.tir == pytest.approx(20) and outcome.tir_interval is not None
+    assert outcome.tir_interval[0] < 20 and outcome.tir_interval[1] == float("inf")
+
+
 def test_recovery_is_withheld_when_the_gap_covers_zero() -> None:
     outcome = compare(scored("10" * 20), scored("01" * 19 + "11"), scored("11" * 20))
     assert outcome.recovery is None and "withheld" in " ".join(outcome.notes)

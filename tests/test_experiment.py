@@ -220,6 +220,13 @@ def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:
     assert "each with its own best K" in instruct_run.summary
 
 
+def test_outcome_is_strict_json_with_null_for_unbounded() -> None:
+    from mechtransplant.experiment.summary import _interval, _without_infinity
+
+    assert _interval((18.0, float("inf")), "", 1) == "[18, ∞]"
+    assert json.dumps(_without_infinity({"a": (1.0, float("inf"))}), allow_nan=False) == '{"a": [1.0, null]}'
+
+
 def test_random_controls_have_the_strength_of_their_graft(instruct_run: Any) -> None:
     table = instruct_run.results
     counts = table[(table.split == "choose") & (table.role == "random")].groupby(["k", "strength", "budget"]).size()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +58,9 @@ def write_report(
         }
         for budget, graft in grafts.items()
     }
-    write_atomically(run.folder / "outcome.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(
+        run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
+    )
     summary = summarise(run, results, grafts, outcomes)
     write_atomically(run.folder / "summary.md", summary)
     budget = max(run.budgets)
@@ -115,7 +118,19 @@ def _ratios(outcome: Outcome) -> list[str]:
 
 
 def _interval(pair: tuple[float, float] | None, unit: str = " %", scale: float = 100) -> str:
-    return "–" if pair is None else f"[{scale * pair[0]:.3g}, {scale * pair[1]:.3g}]{unit}"
+    if pair is None:
+        return "–"
+    low, high = ("∞" if math.isinf(end) else f"{scale * end:.3g}" for end in pair)
+    return f"[{low}, {high}]{unit}"
+
+
+def _without_infinity(value: Any) -> Any:
+    """The same value for strict JSON, which has no infinity: an unbounded end of an interval becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_infinity(inner) for inner in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcomes: dict[int, Outcome]) -> str:
