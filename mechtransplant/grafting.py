@@ -7,12 +7,13 @@ head never move.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import CompatibilityError, UsageError
+from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 
 if TYPE_CHECKING:
@@ -35,10 +36,9 @@ class Graft:
     strengths: tuple[float, ...]
 
     def __init__(self, modules: Iterable[str], strength: float | Sequence[float] = 1.0) -> None:
-        import math
-
         names = [str(m) for m in modules]
-        values = [float(strength)] * len(names) if isinstance(strength, int | float) else [float(s) for s in strength]
+        each = strength if isinstance(strength, Iterable) else [strength] * len(names)
+        values = [float(s) for s in each]
         if len(values) != len(names):
             raise UsageError(f"{len(values)} strengths for {len(names)} modules: give one number, or one a module")
         if not all(math.isfinite(v) for v in values):
@@ -88,59 +88,80 @@ class Graft:
         parameters = pair.target_parameters
         return sum(region.of(parameters[region.parameter]).numel() for region in self.regions(pair))
 
-    @contextmanager
-    def applied(self, pair: Pair) -> Iterator[Graft]:
+    def applied(self, pair: Pair) -> Applied:
         """The target with the graft in place, for the length of a ``with`` block.
 
         Every byte is restored on any exit, an exception and Ctrl-C included. Blocks may be nested.
         """
         regions = self.regions(pair)
         _check_finite(pair, regions)
-        undo = _Undo()
-        try:
-            for region, strength in regions.items():
-                if strength != 0:
-                    _write(pair, region, strength, undo)
-            yield self
-        finally:
-            undo.restore()
+        return Applied(self, pair, regions)
 
 
-class _Undo:
-    """What was overwritten, newest last."""
+class Applied:
+    """A graft in place: the context manager that :meth:`Graft.applied` gives. Enter it once."""
 
-    def __init__(self) -> None:
+    def __init__(self, graft: Graft, pair: Pair, regions: dict[Region, float]) -> None:
+        self.graft, self.pair, self.regions = graft, pair, regions
+        #: what was overwritten, newest last
         self.saved: list[tuple[Any, Any]] = []
+        self.left = False
 
-    def keep(self, view: Any) -> None:
-        self.saved.append((view, view.clone()))
+    @guard.protect
+    def __enter__(self) -> Graft:
+        guard.hold()
+        self.pair.applied.append(self)
+        try:
+            for region, strength in self.regions.items():
+                if strength != 0:
+                    _write(self.pair, region, strength, self.saved)
+                if guard.pending:
+                    raise KeyboardInterrupt
+        except BaseException:
+            self._leave()
+            raise
+        return self.graft
+
+    @guard.protect
+    def __exit__(self, *error: object) -> None:
+        in_order = self.pair.applied[-1] is self
+        self._leave()
+        if not in_order:
+            raise UsageError(
+                "this graft was left before one that was applied after it: its weights are restored when that one is "
+                "left; nest `with` blocks"
+            )
+
+    def _leave(self) -> None:
+        self.left = True
+        try:
+            # a graft that was left too early waits for those above it, or it would restore over their weights
+            while self.pair.applied and self.pair.applied[-1].left:
+                self.pair.applied[-1].restore()
+                self.pair.applied.pop()
+        finally:
+            guard.release()
 
     def restore(self) -> None:
-        """Write everything back, newest first; a Ctrl-C that arrives meanwhile is raised when all is restored."""
+        """Write back what was overwritten, newest first."""
         import torch
 
-        interrupted: KeyboardInterrupt | None = None
-        while self.saved:
-            try:
-                with torch.no_grad():
-                    view, old = self.saved[-1]
-                    view.copy_(old)
-                    self.saved.pop()
-            except KeyboardInterrupt as error:
-                interrupted = error
-        if interrupted is not None:
-            raise interrupted
+        with torch.no_grad():
+            while self.saved:
+                view, old = self.saved[-1]
+                view.copy_(old)
+                self.saved.pop()
 
 
-def _write(pair: Pair, region: Region, strength: float, undo: _Undo) -> None:
+def _write(pair: Pair, region: Region, strength: float, saved: list[tuple[Any, Any]]) -> None:
     """Move one region of the target towards the source's."""
     import torch
 
     with torch.no_grad():
         target = region.of(pair.target_parameters[region.parameter])
         source = region.of(pair.source_parameters[region.parameter]).to(target.device)
-        # saved before it is touched, so that an interruption at any point can be undone
-        undo.keep(target)
+        # saved before it is touched, so that a failure at any point can be undone
+        saved.append((target, target.clone()))
         if strength == 1:
             target.copy_(source)
         else:

