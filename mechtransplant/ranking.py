@@ -102,13 +102,14 @@ def rank_modules(
         columns module, kind, layer, head, score, rank, sorted by rank.
 
     Raises:
-        UnknownNameError: no such rule or kind. TaskError: the test split, which is kept for reporting.
+        UnknownNameError: no such rule or kind. TaskError: any questions but a ``discover`` split.
     """
     entry = get_rule(rule)
     entry.check(kind, options)
     modules = pair.modules(kind)
-    if task is not None and task.role == "test":
-        raise TaskError("the test split reports and may not rank: pass splits.discover")
+    if task is not None and task.role != "discover":
+        what = "whole task, with the questions that report," if task.role == "all" else f"{task.role} split"
+        raise TaskError(f"modules are not ranked on the {what} of {task.name!r}: pass task.split(…).discover")
     if task is None and entry.needs != "nothing":
         raise UsageError(f"rule {rule!r} needs {entry.needs}: pass a task's discover split")
     scores = np.asarray(entry.score(pair, task, kind, seed=seed, **options), dtype=float)

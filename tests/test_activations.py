@@ -115,6 +115,10 @@ def test_refusals(generations: Pair, addition: Task) -> None:
         rank_modules(generations, splits.discover, "lea")
     with pytest.raises(TaskError, match="test split"):
         rank_modules(generations, splits.test)
+    with pytest.raises(TaskError, match="choose split"):
+        rank_modules(generations, splits.choose)
+    with pytest.raises(TaskError, match="whole task"):
+        rank_modules(generations, addition)
     with pytest.raises(UsageError, match="alignment"):
         rank_modules(generations, splits.discover, alignment="sideways")
     with pytest.raises(UsageError, match="unknown option of rule 'lae' 'colour'"):

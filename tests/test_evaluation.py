@@ -96,8 +96,44 @@ def test_free_form_tasks_cannot_be_teacher_forced(instruct: Pair) -> None:
         evaluate(instruct.source, load_task("boxed", 8), "teacher-forced")
 
 
+def test_any_end_token_of_the_model_ends_a_gold_answer(generations: Pair) -> None:
+    import copy
+
+    task = mixed_lengths(20)
+    model = LanguageModel("other end", generations.source.hf, copy.deepcopy(generations.source.tokenizer))
+    kept = model.hf.generation_config.eos_token_id
+    # the chat models of some families end with a token that is not their tokenizer's end token
+    model.tokenizer.eos_token = "<unk>"
+    try:
+        model.hf.generation_config.eos_token_id = [2, 3]
+        forced, written = evaluate(model, task, "teacher-forced"), evaluate(model, task, "generate")
+    finally:
+        model.hf.generation_config.eos_token_id = kept
+    assert (forced.correct == written.correct).all() and forced.accuracy > 0.9
+
+
+def test_without_an_end_token_answers_are_generated(random_model: Build) -> None:
+    import copy
+
+    model = random_model(0)
+    model.tokenizer = copy.deepcopy(model.tokenizer)
+    model.tokenizer.eos_token = None
+    assert evaluate(model, mixed_lengths(4)).method == "generate"
+    with pytest.raises(TaskError, match="no end token"):
+        evaluate(model, mixed_lengths(4), "teacher-forced")
+
+
+def test_a_number_that_the_budget_cut_off_does_not_count(generations: Pair) -> None:
+    examples = [e for e in load_task("addition", 200) if len(e.answer) == 3][:8]
+    shorter = tuple(replace(e, answer=e.answer[:2]) for e in examples)
+    for scorer in ("number", "math"):
+        task = Task("cut", shorter, scorer, max_new_tokens=8)
+        found = evaluate_budgets(generations.source, task, [1, 2, 3, 8])
+        assert [found[b].accuracy for b in (1, 2, 3, 8)] == [0, 0, 0, 0]
+
+
 def scored(bits: str, role: str = "test") -> Evaluation:
-    return Evaluation("t", role, tuple(map(str, range(len(bits)))), np.array([b == "1" for b in bits]), "generate", 8)
+    return Evaluation("t", role, f"{len(bits)} questions", np.array([b == "1" for b in bits]), "generate", 8)
 
 
 def test_tir_is_undefined_at_baseline_zero() -> None:
@@ -129,6 +165,8 @@ def test_recovery_is_not_clipped() -> None:
 def test_compare_refuses_other_questions_and_selected_ones() -> None:
     with pytest.raises(UsageError, match="same questions"):
         compare(scored("1010"), scored("1010"), scored("101"))
+    with pytest.raises(UsageError, match="one token budget"):
+        compare(scored("1010"), scored("1010"), replace(scored("1010"), budget=3))
     with pytest.raises(UsageError, match="choose"):
         compare(*[scored("1010", "choose")] * 3)
 

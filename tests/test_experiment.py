@@ -203,7 +203,7 @@ def test_prompt_format_of_the_config_reaches_the_task(generations: Any) -> None:
     assert task.subset([0]).prompts()[0].startswith("1+1=2 ") and task.stop == (" ",) and task.max_new_tokens == 5
     assert not task.short_answer, "an answer in another format is judged by generation unless the config says otherwise"
     assert build_task(config(task="addition"), generations).short_answer
-    assert build_task(config(task={**spec, "short_answer": True}), generations).short_answer
+    assert build_task(config(task={**spec, "short_answer": True, "stop": []}), generations).short_answer
 
 
 def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:

@@ -381,3 +381,28 @@ def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(load_task("echo", n=5)) == 5
     with pytest.raises(TaskError, match="exists already"):
         register_task("echo")(echo)
+
+
+def test_short_answers_need_the_exact_scorer_and_no_stop() -> None:
+    for changes in ({"scorer": "number"}, {"stop": ("1",)}):
+        with pytest.raises(TaskError, match="short_answer needs"):
+            Task("t", (Example("1+1=", "2"),), **{"short_answer": True, **changes})  # type: ignore[arg-type]
+
+
+def test_a_template_without_system_role_gets_the_system_text_in_the_first_turn() -> None:
+    class Tokenizer:
+        chat_template = "refuses a system role"
+
+        def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
+            from jinja2 import TemplateError
+
+            if turns[0]["role"] == "system":
+                raise TemplateError("System role not supported")
+            if "forbidden" in turns[-1]["content"]:
+                raise TemplateError("no such word")
+            return "|".join(turn["content"] for turn in turns)
+
+    prompt = PromptFormat(system="Be brief.", chat=None, shots=(("1+1", "2"),))
+    assert prompt.render("2+2", Tokenizer()) == "Be brief.\n\n1+1|2|2+2"
+    with pytest.raises(TaskError, match="no such word"):
+        prompt.render("forbidden", Tokenizer())

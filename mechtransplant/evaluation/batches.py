@@ -32,7 +32,10 @@ class Encoded:
 
 
 def encode(task: Task, tokenizer: Any) -> Encoded:
-    """The task's prompts and completions as token ids; raises TaskError for a prompt that becomes no token."""
+    """The task's prompts and completions as token ids; raises TaskError for a prompt that becomes no token.
+
+    A completion ends with the tokenizer's end token, if it has one.
+    """
     # a chat template writes its own begin token
     templated = task.format.chat is not False and bool(getattr(tokenizer, "chat_template", None))
     prompts = [list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in task.prompts(tokenizer)]
@@ -42,7 +45,7 @@ def encode(task: Task, tokenizer: Any) -> Encoded:
                 f"the question {example.question!r} becomes no token: give the tokenizer a begin token, or a "
                 "longer prompt"
             )
-    end = [tokenizer.eos_token_id]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     completions = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for text in task.completions()]
     return Encoded(prompts, completions, _shared_prefix(prompts))
 

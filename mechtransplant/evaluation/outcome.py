@@ -14,6 +14,12 @@ from mechtransplant.significance import bootstrap_indices, mcnemar_exact, percen
 Interval = tuple[float, float]
 
 
+#: below so many right answers of the target a ratio to them says little
+FEW = 10
+#: below so many questions bootstrap percentiles cannot be trusted
+SMALL = 50
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A graft's outcome on one set of questions; ``None`` stands for undefined or withheld, and ``notes`` says why.
@@ -56,10 +62,12 @@ def compare(
     TIR is undefined (None) when the target's accuracy is 0. Recovery is withheld (None) when the 95 % interval of the
     gap between source and target covers 0. Raises UsageError when the questions differ, or served to select modules.
     """
-    if not target.keys == source.keys == after.keys:
-        raise UsageError(
-            "compare needs three evaluations of the same questions in the same order: evaluate on one split"
-        )
+    three = (target, source, after)
+    if len({e.fingerprint for e in three}) > 1:
+        raise UsageError("compare needs three evaluations of the same questions, format and scorer: use one split")
+    if len({e.budget for e in three}) > 1:
+        budgets = ", ".join(str(e.budget) for e in three)
+        raise UsageError(f"compare needs evaluations at one token budget, got {budgets}: evaluate at one")
     if target.role in ("discover", "choose"):
         raise UsageError(
             f"these questions are the {target.role!r} split, which served to select: report an effect on the test split"
@@ -81,6 +89,12 @@ def compare(
             ratios = after_b / base_b
         # a resample without a single right answer has no ratio; it counts as unboundedly large
         tir_interval = percentile_interval(np.where(np.isnan(ratios), math.inf, ratios))
+        if target.correct.sum() < FEW:
+            notes.append(
+                f"TIR rests on {int(target.correct.sum())} right answers of the target: read the difference instead"
+            )
+    if n < SMALL:
+        notes.append(f"{n} questions are few: bootstrap intervals are too narrow, and empty where no answer differs")
 
     recovery, recovery_interval = None, None
     if gap_interval[0] <= 0 <= gap_interval[1]:

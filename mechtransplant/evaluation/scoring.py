@@ -7,6 +7,7 @@ generation loop would; ``tests/test_evaluation.py`` proves the two agree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.batches import PaddingSide, encode, length_sorted, pad, prefix_cache, usable_prefix
-from mechtransplant.evaluation.generation import generate
+from mechtransplant.evaluation.generation import end_tokens, generate
 from mechtransplant.significance import wilson_interval
 from mechtransplant.tasks import Task
 from mechtransplant.tasks.scorers import extract_boxed
@@ -31,14 +32,15 @@ Method = Literal["auto", "teacher-forced", "generate"]
 class Evaluation:
     """What a model scored on a task.
 
-    ``correct`` has one bool a question, in the task's order; ``log_probability`` the natural log-probability of the
+    ``fingerprint`` is the task's: its questions, format and scorer. ``correct`` has one bool a question, in the task's
+    order; ``log_probability`` the natural log-probability of the
     gold completion (teacher-forced evaluations only); ``answered`` whether anything could be scored within the budget
     (a box, for boxed scorers) and ``ended`` whether the model ended its answer (generated evaluations only).
     """
 
     task: str
     role: str
-    keys: tuple[str, ...]
+    fingerprint: str
     correct: NDArray[np.bool_]
     method: str
     budget: int
@@ -74,10 +76,14 @@ def gold_scores(
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """(greedy decoding would write the gold tokens, their log-probability): one teacher-forced forward a batch.
 
-    Both have one value a question, in the task's order; log-probabilities are natural and include the end token.
+    Both have one value a question, in the task's order; log-probabilities are natural and include the end of the text,
+    which any of the model's end tokens may write. Raises TaskError where the tokenizer has no end token.
     """
     import torch
 
+    if model.tokenizer.eos_token_id is None:
+        raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
+    ends = torch.tensor(end_tokens(model))
     encoded = encode(task, model.tokenizer)
     hf = model.hf
     totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
@@ -115,9 +121,13 @@ def gold_scores(
                 starts = torch.tensor([len(p) - 1 for p in prompts])
                 index = (starts[:, None] + torch.arange(gold.shape[1])).clamp_max(ids.shape[1] - 1)
                 logits = logits[torch.arange(len(rows))[:, None], index.to(logits.device)]
-            real, gold = gold_mask.bool(), gold.to(logits.device)
-            hits = (logits.argmax(-1) == gold).cpu() | ~real
-            chosen = logits.float().log_softmax(-1).gather(-1, gold[..., None])[..., 0].cpu()
+            real = gold_mask.bool()
+            last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+            written = logits.argmax(-1).cpu()
+            hits = torch.where(last, torch.isin(written, ends), written == gold) | ~real
+            scores = logits.float().log_softmax(-1)
+            chosen = scores.gather(-1, gold.to(logits.device)[..., None])[..., 0].cpu()
+            chosen = torch.where(last, scores[..., ends.to(logits.device)].logsumexp(-1).cpu(), chosen)
             correct[rows] = hits.all(1).numpy()
             log_probability[rows] = chosen.masked_fill(~real, 0).double().sum(1).numpy()
     return correct, log_probability
@@ -144,7 +154,8 @@ def evaluate(
     """
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     if method == "auto":
-        method = "teacher-forced" if task.short_answer else "generate"
+        decided = task.short_answer and model.tokenizer.eos_token_id is not None
+        method = "teacher-forced" if decided else "generate"
     if method == "generate":
         return evaluate_budgets(model, task, [budget], batch_size, progress)[budget]
     if method != "teacher-forced":
@@ -155,7 +166,7 @@ def evaluate(
         )
     correct, log_probability = gold_scores(model, task, batch_size)
     fits = np.array([len(c) <= budget for c in encode(task, model.tokenizer).completions])
-    return Evaluation(task.name, task.role, _keys(task), correct & fits, "teacher-forced", budget, log_probability)
+    return Evaluation(task.name, task.role, task.fingerprint, correct & fits, "teacher-forced", budget, log_probability)
 
 
 def evaluate_budgets(
@@ -169,7 +180,8 @@ def evaluate_budgets(
     for budget in budgets:
         written = [g.within(budget).text(model.tokenizer, task.stop) for g in generations]
         texts, ended = [t for t, _ in written], np.array([e for _, e in written])
-        correct = np.array([task.score(text, e.answer) for text, e in zip(texts, task.examples, strict=True)])
+        settled = [_settled(text, done, task.scorer) for text, done in written]
+        correct = np.array([task.score(text, e.answer) for text, e in zip(settled, task.examples, strict=True)])
         answered = ended.copy()
         if task.scorer in ("boxed", "math"):
             answered = np.array([extract_boxed(text) is not None for text in texts])
@@ -177,10 +189,15 @@ def evaluate_budgets(
             # an answer that is still being written is not yet the whole text
             correct &= ended
         results[budget] = Evaluation(
-            task.name, task.role, _keys(task), correct, "generate", budget, None, answered, ended, tuple(texts)
+            task.name, task.role, task.fingerprint, correct, "generate", budget, None, answered, ended, tuple(texts)
         )
     return results
 
 
-def _keys(task: Task) -> tuple[str, ...]:
-    return tuple(e.key for e in task.examples)
+def _settled(text: str, ended: bool, scorer: str) -> str:
+    """The text without what may still be being written: a number or a word that the token budget cut off."""
+    if ended or scorer in ("boxed", "exact"):
+        return text
+    if scorer == "math" and extract_boxed(text) is not None:
+        return text
+    return re.sub(r"\S+$", "", text)

@@ -48,7 +48,7 @@ def build_task(config: RunConfig, pair: Pair) -> Task:
     if spec.format is not None:
         changes["format"] = replace(task.format, **spec.format.model_dump(exclude_unset=True))
     # one forward decides a short answer only for the scorer and the format that the task was made for
-    if {"scorer", "format"} & changes.keys():
+    if {"scorer", "format", "stop"} & changes.keys():
         changes.setdefault("short_answer", False)
     return replace(task, **changes)
 
@@ -306,7 +306,7 @@ def _unpacked(split: Task, budget: int, packed: dict[str, Any]) -> Evaluation:
     return Evaluation(
         split.name,
         split.role,
-        tuple(e.key for e in split.examples),
+        split.fingerprint,
         _bools(packed["correct"]),
         packed["method"],
         budget,

@@ -66,12 +66,12 @@ class PromptFormat:
             )
         asked = self.question.replace("{question}", question)
         if has_template and self.chat is not False:
-            turns = [{"role": "system", "content": self.system}] if self.system else []
+            turns: list[dict[str, str]] = []
             for shot_question, shot_completion in self.shots:
                 turns.append({"role": "user", "content": self.question.replace("{question}", shot_question)})
                 turns.append({"role": "assistant", "content": shot_completion})
             turns.append({"role": "user", "content": asked})
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return _apply_template(tokenizer, self.system, turns)
         parts = [self.system] if self.system else []
         parts += [self.question.replace("{question}", q) + c for q, c in self.shots]
         return self.shot_separator.join([*parts, asked])
@@ -80,6 +80,22 @@ class PromptFormat:
         """The gold completion: the answer as the format writes it."""
         # not str.format: a LaTeX completion is full of braces
         return self.completion.replace("{answer}", answer)
+
+
+def _apply_template(tokenizer: Any, system: str, turns: list[dict[str, str]]) -> str:
+    """The chat's text; where the template refuses a system role (Gemma 2), the first user turn begins with its text."""
+    from jinja2 import TemplateError
+
+    first = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
+    forms = [[{"role": "system", "content": system}, *turns], [first, *turns[1:]]] if system else [turns]
+    for form in forms:
+        try:
+            return str(tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            said = str(error)
+    raise TaskError(
+        f"the tokenizer's chat template refuses this prompt ({said}): set chat: false, or change the format"
+    )
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,9 @@ class Splits:
 class Task:
     """Prompts with gold answers and a scorer.
 
-    ``short_answer`` says that the gold completion is the only right text, so that one teacher-forced forward
-    decides greedy accuracy (see ``evaluation``). ``stop`` are strings at which a generated answer ends, besides the
+    ``short_answer`` says that the gold completion, followed by the end of the text, is the only right text, so that
+    one teacher-forced forward decides greedy accuracy (see ``evaluation``); it needs the ``exact`` scorer and no
+    ``stop``. ``stop`` are strings at which a generated answer ends, besides the
     tokenizer's end of sequence.
     """
 
@@ -116,6 +133,11 @@ class Task:
         get_scorer(self.scorer)
         if not self.examples:
             raise TaskError(f"task {self.name!r} has no examples: give at least one question with its answer")
+        if self.short_answer and (self.scorer != "exact" or self.stop):
+            raise TaskError(
+                f"task {self.name!r}: short_answer needs scorer: exact and no stop, because one forward decides "
+                "whether the model writes the gold tokens and ends; set short_answer: false"
+            )
 
     def __len__(self) -> int:
         return len(self.examples)
