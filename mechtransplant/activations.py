@@ -47,7 +47,7 @@ def _recorded_magnitudes(model: LanguageModel) -> Iterator[dict[str, list[Any]]]
 def decoding_magnitudes(
     model: LanguageModel, task: Task, max_new_tokens: int | None = None, batch_size: int = 64, progress: bool = False
 ) -> tuple[Magnitudes, list[Generation]]:
-    """Magnitudes while the model writes its own greedy text.
+    """Magnitudes while the model writes its own greedy text, up to the end of its answer.
 
     Returns:
         (array of shape (linear layers, prompts, steps), NaN after a row's last step; the generations).
@@ -67,7 +67,7 @@ def decoding_magnitudes(
             for row, generation in zip(rows, written, strict=True):
                 generations[row] = generation
                 # a finished row goes on being padded while others write: those steps are not the model's
-                values[:, row, len(generation.tokens) :] = np.nan
+                values[:, row, generation.steps(model.tokenizer, task.stop) :] = np.nan
     return values, generations
 
 

@@ -75,9 +75,13 @@ class Compatibility:
 
     @property
     def stays(self) -> list[str]:
-        """Settings and tensors that differ and stay the target's."""
-        rows = self.checks[self.checks.verdict == "stays the target's"]
-        return [f"{row.what} (source {row.source}, target {row.target})" for row in rows.itertuples()]
+        """Settings and tensors that differ and no graft moves: the target's stay, unless the verdict says otherwise."""
+        rows = self.checks[~self.checks.verdict.isin(["same", "forbids"])]
+        return [
+            f"{row.what} (source {row.source}, target {row.target})"
+            + ("" if row.verdict == "stays the target's" else f": {row.verdict}")
+            for row in rows.itertuples()
+        ]
 
     def __str__(self) -> str:
         lines = [
@@ -175,7 +179,9 @@ def make_pair(source: LanguageModel, target: LanguageModel, name: str = "", defa
         )
     # both models must see the same text; a base model often lacks the template that its sibling has
     if not getattr(target.tokenizer, "chat_template", None) and getattr(source.tokenizer, "chat_template", None):
-        target.tokenizer = source.tokenizer
+        # a copy: the tokenizer may serve other models
+        target.tokenizer = copy.deepcopy(target.tokenizer)
+        target.tokenizer.chat_template = source.tokenizer.chat_template
     source.tokenizer = target.tokenizer
     return Pair(source, target, report, name, default_task)
 

@@ -54,11 +54,20 @@ class Rule:
         takes = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
         hints = get_type_hints(self.score, localns={"Pair": Any, "pd": Any})
         for name, value in options.items():
+            if name in ("seed", "progress"):
+                raise UsageError(f"{name} is no option of a rule: the run's own is used")
             if name not in takes:
                 raise UnknownNameError(f"option of rule {self.name!r}", name, takes)
             choices = get_args(hints[name]) if get_origin(hints.get(name)) is Literal else ()
             if choices and value not in choices:
                 raise UsageError(f"unknown {name} {value!r}: expected {' or '.join(map(str, choices))}")
+            counts = int in (hints.get(name), *get_args(hints.get(name)))
+            if counts and value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"option {name} of rule {self.name!r} is a whole number of at least 1, got {value!r}")
+
+    def takes(self, option: str) -> bool:
+        """Whether the rule has an option of that name."""
+        return option in inspect.signature(self.score).parameters
 
 
 RULES: dict[str, Rule] = {}

@@ -74,7 +74,8 @@ def _texts(
     if text not in ("target", "source"):
         raise UsageError(f"unknown text {text!r}: expected target, source or gold")
     writer = pair.target if text == "target" else pair.source
-    return [list(g.tokens) for g in generate(writer, task, max_new_tokens, batch_size, progress)]
+    written = generate(writer, task, max_new_tokens, batch_size, progress)
+    return [list(g.tokens[: g.steps(writer.tokenizer, task.stop)]) for g in written]
 
 
 def _prompt_numbers(n: int) -> pd.DataFrame:

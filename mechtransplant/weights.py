@@ -404,6 +404,8 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if device == "meta":
+        raise UsageError("device meta holds no numbers: expected cpu, cuda, cuda:0, mps, …")
     base, *adapters = fetch(spec, verify)
     if _read_json(base / "config.json").get("quantization_config"):
         raise WeightsError(QUANTISED.format(spec))

@@ -57,6 +57,11 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
         ("pair: family/generations\ntask: {name: addition, format: {chat: true}}\n", "the tokenizer has none"),
         ("pair: family/generations\ntask: {name: addition, format: {question: 'Q:'}}\n", "has no {question}"),
         ("pair: family/generations\ntask: {name: addition, format: {shot: []}}\n", "did you mean shots"),
+        ("pair: family/generations\nrule_options: {seed: 1}\n", "seed is no option of a rule"),
+        ("pair: family/generations\nrule_options: {max_new_tokens: 0}\n", "at least 1, got 0"),
+        ("pair: family/generations\nrule_options: {batch_size: 2.5}\n", "at least 1, got 2.5"),
+        ("pair: family/generations\ndevice: meta\n", "device"),
+        ("pair: family/generations\nseed: -1\n", "seed"),
         ("pair: [\n", "not valid YAML"),
         ("- 1\n", "expected keys"),
         ("task: addition\n", "pair"),
@@ -126,6 +131,14 @@ def test_no_config_and_an_occupied_folder(command: Run, tmp_path: Path) -> None:
     code, _, error = command("run", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out"))
     assert code == 2 and "not empty" in error
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_out_that_is_a_file_or_cannot_be_made(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("pair: family/generations\n")
+    code, _, error = command("run", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "c.yaml"))
+    assert code == 2 and "is a file" in error
+    code, _, error = command("run", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "c.yaml" / "inside"))
+    assert code == 2 and "cannot write to" in error and len(error.strip().splitlines()) == 1
 
 
 def test_unknown_commands_and_pairs(command: Run) -> None:

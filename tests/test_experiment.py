@@ -14,6 +14,7 @@ from mechtransplant.experiment import Run, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
 from mechtransplant.experiment.run import build_task
+from mechtransplant.ranking import rank_modules
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -117,9 +118,9 @@ def test_a_killed_run_continues_where_it_was(finished: Any, tmp_path: Path, monk
     # the kill also tore the line that was being written
     with (folder / "cells.jsonl").open("a") as file:
         file.write('{"key": "torn')
-    run = Run(config(), folder, progress=False)
-    already = len(run.store.cells)
+    already = len((folder / "cells.jsonl").read_text().splitlines()) - 1
     assert already == 7
+    run = Run(config(), folder, progress=False)
     resumed = run.execute()
     pd.testing.assert_frame_equal(resumed.results, finished.results)
     assert resumed.summary == finished.summary
@@ -153,6 +154,56 @@ def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any)
         run_experiment(config(), finished.folder)
 
 
+def test_a_broken_file_in_the_folder_is_named(finished: Any, tmp_path: Path) -> None:
+    import shutil
+
+    for name, content, message in (
+        ("cells.jsonl", '{"key": \n', "line 1 is no finished cell"),
+        ("environment.json", "{", "is broken"),
+    ):
+        folder = Path(shutil.copytree(finished.folder, tmp_path / name))
+        (folder / name).write_text(content)
+        with pytest.raises(UsageError, match=message):
+            run_experiment(config(), folder)
+
+
+def test_later_starts_are_noted_beside_the_first(finished: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    saved = json.loads((folder / "environment.json").read_text())
+    assert len(saved["starts"]) == 1 and saved["starts"][0]["packages"]["torch"]
+    saved["starts"][0]["packages"]["torch"] = "1.0"
+    (folder / "environment.json").write_text(json.dumps(saved))
+    run_experiment(config(), folder, progress=False)
+    starts = json.loads((folder / "environment.json").read_text())["starts"]
+    assert [s["packages"]["torch"] == "1.0" for s in starts] == [True, False]
+
+
+def test_the_ranking_gets_the_runs_budget_and_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def spy(pair: Any, task: Any, rule: str, kind: str, **options: Any) -> Any:
+        seen.update(options)
+        return rank_modules(pair, task, rule, kind, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mechtransplant.experiment.run.rank_modules", spy)
+    small = config(k=[2], random_sets=0, budgets=[2, 5], batch_size=3, rule_options={"alignment": "teacher-forced"})
+    result = run_experiment(small, tmp_path / "out", progress=False)
+    assert seen == {"seed": 42, "batch_size": 3, "max_new_tokens": 5, "alignment": "teacher-forced"}
+    assert "no random set was asked for" in result.summary
+
+
+def test_direction_better_records_the_weights_in_their_parts(tmp_path: Path, generations: Any) -> None:
+    spec = {"source": "repo:family/second", "target": "repo:family/first"}
+    small = config(pair=spec, direction="better", k=[4], random_sets=1)
+    for _ in range(2):
+        outcome = run_experiment(small, tmp_path / "out", progress=False).outcomes[8]
+        assert outcome.source_accuracy > outcome.target_accuracy
+        weights = json.loads((tmp_path / "out" / "environment.json").read_text())["weights"]
+        assert weights == {"source": generations.source.fingerprint, "target": generations.target.fingerprint}
+
+
 def test_two_starts_in_one_folder(finished: Any) -> None:
     from filelock import FileLock
 
@@ -166,13 +217,6 @@ def test_k_above_the_candidates_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_direction_better_exchanges_a_worse_source(tmp_path: Path) -> None:
-    spec = {"source": "repo:family/second", "target": "repo:family/first"}
-    small = config(pair=spec, direction="better", k=[4], random_sets=1)
-    outcome = run_experiment(small, tmp_path / "out", progress=False).outcomes[8]
-    assert outcome.source_accuracy > outcome.target_accuracy
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -184,6 +228,10 @@ def test_direction_better_exchanges_a_worse_source(tmp_path: Path) -> None:
         ({"random_sets": -1}, "random_sets"),
         ({"kind": "neuron"}, "kind"),
         ({"budgets": [0]}, "at least 1"),
+        ({"seed": -1}, "seed"),
+        ({"split": {"seed": -1}}, "split.seed"),
+        ({"strengths": [float("nan")]}, "strengths"),
+        ({"k": [float("nan")]}, "k.0"),
         ({"pair": {"source": "x"}}, "pair.target"),
     ],
 )

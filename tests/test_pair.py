@@ -67,6 +67,9 @@ def test_the_siblings_chat_template_serves_both(random_model: Build) -> None:
     assert pair.target.tokenizer is pair.source.tokenizer
     verdict = pair.compatibility.checks.set_index("what").verdict["chat template"]
     assert verdict == "the source's is used for both"
+    assert any("chat template" in text and "used for both" in text for text in pair.compatibility.stays)
+    assert pair.target.tokenizer is not random_model(1).tokenizer, "a tokenizer that other models use stays as it was"
+    assert not getattr(random_model(1).tokenizer, "chat_template", None)
 
 
 def test_bridge_shares_every_parameter_and_leaves_hf_clean(random_model: Build) -> None:

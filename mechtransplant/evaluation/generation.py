@@ -25,6 +25,16 @@ class Generation:
         """What the same greedy decoding had written after ``budget`` tokens."""
         return self if len(self.tokens) <= budget else Generation(self.tokens[:budget], False)
 
+    def steps(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> int:
+        """How many decoding steps belong to the answer: all of them, or up to the one that completed a stop string."""
+        if not stop:
+            return len(self.tokens)
+        for step in range(1, len(self.tokens) + 1):
+            so_far = tokenizer.decode(self.tokens[:step], skip_special_tokens=True)
+            if any(s in so_far for s in stop):
+                return step
+        return len(self.tokens)
+
     def text(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> tuple[str, bool]:
         """(the text up to a stop string, whether it ended by itself: an end token or a stop string)."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mechtransplant.errors import UsageError
+
 
 def cell_key(content: dict[str, Any]) -> str:
     """Twenty hexadecimal digits of a cell's content."""
@@ -20,7 +22,7 @@ def cell_key(content: dict[str, Any]) -> str:
 
 
 class CellStore:
-    """An append-only file of finished cells."""
+    """An append-only file of finished cells; open it only while the run's lock is held."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,9 +35,14 @@ class CellStore:
             if intact != whole:
                 with path.open("r+b") as file:
                     file.truncate(len(intact))
-            for line in intact.decode().splitlines():
-                cell = json.loads(line)
-                self.cells[cell["key"]] = cell
+            for at, line in enumerate(intact.splitlines(), 1):
+                try:
+                    cell = json.loads(line)
+                    self.cells[cell["key"]] = cell
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UsageError(
+                        f"{path} line {at} is no finished cell ({error}): remove that line, and it is computed again"
+                    ) from error
 
     def get(self, content: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The cell's values: stored ones, or computed now and stored."""

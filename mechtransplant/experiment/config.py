@@ -15,7 +15,7 @@ PAPER_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PairSpec(_Strict):
@@ -45,7 +45,7 @@ class TaskSpec(_Strict):
 
     name: str
     n: int = Field(default=1024, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     question_field: str | None = None
     answer_field: str | None = None
     template_field: str | None = None
@@ -62,7 +62,7 @@ class SplitSpec(_Strict):
     discover: int = Field(default=64, ge=1)
     choose: int = Field(default=64, ge=1)
     test: int = Field(default=256, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
 
 class RunConfig(_Strict):
@@ -88,7 +88,7 @@ class RunConfig(_Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     threads: int | None = Field(default=None, ge=1)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
 
     @field_validator("k", "strengths", "budgets", mode="before")
     @classmethod

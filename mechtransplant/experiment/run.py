@@ -71,46 +71,54 @@ class Run:
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
         # a prompt that cannot be written is refused before anything is
         encode(self.splits.discover.subset([0]), self.pair.target.tokenizer)
-        self._open_folder()
-        self.store = CellStore(folder / "cells.jsonl")
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
-        self._check_weights()
+        self._check_folder()
 
-    def _check_weights(self) -> None:
-        """Refuse to go on with other weights or questions than those that the folder's ranking came from."""
-        path = self.folder / "environment.json"
-        if not path.exists():
-            return
-        saved, now = json.loads(path.read_text(encoding="utf-8")), environment(self)
-        for what in ("weights", "splits"):
-            if saved[what] != now[what]:
-                raise UsageError(
-                    f"{self.folder} holds a run of the same config with other {what} (see its environment.json): "
-                    "choose another --out folder, or remove it"
-                )
+    def _note_environment(self) -> None:
+        """Write what the numbers depend on; refuse other weights or questions than those that the folder began with.
+
+        A later start with other versions or threads is noted beside the earlier ones, never instead of them.
+        """
+        path, now = self.folder / "environment.json", environment(self)
+        if path.exists():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                for what in ("weights", "splits"):
+                    if saved[what] != now[what]:
+                        raise UsageError(
+                            f"{self.folder} holds a run of the same config with other {what} (see its "
+                            "environment.json): choose another --out folder, or remove it"
+                        )
+                now["starts"] = saved["starts"] + [start for start in now["starts"] if start not in saved["starts"]]
+            except (ValueError, KeyError, TypeError) as error:
+                raise UsageError(f"{path} is broken ({error}): choose another --out folder, or remove it") from error
+        write_atomically(path, json.dumps(now, indent=1) + "\n")
 
     def _load_pair(self) -> Pair:
         named = self.config.pair
         options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
         return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
 
-    def _open_folder(self) -> None:
-        """Make the folder ours, or refuse one that holds another run."""
+    @property
+    def _config_text(self) -> str:
         import yaml
 
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds another run, or anything else; writes nothing."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{self.folder} is a file: choose another --out folder")
         path = self.folder / "config.yaml"
         if path.exists():
-            if path.read_text(encoding="utf-8") != text:
+            if path.read_text(encoding="utf-8") != self._config_text:
                 raise UsageError(
                     f"{self.folder} holds another run (its config.yaml differs): choose another --out folder, "
                     "or remove it"
                 )
             return
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
             raise UsageError(f"{self.folder} is not empty and holds no run: choose another --out folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
 
     # --- cells ---------------------------------------------------------------------------------------------------
 
@@ -157,14 +165,10 @@ class Run:
 
         path = self.folder / "ranking.csv"
         if not path.exists():
-            frame = rank_modules(
-                self.pair,
-                self.splits.discover,
-                self.config.rule,
-                self.config.kind,
-                seed=self.config.seed,
-                **self.config.rule_options,
-            )
+            rule, config = get_rule(self.config.rule), self.config
+            own = {"batch_size": config.batch_size, "max_new_tokens": max(self.budgets)}
+            options = {key: value for key, value in own.items() if rule.takes(key)} | config.rule_options
+            frame = rank_modules(self.pair, self.splits.discover, config.rule, config.kind, seed=config.seed, **options)
             # 17 significant digits: the file gives back the very same numbers
             write_atomically(path, frame.to_csv(index=False, float_format="%.17g"))
         return pd.read_csv(path)
@@ -182,17 +186,26 @@ class Run:
         from filelock import FileLock, Timeout
 
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / ".lock", timeout=0):
+                # again under the lock: another start may have come first
+                self._check_folder()
+                write_atomically(self.folder / "config.yaml", self._config_text)
+                self.store = CellStore(self.folder / "cells.jsonl")
                 return self._execute()
         except Timeout as error:
             raise UsageError(
                 f"another process is running in {self.folder}: wait for it, or choose another --out folder"
             ) from error
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.folder}: {error.strerror or error}; choose another --out folder"
+            ) from error
 
     def _execute(self) -> RunResult:
-        write_atomically(self.folder / "environment.json", json.dumps(environment(self), indent=1) + "\n")
         if self.config.direction == "better":
             self._turn_to_better()
+        self._note_environment()
         rows: list[dict[str, Any]] = []
         choose, test = self.splits.choose, self.splits.test
         for role in ("target", "source"):
@@ -322,12 +335,15 @@ def environment(run: Run) -> dict[str, Any]:
     import torch
 
     packages = ("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "pandas")
-    return {
+    start = {
         "mechtransplant": version("mechtransplant"),
         "packages": {name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+    }
+    return {
+        "starts": [start],
         "weights": run.fingerprints,
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},

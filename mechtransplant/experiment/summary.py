@@ -220,7 +220,7 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
         same = (choose.role == "random") & (choose.k == point.k) & (choose.strength == point.strength)
         sets = choose[same].accuracy
-        band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else "none: only one such set"
+        band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run)
         lines.append(f"| {point.k} | {point.strength:g} | {_percent(point.accuracy)} | {band} |")
     if config.kind == "linear":
         paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
@@ -231,13 +231,20 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
     return "\n".join(lines) + "\n"
 
 
+def _no_sets(run: Run) -> str:
+    """Why there is no random set."""
+    return "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
+
+
 def verdict(run: Run, accuracy: float, random: pd.DataFrame, k: int) -> str:
     """One plain sentence: where the chosen set stands among the matched random sets on ``test``."""
     if random.empty:
-        return f"no random control: K = {k} is every candidate, or none was asked for"
+        return f"no random control: {_no_sets(run)}"
+    smallest = 1 / (len(random) + 1)
     beaten = int((random.accuracy < accuracy).sum())
     p = rank_p_value(accuracy, random.accuracy.to_numpy())
     return (
         f"`{run.config.rule}` beats {beaten} of {len(random)} matched random sets at K = {k} "
-        f"(depth {random.depth_matched.iloc[0]}; one-sided permutation p = {p:.3g})"
+        f"(depth {random.depth_matched.iloc[0]}; one-sided permutation p = {p:.3g}, "
+        f"of which the smallest possible is {smallest:.2g})"
     )
