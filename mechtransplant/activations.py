@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.evaluation.batches import encode, length_sorted, pad
+from mechtransplant.evaluation.batches import check_lengths, encode, length_sorted, pad
 from mechtransplant.evaluation.generation import Generation, generation_batches
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
@@ -26,7 +26,7 @@ Magnitudes = NDArray[np.float64]
 
 @contextmanager
 def _recorded_magnitudes(model: LanguageModel) -> Iterator[dict[str, list[Any]]]:
-    """address → ‖h‖₁/d of every forward call, each of shape (batch, positions)."""
+    """address → ‖h‖₁/d of every forward call, each of shape (batch, positions), or flat where the layer sees it so."""
     calls: dict[str, list[Any]] = {address: [] for address in model.layout.linears}
 
     def recorder(address: str) -> Any:
@@ -62,7 +62,7 @@ def decoding_magnitudes(
             for index, recorded in enumerate(calls.values()):
                 # the prefix's own forward, if any, comes before the last `steps` calls
                 for step, call in enumerate(recorded[-steps:]):
-                    values[index, rows, step] = call[:, -1].numpy()
+                    values[index, rows, step] = call.reshape(len(rows), -1)[:, -1].numpy()
                 recorded.clear()
             for row, generation in zip(rows, written, strict=True):
                 generations[row] = generation
@@ -85,6 +85,7 @@ def forced_magnitudes(
     longest = max(1, *(len(t) for t in texts))
     values = np.full((len(model.layout.linears), len(task), longest), np.nan)
     batches = list(length_sorted([len(p) + len(t) for p, t in zip(encoded.prompts, texts, strict=True)], batch_size))
+    check_lengths(model.hf, max(len(p) + len(t) for p, t in zip(encoded.prompts, texts, strict=True)))
     with torch.no_grad(), _recorded_magnitudes(model) as calls:
         for rows in track(batches, "read activations", progress):
             prompts, mask = pad([encoded.prompts[i] for i in rows], 0, "left")
@@ -102,7 +103,7 @@ def forced_magnitudes(
             )
             steps = read.shape[1] + 1
             for index, recorded in enumerate(calls.values()):
-                values[index, rows, :steps] = recorded[-1][:, -steps:].numpy()
+                values[index, rows, :steps] = recorded[-1].reshape(len(rows), -1)[:, -steps:].numpy()
                 recorded.clear()
             for row in rows:
                 values[:, row, len(texts[row]) :] = np.nan

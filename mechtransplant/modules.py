@@ -21,6 +21,7 @@ Kind = Literal["linear", "head", "mlp", "attn", "block"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _BLOCK = re.compile(r"^(?P<stack>(?:.*\.)?(?:layers|h|blocks))\.(?P<layer>\d+)\.(?P<rest>.+)$")
+_ATTENTION = re.compile(r"attn|attention")
 _ADDRESS = re.compile(r"^L(?P<layer>\d+)(?:H(?P<head>\d+)|\.(?P<name>[A-Za-z_][\w.]*))?$")
 
 
@@ -86,7 +87,7 @@ class Layout:
 
     def is_feed_forward(self, address: str) -> bool:
         """Whether a linear layer belongs to the feed-forward block (else it is attention's)."""
-        return not re.search(r"attn|attention", self.linears[address])
+        return not _ATTENTION.search(self.linears[address])
 
     def of_kind(self, kind: str) -> list[str]:
         """Every address of a kind, by layer; raises UnknownNameError."""
@@ -159,11 +160,18 @@ def is_linear(module: Any) -> bool:
 
 
 def layout_of(model: Any) -> Layout:
-    """The layout of a Hugging Face causal model; raises UsageError when no transformer blocks are found."""
+    """The layout of a Hugging Face causal model's text decoder.
+
+    Raises UsageError when no transformer blocks are found, when two layers would have one address, or when a block has
+    no feed-forward linear layer (a mixture of experts keeps them in one tensor): a part of a model would be missing.
+    """
     found: list[tuple[int, str, str]] = []
+    # a multimodal model has blocks for its images too
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     for name, module in model.named_modules():
         match = _BLOCK.match(name)
-        if match and is_linear(module):
+        if match and is_linear(module) and name.startswith(prefix):
             found.append((int(match["layer"]), match["rest"], name))
     if not found:
         raise UsageError(
@@ -171,6 +179,16 @@ def layout_of(model: Any) -> Layout:
         )
     shorts = _short_names([rest for layer, rest, _ in found if layer == found[0][0]])
     linears = {f"L{layer}.{shorts.get(rest, rest)}": name for layer, rest, name in sorted(found, key=lambda f: f[0])}
+    if len(linears) < len(found):
+        raise UsageError(
+            f"{type(model).__name__} has {len(found)} linear layers and only {len(linears)} addresses for them"
+        )
+    for layer in sorted({layer for layer, _, _ in found}):
+        if all(_ATTENTION.search(rest) for number, rest, _ in found if number == layer):
+            raise UsageError(
+                f"L{layer} of {type(model).__name__} has no feed-forward linear layer (a mixture of experts has them in "
+                "one tensor): such models cannot be addressed yet"
+            )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     heads = int(config.num_attention_heads)
     return Layout(

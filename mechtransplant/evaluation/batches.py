@@ -6,6 +6,7 @@ worked examples) stands before the padding, so that its keys and values are comp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,25 @@ def prefix_cache(model: Any, prefix: list[int]) -> Iterator[Any]:
         return fresh
 
     yield repeated
+
+
+def check_lengths(model: Any, longest: int) -> None:
+    """Refuse prompts (with what is to be written) beyond learned positions; warn where rotary ones are stretched."""
+    import torch
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or longest <= limit:
+        return
+    words = model.get_input_embeddings()
+    # OPT's table has two places more than its config says
+    learned = any(
+        isinstance(m, torch.nn.Embedding) and m is not words and limit <= m.num_embeddings <= limit + 2
+        for m in model.modules()
+    )
+    said = f"prompt and answer have {longest} tokens, and {type(model).__name__} has {limit} positions"
+    if learned:
+        raise TaskError(f"{said}: shorten the prompts or the token budget")
+    warnings.warn(f"{said}: beyond them its answers mean little", stacklevel=3)
 
 
 def usable_prefix(model: Any, encoded: Encoded, longest: int) -> list[int]:

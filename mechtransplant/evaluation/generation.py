@@ -7,7 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.evaluation.batches import Encoded, encode, length_sorted, pad, prefix_cache, usable_prefix
+from mechtransplant.evaluation.batches import (
+    Encoded,
+    check_lengths,
+    encode,
+    length_sorted,
+    pad,
+    prefix_cache,
+    usable_prefix,
+)
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -82,6 +90,7 @@ def generation_batches(
 
     hf = model.hf
     lengths = [len(p) for p in encoded.prompts]
+    check_lengths(hf, max(lengths) + max_new_tokens)
     prefix = usable_prefix(hf, encoded, max(lengths) + max_new_tokens)
     ends = set(end_tokens(model))
     batches = list(length_sorted(lengths, batch_size))

@@ -16,7 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import TaskError, UsageError
-from mechtransplant.evaluation.batches import PaddingSide, encode, length_sorted, pad, prefix_cache, usable_prefix
+from mechtransplant.evaluation.batches import (
+    PaddingSide,
+    check_lengths,
+    encode,
+    length_sorted,
+    pad,
+    prefix_cache,
+    usable_prefix,
+)
 from mechtransplant.evaluation.generation import end_tokens, generate
 from mechtransplant.significance import wilson_interval
 from mechtransplant.tasks import Task
@@ -87,6 +95,7 @@ def gold_scores(
     encoded = encode(task, model.tokenizer)
     hf = model.hf
     totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
+    check_lengths(hf, max(totals))
     # right padding stands after the gold tokens of every row, so the rows' gold positions are not aligned
     aligned = padding_side == "left"
     prefix = usable_prefix(hf, encoded, max(totals)) if share_prefix else []

@@ -20,7 +20,7 @@ import numpy as np
 from mechtransplant.controls import RandomSets, random_matched
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets
-from mechtransplant.evaluation.batches import encode
+from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
 from mechtransplant.experiment.summary import RunResult, write_report
@@ -70,7 +70,8 @@ class Run:
         self.counts = config.counts(len(self.pair.modules(config.kind)))
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
         # a prompt that cannot be written is refused before anything is
-        encode(self.splits.discover.subset([0]), self.pair.target.tokenizer)
+        prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
+        check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
         self._check_folder()
 
