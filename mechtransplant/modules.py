@@ -186,7 +186,7 @@ def layout_of(model: Any) -> Layout:
     for layer in sorted({layer for layer, _, _ in found}):
         if all(_ATTENTION.search(rest) for number, rest, _ in found if number == layer):
             raise UsageError(
-                f"L{layer} of {type(model).__name__} has no feed-forward linear layer (a mixture of experts has them in "
+                f"L{layer} of {type(model).__name__} has no feed-forward linear layer (a mixture of experts has it in "
                 "one tensor): such models cannot be addressed yet"
             )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
