@@ -22,6 +22,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _BLOCK = re.compile(r"^(?P<stack>(?:.*\.)?(?:layers|h|blocks))\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _ATTENTION = re.compile(r"attn|attention")
+#: what the last layer of an attention block and of an MLP is called
+_ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "c_proj")
+_MLP_OUTPUT = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")
 _ADDRESS = re.compile(r"^L(?P<layer>\d+)(?:H(?P<head>\d+)|\.(?P<name>[A-Za-z_][\w.]*))?$")
 
 
@@ -117,6 +120,24 @@ class Layout:
         if parsed.kind == "block":
             return inside
         return [a for a in inside if self.is_feed_forward(a) == (parsed.kind == "mlp")]
+
+    def attention_output(self, layer: int) -> str:
+        """The address of the attention block's last linear layer, whose input is every head's z, side by side."""
+        return self._last(layer, "attn", _ATTENTION_OUTPUT)
+
+    def mlp_output(self, layer: int) -> str:
+        """The address of the MLP's last linear layer, whose output is the MLP's."""
+        return self._last(layer, "mlp", _MLP_OUTPUT)
+
+    def _last(self, layer: int, kind: str, names: tuple[str, ...]) -> str:
+        inside = self.linears_of(f"L{layer}.{kind}")
+        found = [a for a in inside if self.linears[a].rsplit(".", 1)[-1] in names]
+        if len(found) != 1:
+            raise UsageError(
+                f"cannot tell which layer of L{layer}.{kind} is its last one among {', '.join(inside)}: expected one "
+                f"named {', '.join(names)}; measure kind 'linear' instead"
+            )
+        return found[0]
 
     def regions(self, address: str, parameters: dict[str, Any]) -> list[Region]:
         """The parts of parameters that an address stands for; a head is its Q rows and O columns.

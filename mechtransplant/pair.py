@@ -35,6 +35,8 @@ class LanguageModel:
         # booting replaces submodules, so it gets a twin; the memo makes the twin share every parameter
         twin = copy.deepcopy(self.hf, memo={id(p): p for p in self.hf.parameters()})
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
+        # a model that was built from a config does not say what it is, and the bridge asks
+        twin.config.architectures = twin.config.architectures or [type(self.hf).__name__]
         return TransformerBridge.boot_transformers(
             folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device)
         )
@@ -50,6 +52,14 @@ class LanguageModel:
     def layout(self) -> Layout:
         """Where the model's modules are."""
         return layout_of(self.hf)
+
+    def output_weights(self, layer: int) -> Any:
+        """W_O of every head of a layer, shape (head, d_head, d_model): a head's write is z @ W_O[head]."""
+        linear = self.hf.get_submodule(self.layout.linears[self.layout.attention_output(layer)])
+        weight = linear.weight.detach()
+        # GPT-2's Conv1D keeps its weight the other way round
+        inward = weight if type(linear).__name__ == "Conv1D" else weight.T
+        return inward.reshape(self.layout.heads, self.layout.d_head, -1)
 
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import numpy as np
 from numpy.typing import NDArray
 
+from mechtransplant.activations import Text
 from mechtransplant.errors import TaskError, UnknownNameError, UsageError
 from mechtransplant.modules import KINDS, Kind, module_frame
-from mechtransplant.shifts import Alignment, Text, decoding_shifts
+from mechtransplant.shifts import Alignment, decoding_shifts
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.evaluation.batches import check_lengths, encode, length_sorted, pad
+from mechtransplant.activations.reading import plan_reading
+from mechtransplant.evaluation.batches import encode
 from mechtransplant.evaluation.generation import Generation, generation_batches
-from mechtransplant.progress import track
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -81,30 +81,14 @@ def forced_magnitudes(
     """
     import torch
 
-    encoded = encode(task, model.tokenizer)
-    longest = max(1, *(len(t) for t in texts))
-    values = np.full((len(model.layout.linears), len(task), longest), np.nan)
-    batches = list(length_sorted([len(p) + len(t) for p, t in zip(encoded.prompts, texts, strict=True)], batch_size))
-    check_lengths(model.hf, max(len(p) + len(t) for p, t in zip(encoded.prompts, texts, strict=True)))
+    reading = plan_reading(model, task, "decoding", texts=texts)
+    values = np.full((len(model.layout.linears), len(task), max(reading.lengths)), np.nan)
     with torch.no_grad(), _recorded_magnitudes(model) as calls:
-        for rows in track(batches, "read activations", progress):
-            prompts, mask = pad([encoded.prompts[i] for i in rows], 0, "left")
-            # the last token of a text is written at the last step and never read
-            read, read_mask = pad([[*texts[i][:-1], 0] for i in rows], 0, "right")
-            read, read_mask = read[:, :-1], read_mask[:, :-1]
-            ids, full = torch.cat([prompts, read], 1), torch.cat([mask, read_mask], 1)
-            positions = (full.cumsum(1) - 1).clamp_min(0)
-            model.hf(
-                input_ids=ids.to(model.hf.device),
-                attention_mask=full.to(model.hf.device),
-                position_ids=positions.to(model.hf.device),
-                use_cache=False,
-                logits_to_keep=1,
-            )
-            steps = read.shape[1] + 1
+        for batch in reading.batches(model.hf, batch_size, progress=progress, what="read activations"):
+            model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+            step = torch.cat([torch.arange(n) for n in batch.lengths]).numpy()
+            prompts = np.array(batch.prompts)[batch.row.cpu().numpy()]
             for index, recorded in enumerate(calls.values()):
-                values[index, rows, :steps] = recorded[-1].reshape(len(rows), -1)[:, -steps:].numpy()
+                values[index, prompts, step] = batch.gather(recorded[-1][..., None])[:, 0].numpy()
                 recorded.clear()
-            for row in rows:
-                values[:, row, len(texts[row]) :] = np.nan
     return values

@@ -1,4 +1,4 @@
-"""What differs between source and target, prompt by prompt and module by module.
+"""The seed paper's shift: how far two models' activation magnitudes lie apart while they decode.
 
 The seed paper's layer-wise activation evaluation (LAE, eqs. 5–6) is the absolute difference of two models' activation
 magnitudes, averaged over decoding steps and prompts. The two models soon write different texts, so a step must be
@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mechtransplant.activations import decoding_magnitudes, forced_magnitudes
+from mechtransplant.activations import Text, decoding_magnitudes, forced_magnitudes, written_texts
 from mechtransplant.errors import UsageError
-from mechtransplant.evaluation.batches import encode
 from mechtransplant.modules import module_frame
 from mechtransplant.tasks import Task
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from mechtransplant.pair import Pair
 
 Alignment = Literal["own-text", "teacher-forced"]
-Text = Literal["target", "source", "gold"]
 
 
 def decoding_shifts(
@@ -53,7 +51,7 @@ def decoding_shifts(
         source, _ = decoding_magnitudes(pair.source, task, max_new_tokens, batch_size, progress)
         target, _ = decoding_magnitudes(pair.target, task, max_new_tokens, batch_size, progress)
     elif alignment == "teacher-forced":
-        texts = _texts(pair, task, text, max_new_tokens, batch_size, progress)
+        texts = written_texts(pair.source, pair.target, task, text, max_new_tokens, batch_size, progress)
         source = forced_magnitudes(pair.source, task, texts, batch_size, progress)
         target = forced_magnitudes(pair.target, task, texts, batch_size, progress)
     else:
@@ -62,20 +60,6 @@ def decoding_shifts(
     values = np.nanmean(np.abs(source - target), axis=2)
     frame = module_frame(pair.layout.linears).merge(_prompt_numbers(len(task)), how="cross")
     return frame.assign(measure="lae", value=values.reshape(-1))
-
-
-def _texts(
-    pair: Pair, task: Task, text: Text, max_new_tokens: int | None, batch_size: int, progress: bool
-) -> list[list[int]]:
-    from mechtransplant.evaluation.generation import generate
-
-    if text == "gold":
-        return encode(task, pair.target.tokenizer).completions
-    if text not in ("target", "source"):
-        raise UsageError(f"unknown text {text!r}: expected target, source or gold")
-    writer = pair.target if text == "target" else pair.source
-    written = generate(writer, task, max_new_tokens, batch_size, progress)
-    return [list(g.tokens[: g.steps(writer.tokenizer, task.stop)]) for g in written]
 
 
 def _prompt_numbers(n: int) -> pd.DataFrame:

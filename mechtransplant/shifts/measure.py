@@ -1,0 +1,257 @@
+"""Shifts of heads, MLPs, attention blocks and linear layers: every measure of the statistical contract, streamed.
+
+Sign: source minus target. A value is a mean over a prompt's chosen positions; both models read the same tokens. With
+a^S = f^S(x^S) the source's output, a^T = f^T(x^T) the target's, and f^S(x^T) the source's module on the target's input
+(the moved output), at one position:
+
+==========  ============================================================  ========
+magnitude   ‖a^S‖₁/d − ‖a^T‖₁/d                                           signed
+distance    ‖a^S − a^T‖ / N, where N = ½(‖a^S‖ + ‖a^T‖)                   ≥ 0
+own         ‖f^S(x^T) − a^T‖ / N: what the module's own weights change    ≥ 0
+inherited   ‖a^S − f^S(x^T)‖ / N: what comes from upstream                ≥ 0
+alignment   cosine of a prompt's shift vector with the mean of the others  −1 … 1
+projection  a prompt's shift vector on a direction fixed by other prompts  signed
+==========  ============================================================  ========
+
+One N for all three, so that distance ≤ own + inherited holds as it stands; where N is 0, so is the measure.
+
+A head's output is z @ W_O of its own columns, without the layer's bias. An attention block's or MLP's output is that
+of its last linear layer: where a norm follows (Gemma, OLMo 2), before that norm, because the norm mixes all heads. A
+module's input is what enters it, so norm scales before it count as inherited. The source's attention block is run on
+the target's input with the target's mask and rotary angles; a head's own shift therefore includes the K and V of its
+group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.activations import Batch, Positions, Text, plan_reading, written_texts
+from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.evaluation.batches import PaddingSide
+from mechtransplant.modules import module_frame
+from mechtransplant.shifts.heads import HeadWrites
+from mechtransplant.shifts.recorder import SLOT_KINDS, PairRecorder, Slot, SlotKind, slots_of
+from mechtransplant.shifts.vectors import ShiftVectors
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from mechtransplant.pair import Pair
+
+#: measures that a batch gives at once, and those that need the shift vectors of all prompts
+_DIRECT = ("magnitude", "distance", "own", "inherited")
+_FROM_VECTORS = ("alignment", "projection")
+MEASURES = (*_DIRECT, *_FROM_VECTORS)
+
+
+def measure_shifts(
+    pair: Pair,
+    task: Task,
+    kinds: str | Iterable[str] = ("head", "mlp"),
+    measures: str | Iterable[str] = ("magnitude", "distance", "own"),
+    positions: Positions = "all",
+    *,
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    seed: int = 0,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Every module's shift on every prompt, in one pass over the prompts; both models read a batch once.
+
+    Memory holds one batch, the values, and nothing that grows with positions; "alignment" and "projection" keep their
+    vectors in a temporary file.
+
+    Args:
+        kinds: "head", "mlp", "attn", "linear", in the order of the result.
+        measures: see the module's docstring.
+        positions: "all" (of the prompt), "last", "answer" or "decoding" (see ``activations.POSITIONS``).
+        text: for "decoding": whose text both models read, "target", "source" or "gold".
+        seed: for "projection": which half of the prompts fixes the direction.
+
+    Returns:
+        a tidy frame: module, kind, layer, head, prompt (the question's number in the task), measure, value.
+
+    Raises:
+        UnknownNameError: unknown kinds, measures or positions. UsageError: a measure that needs two prompts.
+    """
+    import pandas as pd
+
+    wanted = _names(measures, "measure", MEASURES)
+    with_vectors = [m for m in wanted if m in _FROM_VECTORS]
+    if with_vectors and len(task) < 2:
+        raise UsageError(f"{with_vectors[0]} compares prompts with each other: give at least two, got {len(task)}")
+    direct = tuple(m for m in wanted if m in _DIRECT)
+    collector = Collector(pair, len(task), kinds, direct, bool(with_vectors))
+    collect(pair, task, collector, positions, text, max_new_tokens, batch_size, padding_side, progress)
+    frames = []
+    for measure in wanted:
+        if measure in _DIRECT:
+            frames.append(collector.frame(measure))
+        else:
+            assert collector.vectors is not None
+            frames.append(collector.vectors.frame(measure, seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _names(given: str | Iterable[str], what: str, known: tuple[str, ...]) -> list[str]:
+    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(what, name, known)
+    if not names:
+        raise UsageError(f"no {what} was named: expected some of {', '.join(known)}")
+    return names
+
+
+def collect(
+    pair: Pair,
+    task: Task,
+    collector: Collector,
+    positions: Positions,
+    text: Text,
+    max_new_tokens: int | None,
+    batch_size: int,
+    padding_side: PaddingSide,
+    progress: bool,
+) -> None:
+    """Read the task with both models, batch by batch, into the collector."""
+    import torch
+
+    texts = None
+    if positions == "decoding":
+        texts = written_texts(pair.source, pair.target, task, text, max_new_tokens, batch_size, progress)
+    reading = plan_reading(pair.target, task, positions, texts=texts)
+    with torch.no_grad(), PairRecorder(pair, collector.slots, collector.needs_moved) as recorder:
+        for batch in reading.batches(pair.target.hf, batch_size, padding_side, progress, "measure shifts"):
+            recorder.read(batch, collector.consumer(batch))
+
+
+class Collector:
+    """Turns recorded tensors into values per module and prompt, and shift vectors where they are wanted.
+
+    ``values`` maps measure → array of shape (modules, prompts).
+    """
+
+    def __init__(
+        self, pair: Pair, prompts: int, kinds: str | Iterable[str], measures: tuple[str, ...], with_vectors: bool
+    ) -> None:
+        self.pair, self.prompts, self.measures = pair, prompts, measures
+        self.slots = slots_of(pair, cast("list[SlotKind]", _names(kinds, "kind of module", SLOT_KINDS)))
+        self.modules = [m for slot in self.slots for m in slot.modules(pair)]
+        self.rows = {m: i for i, m in enumerate(self.modules)}
+        self.needs_moved = bool({"own", "inherited"} & set(measures))
+        self.writes = {s: HeadWrites.of(pair, s.layer) for s in self.slots if s.kind == "head"}
+        self.values = {m: np.zeros((len(self.modules), prompts)) for m in measures}
+        self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
+
+    def _widths(self) -> dict[str, int]:
+        widths = {}
+        for slot in self.slots:
+            if slot.kind == "head":
+                width = self.writes[slot].source.shape[-1]
+            else:
+                linear: Any = self.pair.target.hf.get_submodule(self.pair.layout.linears[slot.linear])
+                width = linear.nf if type(linear).__name__ == "Conv1D" else linear.out_features
+            widths.update(dict.fromkeys(slot.modules(self.pair), int(width)))
+        return widths
+
+    def consumer(self, batch: Batch) -> Any:
+        """A function that takes in a slot's tensors of one batch."""
+
+        def consume(slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None) -> None:
+            first = self.rows[slot.modules(self.pair)[0]]
+            terms = self._head_terms if slot.kind == "head" else self._plain_terms
+            values, shift = terms(slot, source, target, moved)
+            for name, value in values.items():
+                # (counted, modules) → (prompts, modules); sums over positions in float64
+                mean = batch.mean(value.double())
+                self.values[name][first : first + mean.shape[1], batch.prompts] = mean.T.cpu().numpy()
+            if self.vectors is not None:
+                mean = batch.mean(shift.double()).flatten(1)
+                self.vectors.write(self.modules[first], batch.prompts, mean.cpu().numpy().astype(np.float32))
+
+        return consume
+
+    def _plain_terms(
+        self, slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Measures of one module from its outputs, each (counted, width): values (counted, 1), and the shift."""
+        shift = (source - target)[:, None]
+        found = {}
+        if "magnitude" in self.measures:
+            found["magnitude"] = (source.abs().mean(-1) - target.abs().mean(-1))[:, None]
+        steps = {}
+        if moved is not None:
+            steps = {"own": (moved - target)[:, None], "inherited": (source - moved)[:, None]}
+        return found | self._norms(source[:, None], target[:, None], {"distance": shift, **steps}), shift
+
+    def _head_terms(
+        self, slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Measures of a layer's heads from their z, each (counted, heads · d_head): values (counted, heads)."""
+        writes, heads = self.writes[slot], self.pair.layout.heads
+        z_source, z_target = (z.reshape(len(z), heads, -1) for z in (source, target))
+        shift = writes.difference(z_source, z_target)
+        found = {}
+        if "magnitude" in self.measures:
+            found["magnitude"] = writes.magnitudes(z_source, True) - writes.magnitudes(z_target, False)
+        steps = {}
+        if moved is not None:
+            z_moved = moved.reshape(len(moved), heads, -1)
+            steps = {
+                "own": writes.difference(z_moved, z_target),
+                # both with the source's weights
+                "inherited": writes.coordinates(z_source - z_moved),
+            }
+        whole = writes.coordinates(z_source), writes.target_coordinates(z_target)
+        return found | self._norms(*whole, {"distance": shift, **steps}), shift
+
+    def _norms(
+        self, source: torch.Tensor, target: torch.Tensor, steps: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Norms of differences over the mean norm of the two outputs, (counted, modules); 0 where both are 0."""
+        wanted = {name: step for name, step in steps.items() if name in self.measures}
+        if not wanted:
+            return {}
+        scale = (source.norm(dim=-1) + target.norm(dim=-1)) / 2
+        return {name: (step.norm(dim=-1) / scale).masked_fill(scale == 0, 0) for name, step in wanted.items()}
+
+    def frame(self, measure: str) -> pd.DataFrame:
+        """One measure as a tidy frame."""
+        import pandas as pd
+
+        frame = module_frame(self.modules).merge(pd.DataFrame({"prompt": np.arange(self.prompts)}), how="cross")
+        values: NDArray[np.float64] = self.values[measure].reshape(-1)
+        if not np.isfinite(values).all():
+            bad = frame.module[~np.isfinite(values)].iloc[0]
+            raise UsageError(
+                f"{bad} has activations that are NaN or infinite: its weights are broken, or "
+                f"{self.pair.target.hf.dtype} overflows (use dtype float32)"
+            )
+        return frame.assign(measure=measure, value=values)
+
+
+def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """The shifts with templates as the unit instead of prompts: means over the prompts that share one.
+
+    ``prompt`` then numbers the templates, in the order of their names. Raises UsageError where the task has fewer
+    than two, or the frame's prompts are not the task's.
+    """
+    names = sorted({e.template for e in task})
+    if len(names) < 2:
+        raise UsageError(f"task {task.name!r} has {len(names)} template: prompts are then the unit")
+    if int(shifts.prompt.max()) >= len(task):
+        raise UsageError(f"the shifts have prompt {int(shifts.prompt.max())} and the task has {len(task)}: give theirs")
+    number = np.array([names.index(e.template) for e in task])
+    columns = ["module", "kind", "layer", "head", "prompt", "measure"]
+    by_template = shifts.assign(prompt=number[shifts.prompt.to_numpy()]).groupby(columns, sort=False)
+    return by_template["value"].mean().reset_index()

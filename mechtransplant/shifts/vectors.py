@@ -1,0 +1,145 @@
+"""The directions of shifts: one vector a prompt and module, kept in a temporary file, so that memory does not grow.
+
+A shift vector is the mean over positions of a^S − a^T. Heads are kept in coordinates with the same inner products
+(``heads``), so that a head takes 2 · d_head numbers instead of d_model.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.modules import module_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechtransplant.activations import Positions, Text
+    from mechtransplant.pair import Pair
+    from mechtransplant.tasks import Task
+
+Floats = NDArray[np.float64]
+
+
+@dataclass
+class ShiftVectors:
+    """Shift vectors of every module on every prompt; ``widths`` maps module → numbers a vector.
+
+    The file holds 4 · prompts · sum of widths bytes and goes away with the object.
+    """
+
+    widths: dict[str, int]
+    prompts: int
+    file: IO[bytes]
+
+    @classmethod
+    def empty(cls, widths: dict[str, int], prompts: int) -> ShiftVectors:
+        """Room for the vectors, in the system's temporary folder."""
+        file = tempfile.TemporaryFile(prefix="mechtransplant-shifts-")  # noqa: SIM115 (lives as long as the object)
+        try:
+            file.truncate(4 * prompts * sum(widths.values()))
+        except OSError as error:
+            raise UsageError(
+                f"no room for {4 * prompts * sum(widths.values()):,} bytes of shift vectors in {tempfile.gettempdir()} "
+                f"({error.strerror}): set TMPDIR, or measure fewer kinds"
+            ) from error
+        return cls(widths, prompts, file)
+
+    @property
+    def modules(self) -> list[str]:
+        """The addresses."""
+        return list(self.widths)
+
+    def write(self, first: str, prompts: list[int], vectors: NDArray[np.float32]) -> None:
+        """Store the vectors, of shape (prompts, numbers), of modules that follow each other from ``first`` on."""
+        offset, total = self._offset(first), sum(self.widths.values())
+        for prompt, row in zip(prompts, np.ascontiguousarray(vectors, dtype=np.float32), strict=True):
+            os.pwrite(self.file.fileno(), row.tobytes(), 4 * (prompt * total + offset))
+
+    def _offset(self, module: str) -> int:
+        if module not in self.widths:
+            raise UnknownNameError("module", module, self.widths, "These vectors hold the kinds that were asked for.")
+        names = list(self.widths)
+        return sum(self.widths[name] for name in names[: names.index(module)])
+
+    def of(self, module: str) -> Floats:
+        """One module's vectors, shape (prompts, numbers); heads in coordinates that keep inner products."""
+        start, total = self._offset(module), sum(self.widths.values())
+        whole = np.memmap(self.file, np.float32, "r", shape=(self.prompts, total))  # type: ignore[call-overload]
+        return np.array(whole[:, start : start + self.widths[module]], dtype=np.float64)
+
+    def gram(self, module: str) -> Floats:
+        """Inner products of all pairs of prompts' vectors, shape (prompts, prompts)."""
+        vectors = self.of(module)
+        return np.asarray(vectors @ vectors.T)
+
+    def alignment(self, module: str) -> Floats:
+        """Cosine of each prompt's vector with the mean of the others'; NaN where either is 0. Shape (prompts,)."""
+        vectors = self.of(module)
+        total = vectors.sum(0)
+        with_all, squares = vectors @ total, np.square(vectors).sum(1)
+        others = np.maximum(total @ total - 2 * with_all + squares, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cosine = (with_all - squares) / np.sqrt(squares * others)
+        # where the others cancel, what is left is rounding
+        lost = (squares == 0) | (others <= 1e-12 * squares.sum())
+        return np.where(lost, np.nan, np.clip(cosine, -1, 1))
+
+    def halves(self, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(prompts that fix the direction, prompts that are projected on it)."""
+        order = np.random.default_rng(seed).permutation(self.prompts)
+        return np.sort(order[: self.prompts // 2]), np.sort(order[self.prompts // 2 :])
+
+    def projection(self, module: str, seed: int = 0) -> Floats:
+        """Projection of the second half's vectors on the direction of the first half's mean; NaN in the first half.
+
+        Only one half is projected: directions fitted on either half depend on the same inner product of the two
+        means, and pooling both would count one piece of evidence twice.
+        """
+        fit, project = self.halves(seed)
+        vectors = self.of(module)
+        direction = vectors[fit].mean(0)
+        length = np.linalg.norm(direction)
+        values = np.full(self.prompts, np.nan)
+        values[project] = vectors[project] @ direction / length if length > 0 else 0.0
+        return values
+
+    def frame(self, measure: str, seed: int = 0) -> pd.DataFrame:
+        """A tidy frame of "alignment" or "projection": module, kind, layer, head, prompt, measure, value."""
+        import pandas as pd
+
+        values = [self.alignment(m) if measure == "alignment" else self.projection(m, seed) for m in self.modules]
+        frame = module_frame(self.modules).merge(pd.DataFrame({"prompt": np.arange(self.prompts)}), how="cross")
+        frame = frame.assign(measure=measure, value=np.concatenate(values))
+        # the half that fixed the direction has no projection
+        return frame if measure == "alignment" else frame[frame.value.notna()].reset_index(drop=True)
+
+
+def shift_vectors(
+    pair: Pair,
+    task: Task,
+    kinds: str | Iterable[str] = ("head", "mlp"),
+    positions: Positions = "all",
+    *,
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> ShiftVectors:
+    """The shift vectors of every module on every prompt: what :func:`localization.consistency` reads.
+
+    Arguments are those of :func:`measure_shifts`.
+    """
+    from mechtransplant.shifts.measure import Collector, collect
+
+    collector = Collector(pair, len(task), kinds, (), with_vectors=True)
+    collect(pair, task, collector, positions, text, max_new_tokens, batch_size, "left", progress)
+    assert collector.vectors is not None
+    return collector.vectors

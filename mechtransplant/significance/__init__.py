@@ -1,0 +1,43 @@
+"""Tests, corrections, intervals and power, on numpy, scipy and tidy frames alone; nothing here knows a model.
+
+``accuracy`` (paired accuracies), ``permutation`` (sign-flips and label permutations of many modules at once),
+``corrections``, ``effects`` (effect sizes with bootstrap intervals), ``power``, and ``table`` (:func:`test_shifts`).
+"""
+
+from mechtransplant.significance.accuracy import (
+    bootstrap_indices,
+    mcnemar_exact,
+    percentile_interval,
+    rank_p_value,
+    wilson_interval,
+)
+from mechtransplant.significance.corrections import CORRECTIONS, adjust
+from mechtransplant.significance.effects import Effects, one_sample_effects, two_sample_effects
+from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
+from mechtransplant.significance.power import effective_tests, power, prompts_needed, smallest_effect
+from mechtransplant.significance.table import NORMS, SIGNED, TESTS, shift_matrix, test_shifts
+
+__all__ = [
+    "CORRECTIONS",
+    "NORMS",
+    "SIGNED",
+    "TESTS",
+    "Effects",
+    "Permuted",
+    "adjust",
+    "bootstrap_indices",
+    "effective_tests",
+    "label_permutation",
+    "mcnemar_exact",
+    "one_sample_effects",
+    "percentile_interval",
+    "power",
+    "prompts_needed",
+    "rank_p_value",
+    "shift_matrix",
+    "sign_flip",
+    "smallest_effect",
+    "test_shifts",
+    "two_sample_effects",
+    "wilson_interval",
+]
