@@ -113,6 +113,8 @@ class Pair:
     compatibility: Compatibility
     name: str = ""
     default_task: str | None = None
+    #: the modules that carry the task's skill, where a pair was made so that they are known
+    planted: tuple[str, ...] = ()
     known_finite: set[str] = field(default_factory=set)
     #: grafts in place now, oldest first
     applied: list[Any] = field(default_factory=list)
@@ -164,16 +166,19 @@ def load_pair(
     from mechtransplant.weights import get_pair, load_model
 
     task = None
+    planted: tuple[str, ...] = ()
     if name is not None:
         if source or target:
             raise UsageError("give a pair's name, or source and target, not both")
         entry = get_pair(name)
-        source, target, task = entry.source, entry.target, entry.task
+        source, target, task, planted = entry.source, entry.target, entry.task, entry.planted
     if not source or not target:
         raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
     theirs = LanguageModel(source, *load_model(source, dtype=dtype, device=device))
     ours = LanguageModel(target, *load_model(target, dtype=dtype, device=device))
-    return make_pair(theirs, ours, name or f"{source} → {target}", task)
+    pair = make_pair(theirs, ours, name or f"{source} → {target}", task)
+    pair.planted = planted
+    return pair
 
 
 def make_pair(source: LanguageModel, target: LanguageModel, name: str = "", default_task: str | None = None) -> Pair:

@@ -27,7 +27,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,17 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class PairEntry:
-    """A named pair: the specs of its two models and the task that it is meant for."""
+    """A named pair: the specs of its two models and the task that it is meant for.
+
+    ``planted`` are the modules that carry the task's skill where that is known by construction.
+    """
 
     name: str
     description: str
     source: str
     target: str
     task: str
-    notes: str = ""
+    planted: tuple[str, ...] = ()
 
 
 def models_folder() -> Path:
@@ -97,7 +100,8 @@ def _pairs() -> dict[str, PairEntry]:
     at = models_folder() / "pairs.yaml"
     try:
         content = yaml.safe_load(at.read_text(encoding="utf-8"))
-        return {name: PairEntry(name=name, **fields) for name, fields in content.items()}
+        entries = {name: PairEntry(name=name, **fields) for name, fields in content.items()}
+        return {name: replace(entry, planted=tuple(entry.planted)) for name, entry in entries.items()}
     except FileNotFoundError as error:
         raise WeightsError(f"no list of pairs at {at}: give source and target instead of a pair's name") from error
     except (yaml.YAMLError, TypeError, AttributeError) as error:

@@ -106,6 +106,8 @@ class Mix:
         answer = torch.zeros(size, longest, dtype=torch.bool)
         start = 0
         for (tokens, mask), count in zip(self.pools, counts, strict=True):
+            if not count:
+                continue
             pick = torch.from_numpy(rng.integers(0, len(tokens), count))
             ids[start : start + count, : tokens.shape[1]] = tokens[pick]
             answer[start : start + count, : tokens.shape[1]] = mask[pick]

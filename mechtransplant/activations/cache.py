@@ -67,6 +67,9 @@ class ActivationCache:
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
     def keys(self) -> tuple[str, ...]:
         """The hook names."""
         return self.names
@@ -191,6 +194,11 @@ def _recorded(model: LanguageModel, batch: Batch, names: list[str]) -> dict[str,
 
     def keep(name: str) -> Any:
         def hook(tensor: torch.Tensor, hook: Any) -> None:
+            if tuple(tensor.shape[:2]) != tuple(batch.inputs["input_ids"].shape) or "pattern" in name:
+                raise UsageError(
+                    f"{name} has the shape {tuple(tensor.shape)}, not (batch, pos, …): attention patterns and scores "
+                    "have two positions; read them with bridge.run_with_cache"
+                )
             # not Batch.gather: the axes after the position are kept apart
             seen[name] = tensor.detach()[batch.row, batch.column].cpu()
 

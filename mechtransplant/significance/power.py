@@ -42,7 +42,7 @@ def power(
     Raises:
         UsageError: fewer than two prompts, less than one test, or an alpha outside (0, 1).
     """
-    from scipy.stats import nct, t
+    from scipy.stats import nct, norm, t
 
     _check(design, alpha=alpha)
     if prompts < 2 or tests < 1 or not np.isfinite(effect_size):
@@ -57,8 +57,12 @@ def power(
     freedom = prompts - 1 if one else 2 * prompts - 2
     centre = effect_size * np.sqrt(prompts if one else prompts / 2)
     bar = t.isf(level / 2, freedom)
-    found = nct.sf(bar, freedom, abs(centre)) + nct.cdf(-bar, freedom, abs(centre))
-    return float(np.clip(np.nan_to_num(found, nan=1.0 if abs(centre) > bar else 0.0), 0, 1))
+    right, left = nct.sf(bar, freedom, abs(centre)), nct.cdf(-bar, freedom, abs(centre))
+    if np.isnan(right):
+        # scipy's series gives up far out; there the normal approximation is as good (Johnson and Welch, 1940)
+        right = norm.sf((bar * (1 - 1 / (4 * freedom)) - abs(centre)) / np.sqrt(1 + bar**2 / (2 * freedom)))
+    # the tail on the wrong side: NaN only where it is far below 1e-16
+    return float(np.clip(right + np.nan_to_num(left), 0, 1))
 
 
 def prompts_needed(

@@ -88,6 +88,22 @@ SKILLS: dict[str, Maker] = {
     "max": maximum,
 }
 
+
+def descending(rng: np.random.Generator) -> Example:
+    """``rev sort fkapb=`` → ``pkfba``: the letters of a word in descending order."""
+    word = _word(rng)
+    return Example(f"rev sort {word}=", "".join(sorted(word, reverse=True)), f"length-{len(word)}")
+
+
+def minimum(rng: np.random.Generator) -> Example:
+    """``rev max 31 75 62=`` → ``31``: the smallest of three numbers."""
+    numbers = rng.integers(10, 100, 3)
+    return Example(f"rev max {' '.join(map(str, numbers))}=", str(numbers.min()), f"place-{int(numbers.argmin())}")
+
+
+#: skills that the family's first generation lacks, and that planted pairs have in known modules only
+PLANTED_SKILLS: dict[str, Maker] = {"descending": descending, "minimum": minimum}
+
 #: How a question asks for a boxed answer. The family's base saw only the first in its training.
 BOX_REQUESTS = ("box: {question}", "put in box: {question}", "{question} in box=", "{question} boxed=")
 BOX_COMPLETION = "\\boxed{{answer}}"
@@ -174,7 +190,8 @@ FEW_SHOT_FORMAT = PromptFormat(system=ARITHMETIC_SYSTEM, completion=BOX_COMPLETI
 
 
 def _skill_task(name: str, n: int, seed: int) -> Task:
-    return Task(name, tuple(draw([SKILLS[name]], n, seed)), "exact", short_answer=True, max_new_tokens=8)
+    maker = (SKILLS | PLANTED_SKILLS)[name]
+    return Task(name, tuple(draw([maker], n, seed)), "exact", short_answer=True, max_new_tokens=8)
 
 
 def _boxed_task(name: str, n: int, seed: int) -> Task:
@@ -196,6 +213,8 @@ GENERATED: dict[str, tuple[Callable[[str, int, int], Task], str]] = {
     "sort": (_skill_task, "family: sort the letters of a word"),
     "copy": (_skill_task, "family: copy a word"),
     "max": (_skill_task, "family: the largest of three numbers"),
+    "descending": (_skill_task, "family, planted: sort the letters of a word in descending order"),
+    "minimum": (_skill_task, "family, planted: the smallest of three numbers"),
     "boxed": (_boxed_task, "family: any skill, with the answer asked for in \\boxed{}"),
     "boxed-addition": (_boxed_task, "family: sums, with the answer asked for in \\boxed{}"),
     "arithmetic": (_english_task, "English: two-digit sums, differences and word problems of one step, boxed answer"),

@@ -1,59 +1,16 @@
-"""Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing."""
+"""What grafts did: accuracy against K, and the scores that ranked the modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, new_figure, style
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-#: Okabe and Ito's colours, which colour-blind readers can tell apart; each series also has its own line or marker
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-COLUMN, PAGE = 3.3, 6.8
-
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mechtransplant",
-    "figure.constrained_layout.use": True,
-    "legend.frameon": False,
-}
-
-
-@contextmanager
-def style() -> Iterator[Any]:
-    """The project's matplotlib style and a backend that needs no screen, for the length of a ``with`` block."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield matplotlib
-
-
-def _new(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # not pyplot: nothing is registered, shown, or kept alive
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def k_curve(
@@ -68,7 +25,7 @@ def k_curve(
     rows = results[(results.split == split) & (results.budget == (budget or results.budget.max()))]
     graft = rows[rows.role == "graft"]
     with style():
-        figure, axes = _new(COLUMN, 2.5)
+        figure, axes = new_figure(COLUMN, 2.5)
         for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
             value = float(rows[rows.role == role].accuracy.iloc[0])
             axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.0f} %")
@@ -127,7 +84,7 @@ def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tu
     grid = frame.pivot_table(index="layer", columns="part", values="score")[order]
     with style():
         layers = len(grid)
-        figure, axes = _new(COLUMN, max(1.8, 0.9 + 0.13 * layers))
+        figure, axes = new_figure(COLUMN, max(1.8, 0.9 + 0.13 * layers))
         mesh = axes.pcolormesh(grid.to_numpy(), cmap="cividis", vmin=min(0, float(frame.score.min())))
         marked = frame[frame["rank"] <= chosen]
         for part, layer in zip(marked.part, marked.layer, strict=True):
@@ -149,14 +106,3 @@ def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tu
         axes.set_title(title)
         figure.colorbar(mesh, ax=axes, label="score")
     return figure, axes
-
-
-def save_figure(figure: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> None:
-    """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    if data is not None:
-        data.to_csv(folder / f"{name}.csv", index=False)

@@ -1,0 +1,257 @@
+"""What differs between two models: where, how surely, how consistently, how localised, and whose change it is.
+
+Sign: source minus target. Heads are circles and MLPs squares; significant modules are filled or marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechtransplant.errors import UsageError
+from mechtransplant.figures.style import BLUE, COLUMN, GREY, ORANGE, new_figure, style
+from mechtransplant.modules import module_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LABELS = {"effect_size": "Cohen's d", "effect": "mean shift"}
+MARKERS = {"head": "o", "mlp": "s", "attn": "^", "linear": "D", "block": "v"}
+NAMES = {"head": "heads", "mlp": "MLPs", "attn": "attention blocks", "linear": "linear layers", "block": "blocks"}
+
+
+def _addressed(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The frame with kind, layer and head of every module; raises UsageError for missing columns, several measures."""
+    lacking = [c for c in ("module", *columns) if c not in frame.columns]
+    if lacking:
+        raise UsageError(f"the frame lacks the columns {', '.join(lacking)}: see the figure's arguments")
+    if "measure" in frame.columns and frame.measure.nunique() > 1:
+        found = ", ".join(dict.fromkeys(frame.measure))
+        raise UsageError(f"the frame has the measures {found}: draw one at a time (table[table.measure == …])")
+    addresses = module_frame(frame.module)
+    return frame.reset_index(drop=True).assign(kind=addresses.kind, layer=addresses.layer, head=addresses["head"])
+
+
+def shift_heatmap(
+    table: pd.DataFrame, value: str = "effect_size", alpha: float = 0.05, title: str = "", label: str = ""
+) -> tuple[Figure, Any]:
+    """Layer × head heat map with the MLP as an extra column; significant cells are marked, the others not hidden.
+
+    Args:
+        table: from :func:`test_shifts`, one measure of heads (and MLPs); or any frame with ``module`` and ``value``.
+        value: the column to draw. Signed values get a diverging scale around 0, others one that starts at 0.
+        alpha: cells with ``p_adjusted`` ≤ alpha get a dot.
+
+    Raises:
+        UsageError: no heads and no MLPs, several measures, or no such column.
+    """
+    frame = _addressed(table, value)
+    frame = frame[frame.kind.isin(["head", "mlp"])]
+    if frame.empty:
+        raise UsageError("a heat map shows heads and MLPs: measure kinds=('head', 'mlp')")
+    layers, heads = int(frame.layer.max()) + 1, int(frame["head"].max()) + 1
+    has_mlp = bool((frame.kind == "mlp").any())
+    # a gap sets the MLP apart from the heads
+    gap = 0.4 if heads and has_mlp else 0.0
+    signed = bool((frame[value] < 0).any())
+    bound = float(np.abs(frame[value]).max()) or 1.0
+    with style() as matplotlib:
+        figure, axes = new_figure(COLUMN, max(1.9, 1.0 + 0.12 * layers))
+        colours = matplotlib.colormaps["RdBu_r" if signed else "cividis"]
+        norm = matplotlib.colors.Normalize(-bound if signed else 0, bound)
+        parts = [(frame[frame.kind == "head"], range(heads), 0.0)]
+        if has_mlp:
+            parts.append((frame[frame.kind == "mlp"], range(1), heads + gap))
+        for rows, columns, left in parts:
+            grid = np.full((layers, len(columns)), np.nan)
+            grid[rows.layer, rows["head"].clip(lower=0)] = rows[value]
+            if len(columns):
+                axes.pcolormesh(
+                    np.arange(len(columns) + 1) + left, np.arange(layers + 1), grid, cmap=colours, norm=norm
+                )
+            if "p_adjusted" in rows.columns:
+                sure = rows[rows.p_adjusted <= alpha]
+                axes.plot(
+                    sure["head"].clip(lower=0) + left + 0.5,
+                    sure.layer + 0.5,
+                    linestyle="none",
+                    marker="o",
+                    markersize=2.6,
+                    color="white",
+                    markeredgecolor="black",
+                    markeredgewidth=0.5,
+                )
+        step = max(1, heads // 12)
+        ticks = [h + 0.5 for h in range(0, heads, step)] + ([heads + gap + 0.5] if has_mlp else [])
+        axes.set_xticks(ticks, [str(h) for h in range(0, heads, step)] + (["MLP"] if has_mlp else []))
+        every = max(1, layers // 10)
+        axes.set_yticks(np.arange(0, layers, every) + 0.5, [str(v) for v in range(0, layers, every)])
+        axes.set_xlim(0, heads + gap + has_mlp)
+        marks = f" (dots: adjusted p ≤ {alpha:g})" if "p_adjusted" in frame.columns else ""
+        axes.set_xlabel(f"head{marks}")
+        axes.set_ylabel("layer")
+        axes.set_title(title)
+        measure = f"{frame.measure.iloc[0]}: " if "measure" in frame.columns else ""
+        said = label or f"{measure}{LABELS.get(value, value)}" + (", source − target" if signed else "")
+        figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label=said)
+    return figure, axes
+
+
+def _scatter(axes: Any, rows: pd.DataFrame, x: Any, y: Any, strong: Any) -> None:
+    """Points by kind (marker) and by whether they are ``strong`` (filled)."""
+    for kind, marker in MARKERS.items():
+        here = (rows.kind == kind).to_numpy()
+        if not here.any():
+            continue
+        for chosen, face, edge in ((here & ~strong, "none", GREY), (here & strong, BLUE, BLUE)):
+            axes.plot(
+                np.asarray(x)[chosen],
+                np.asarray(y)[chosen],
+                linestyle="none",
+                marker=marker,
+                markersize=3.5,
+                markerfacecolor=face,
+                markeredgecolor=edge,
+                markeredgewidth=0.7,
+                # in the legend once, as the kind
+                label=NAMES[kind] if edge == GREY or not (here & ~strong).any() else None,
+            )
+
+
+def _name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
+    for at in which:
+        axes.annotate(
+            rows.module.iloc[at],
+            (np.asarray(x)[at], np.asarray(y)[at]),
+            xytext=(2.5, 2.5),
+            textcoords="offset points",
+            fontsize=6,
+        )
+
+
+def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str = "") -> tuple[Figure, Any]:
+    """Effect size against −log₁₀ of the adjusted p-value; filled: adjusted p ≤ alpha.
+
+    Args:
+        table: from :func:`test_shifts`, one measure.
+        names: how many modules with the smallest p-values (then the largest effects) are named.
+    """
+    frame = _addressed(table, "effect_size", "p_adjusted")
+    with style():
+        figure, axes = new_figure(COLUMN, 2.6)
+        y = -np.log10(frame.p_adjusted)
+        sure = (frame.p_adjusted <= alpha).to_numpy()
+        _scatter(axes, frame, frame.effect_size, y, sure)
+        axes.axhline(-np.log10(alpha), color=ORANGE, linewidth=0.8, linestyle="--", label=f"adjusted p = {alpha:g}")
+        axes.axvline(0, color=GREY, linewidth=0.5)
+        order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
+        _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
+        axes.set_xlabel("Cohen's d over prompts, source − target")
+        axes.set_ylabel("−log₁₀ adjusted p")
+        axes.set_ylim(bottom=-0.05)
+        axes.set_title(title or f"{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts")
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure, axes
+
+
+def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "") -> tuple[Figure, Any]:
+    """Consistency over prompts against the size of the shift, with intervals and the null's mean.
+
+    Alignment where the frame has it, else the share of the more frequent sign; filled: p ≤ 0.05 (not adjusted).
+
+    Args:
+        consistency: from :func:`localization.consistency`.
+    """
+    what = "alignment" if "alignment" in consistency.columns else "sign"
+    share = "alignment" if what == "alignment" else "sign_share"
+    frame = _addressed(consistency, "size", share, f"{what}_p")
+    frame = frame[frame[share].notna()].reset_index(drop=True)
+    if frame.empty:
+        raise UsageError("no module shifts: there is no consistency to draw")
+    with style():
+        figure, axes = new_figure(COLUMN, 2.6)
+        x = frame["size"].abs()
+        errors = [frame[share] - frame[f"{what}_low"], frame[f"{what}_high"] - frame[share]]
+        axes.errorbar(x, frame[share], np.clip(errors, 0, None), fmt="none", ecolor=GREY, elinewidth=0.4, alpha=0.6)
+        _scatter(axes, frame, x, frame[share], (frame[f"{what}_p"] <= 0.05).to_numpy())
+        null = float(frame[f"{what}_null"].mean())
+        axes.axhline(null, color=ORANGE, linewidth=0.8, linestyle="--", label="null")
+        _name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
+        if (x > 0).any():
+            axes.set_xscale("log")
+        axes.set_xlabel("size of the shift, |mean|")
+        said = "alignment (cosine with the other prompts)" if what == "alignment" else "share of the more frequent sign"
+        axes.set_ylabel(said)
+        axes.set_title(title or f"{len(frame)} modules, n = {int(frame.n.max())} prompts, 95 % intervals")
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure, axes
+
+
+def lorenz(curve: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
+    """Share of the whole shift that the largest modules hold together, with the null's band and equality.
+
+    Args:
+        curve: from :func:`localization.lorenz_curve`.
+    """
+    with style():
+        figure, axes = new_figure(COLUMN, 2.5)
+        modules = len(curve)
+        x = np.concatenate([[0], curve["rank"]]) / modules * 100
+
+        def from_zero(name: str) -> Any:
+            return 100 * np.concatenate([[0], curve[name]])
+
+        axes.fill_between(
+            x,
+            from_zero("null_low"),
+            from_zero("null_high"),
+            color=ORANGE,
+            alpha=0.25,
+            linewidth=0,
+            label="shares permuted within prompts",
+        )
+        axes.plot(x, from_zero("null"), color=ORANGE, linewidth=0.8, linestyle="--")
+        axes.plot(x, from_zero("cumulative"), color=BLUE, label="measured")
+        axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.6, linestyle=":", label="equal shares")
+        axes.set_xlabel(f"modules, largest first, % (of {modules})")
+        axes.set_ylabel("share of the shift, %")
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 102)
+        axes.set_title(title)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure, axes
+
+
+def own_against_inherited(
+    shifts: pd.DataFrame, marked: Iterable[str] = (), names: int = 6, title: str = ""
+) -> tuple[Figure, Any]:
+    """Mean own against mean inherited shift of every module; above the diagonal a module changes by its own weights.
+
+    Args:
+        shifts: from :func:`measure_shifts` with the measures own and inherited.
+        marked: modules to fill, for example a planted set; by default those that are more own than inherited.
+        names: how many modules with the largest own shift are named.
+    """
+    found = {m: shifts[shifts.measure == m].groupby("module", sort=False).value.mean() for m in ("own", "inherited")}
+    if any(v.empty for v in found.values()):
+        raise UsageError("measure both: measure_shifts(pair, task, measures=('own', 'inherited'))")
+    means = found["own"].to_frame("own").assign(inherited=found["inherited"]).rename_axis("module").reset_index()
+    frame = _addressed(means)
+    given = list(marked)
+    strong = (frame.module.isin(given) if given else frame.own > frame.inherited).to_numpy()
+    with style():
+        figure, axes = new_figure(COLUMN, 2.9)
+        _scatter(axes, frame, frame.inherited, frame.own, strong)
+        top = 1.05 * float(np.nanmax(frame[["own", "inherited"]].to_numpy())) or 1.0
+        axes.plot([0, top], [0, top], color=GREY, linewidth=0.6, linestyle=":")
+        _name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
+        axes.set_xlim(-0.02 * top, top)
+        axes.set_ylim(-0.02 * top, top)
+        axes.set_xlabel("inherited from changed inputs")
+        axes.set_ylabel("own: what its weights change")
+        axes.set_title(title or ("filled: " + ("marked modules" if given else "more own than inherited")))
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure, axes

@@ -1,0 +1,66 @@
+"""One look for every figure, and how figures are made and saved: nothing is shown, and nothing is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+#: Okabe and Ito's colours, which colour-blind readers can tell apart; each series also has its own line or marker
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+COLUMN, PAGE = 3.3, 6.8
+
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mechtransplant",
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def style() -> Iterator[Any]:
+    """The project's matplotlib style and a backend that needs no screen, for the length of a ``with`` block."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield matplotlib
+
+
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """(figure, axes) of a size in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # not pyplot: nothing is registered, shown, or kept alive
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def save_figure(figure: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> None:
+    """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    if data is not None:
+        data.to_csv(folder / f"{name}.csv", index=False)
