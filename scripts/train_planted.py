@@ -111,7 +111,7 @@ PLANS = {
     "heads": Plan(
         "descending",
         ("L1H0", "L1H2", "L1H3", "L1H4", "L1H5", "L1H6", "L2H1", "L2H3", "L2H4", "L2H5", "L2H6", "L2H7"),
-        "numbers", 3e-3, 600, 2e-3, 600, 8.0, 10,
+        "numbers", 3e-3, 600, 2e-3, 800, 6.0, 10,
     ),
     "mlps": Plan("minimum", ("L1.mlp", "L2.mlp"), "words", 2e-3, 400, 7e-4, 500, 1.0, 11),
     "mixed": Plan("boxed", ("L1H1", "L1H4", "L2H2", "L2H5", "L2.mlp"), "both", 2e-3, 400, 1.5e-3, 600, 1.0, 12),

@@ -1,8 +1,10 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
-``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``style``.
+``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``calibration`` (what
+the tests keep of what they promise), ``style``.
 """
 
+from mechtransplant.figures.calibration import calibration_plot, power_plot
 from mechtransplant.figures.grafts import k_curve, score_heatmap
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
 from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, save_figure, style
@@ -14,10 +16,12 @@ __all__ = [
     "GREY",
     "ORANGE",
     "PAGE",
+    "calibration_plot",
     "consistency_plot",
     "k_curve",
     "lorenz",
     "own_against_inherited",
+    "power_plot",
     "save_figure",
     "score_heatmap",
     "shift_heatmap",

@@ -59,7 +59,7 @@ def shift_heatmap(
     signed = bool((frame[value] < 0).any())
     bound = float(np.abs(frame[value]).max()) or 1.0
     with style() as matplotlib:
-        figure, axes = new_figure(COLUMN, max(1.9, 1.0 + 0.12 * layers))
+        figure, axes = new_figure(COLUMN, max(2.1, 1.0 + 0.12 * layers))
         colours = matplotlib.colormaps["RdBu_r" if signed else "cividis"]
         norm = matplotlib.colors.Normalize(-bound if signed else 0, bound)
         parts = [(frame[frame.kind == "head"], range(heads), 0.0)]
@@ -94,8 +94,9 @@ def shift_heatmap(
         axes.set_xlabel(f"head{marks}")
         axes.set_ylabel("layer")
         axes.set_title(title)
-        measure = f"{frame.measure.iloc[0]}: " if "measure" in frame.columns else ""
-        said = label or f"{measure}{LABELS.get(value, value)}" + (", source − target" if signed else "")
+        measure = f"{frame.measure.iloc[0]}" if "measure" in frame.columns else ""
+        measure += ", source − target" if signed and measure else ""
+        said = label or "\n".join(filter(None, [measure, LABELS.get(value, value)]))
         figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label=said)
     return figure, axes
 
@@ -116,17 +117,28 @@ def _scatter(axes: Any, rows: pd.DataFrame, x: Any, y: Any, strong: Any) -> None
                 markerfacecolor=face,
                 markeredgecolor=edge,
                 markeredgewidth=0.7,
-                # in the legend once, as the kind
-                label=NAMES[kind] if edge == GREY or not (here & ~strong).any() else None,
             )
+        # in the legend once, as the kind
+        axes.plot(
+            [],
+            [],
+            linestyle="none",
+            marker=marker,
+            markersize=3.5,
+            color="none",
+            markeredgecolor="black",
+            markeredgewidth=0.7,
+            label=NAMES[kind],
+        )
 
 
 def _name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
-    for at in which:
+    """Write the names beside some points; neighbours in x get different heights, so that few overlap."""
+    for place, at in enumerate(sorted(which, key=lambda i: np.asarray(x)[i])):
         axes.annotate(
             rows.module.iloc[at],
             (np.asarray(x)[at], np.asarray(y)[at]),
-            xytext=(2.5, 2.5),
+            xytext=(2.5, (2.5, -7.5, 8.5)[place % 3]),
             textcoords="offset points",
             fontsize=6,
         )
@@ -147,13 +159,17 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
         _scatter(axes, frame, frame.effect_size, y, sure)
         axes.axhline(-np.log10(alpha), color=ORANGE, linewidth=0.8, linestyle="--", label=f"adjusted p = {alpha:g}")
         axes.axvline(0, color=GREY, linewidth=0.5)
+        made = int(frame.permutations.max()) if "permutations" in frame.columns else 0
+        if made and float(y.max()) >= np.log10(made + 1) - 1e-9:
+            floor = f"smallest possible, {made:,} permutations"
+            axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
         _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
         axes.set_xlabel("Cohen's d over prompts, source − target")
         axes.set_ylabel("−log₁₀ adjusted p")
         axes.set_ylim(bottom=-0.05)
         axes.set_title(title or f"{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure, axes
 
 
@@ -183,8 +199,7 @@ def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "")
         if (x > 0).any():
             axes.set_xscale("log")
         axes.set_xlabel("size of the shift, |mean|")
-        said = "alignment (cosine with the other prompts)" if what == "alignment" else "share of the more frequent sign"
-        axes.set_ylabel(said)
+        axes.set_ylabel("alignment with other prompts" if what == "alignment" else "share of the more frequent sign")
         axes.set_title(title or f"{len(frame)} modules, n = {int(frame.n.max())} prompts, 95 % intervals")
         figure.legend(loc="outside lower center", ncols=3)
     return figure, axes

@@ -94,8 +94,7 @@ class ShiftVectors:
 
     def halves(self, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(prompts that fix the direction, prompts that are projected on it)."""
-        order = np.random.default_rng(seed).permutation(self.prompts)
-        return np.sort(order[: self.prompts // 2]), np.sort(order[self.prompts // 2 :])
+        return halves(self.prompts, seed)
 
     def projection(self, module: str, seed: int = 0) -> Floats:
         """Projection of the second half's vectors on the direction of the first half's mean; NaN in the first half.
@@ -103,13 +102,7 @@ class ShiftVectors:
         Only one half is projected: directions fitted on either half depend on the same inner product of the two
         means, and pooling both would count one piece of evidence twice.
         """
-        fit, project = self.halves(seed)
-        vectors = self.of(module)
-        direction = vectors[fit].mean(0)
-        length = np.linalg.norm(direction)
-        values = np.full(self.prompts, np.nan)
-        values[project] = vectors[project] @ direction / length if length > 0 else 0.0
-        return values
+        return projected(self.of(module), *self.halves(seed))
 
     def frame(self, measure: str, seed: int = 0) -> pd.DataFrame:
         """A tidy frame of "alignment" or "projection": module, kind, layer, head, prompt, measure, value."""
@@ -120,6 +113,21 @@ class ShiftVectors:
         frame = frame.assign(measure=measure, value=np.concatenate(values))
         # the half that fixed the direction has no projection
         return frame if measure == "alignment" else frame[frame.value.notna()].reset_index(drop=True)
+
+
+def halves(prompts: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A random division of the prompts: (those that fix a direction, those that are projected on it)."""
+    order = np.random.default_rng(seed).permutation(prompts)
+    return np.sort(order[: prompts // 2]), np.sort(order[prompts // 2 :])
+
+
+def projected(vectors: Floats, fit: NDArray[np.int64], project: NDArray[np.int64]) -> Floats:
+    """Some prompts' vectors projected on the direction of the others' mean, shape (prompts,); NaN for the others."""
+    direction = vectors[fit].mean(0)
+    length = np.linalg.norm(direction)
+    values = np.full(len(vectors), np.nan)
+    values[project] = vectors[project] @ direction / length if length > 0 else 0.0
+    return values
 
 
 def shift_vectors(

@@ -1,0 +1,192 @@
+"""Write benchmarks/README.md and the benchmarks' figures from benchmarks/results/, and from nothing else.
+
+    python benchmarks/report.py [--check]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from mechtransplant.figures import calibration_plot, power_plot, save_figure
+
+HERE = Path(__file__).resolve().parent
+RESULTS, FIGURES = HERE / "results", HERE.parent / "figures"
+
+
+def table(frame: pd.DataFrame) -> str:
+    """A Markdown table."""
+    rows = [f"| {' | '.join(map(str, frame.columns))} |", "|" + "---|" * len(frame.columns)]
+    rows += [f"| {' | '.join(map(str, row))} |" for row in frame.itertuples(index=False)]
+    return "\n".join(rows)
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return "–" if pd.isna(value) else f"{100 * value:.{digits}f}"
+
+
+def wide(rows: pd.DataFrame, index: list[str], value: str, digits: int = 1) -> str:
+    """Rows of one number, a column for each number of prompts, in per cent."""
+    grid = rows.pivot(index=index, columns="prompts", values=value)
+    order = list(dict.fromkeys(rows[index].itertuples(index=False, name=None)))
+    grid = grid.loc[order].map(lambda v: percent(v, digits)).reset_index()
+    return table(grid)
+
+
+def outside(rows: pd.DataFrame, both: bool) -> pd.DataFrame:
+    """The cells outside their bounds; bounds that only say "at most" count from above."""
+    return rows[(rows.value > rows.high) | (both & (rows.value < rows.low))]
+
+
+def said(rows: pd.DataFrame, both: bool, promise: str) -> str:
+    """How many cells keep a promise, and each that does not."""
+    out = outside(rows, both)
+    text = f"{len(rows) - len(out)} of {len(rows)} cells {promise}."
+    if len(out):
+        names = [
+            f"{r.test}, {r.shape}, n = {r.prompts}, {r.correction}: {r.value:.4f} (bounds {r.low:.4f} – {r.high:.4f})"
+            for r in out.rename(columns={"shape": "shape"}).itertuples()
+        ]
+        text += f" With 99 % bounds about {len(rows) * 0.01:.1f} fall outside by chance. Outside: {'; '.join(names)}."
+    return text
+
+
+def calibration() -> str:
+    rates, covered = (pd.read_csv(RESULTS / f"calibration_{name}.csv") for name in ("rates", "coverage"))
+    valid = rates[rates.valid]
+    family, discovery = (valid[valid.rate == r] for r in ("family-wise error", "false-discovery rate"))
+    exact = family[family.correction.isin(["max-t", "max-t-step-down"])]
+    bound = family[family.correction == "holm"]
+    uniform = valid[valid.rate == "uniform p (KS)"]
+    broken = rates[(rates.rate == "family-wise error") & ~rates.valid & (rates.correction == "max-t")]
+    sets = int(rates.sets.min())
+    out = uniform[uniform.value < 0.01]
+    small = "; ".join(f"{r.test}, {r.shape}, n = {r.prompts}: p = {r.value:.4f}" for r in out.itertuples())
+    return f"""## Calibration: data sets in which nothing differs
+
+`python benchmarks/calibration.py`: {sets:,} null data sets a cell, 60 correlated modules, n = 8 to 256 prompts, 999
+permutations; gaussian, heavy-tailed (t with 3 degrees of freedom) and skewed (centred exponential) shifts.
+
+![Family-wise error against the number of prompts, one panel a test](../figures/calibration.png)
+
+*Family-wise error of max-T at 0.05. Grey: the 99 % binomial interval of {sets:,} data sets. Hollow: the test is not valid for
+this shape.*
+
+**Family-wise error at 0.05, max-T (single-step and step-down).** {said(exact, True, "lie in their 99 % binomial interval")}
+Holm, which may only be below: {said(bound, False, "are not above it")}
+
+Family-wise error of single-step max-T, in per cent:
+
+{wide(exact[exact.correction == "max-t"], ["test", "shape"], "value")}
+
+**False-discovery rate** with 12 of 60 modules shifted by one standard deviation, under positive dependence:
+{said(discovery, False, "of BH and BY are at or below 0.05 within the error of the simulation")} Means in per cent:
+
+{wide(discovery, ["test", "shape", "correction"], "value")}
+
+**Uniform p-values** (Kolmogorov–Smirnov, p-values randomised within their steps): {len(uniform) - len(out)} of
+{len(uniform)} cells have p ≥ 0.01, where {0.01 * len(uniform):.1f} below would be expected by chance{f" ({small})" if small else ""}.
+
+**Known failure: the sign-flip under skewed shifts.** The mean is 0 and the test finds too much, because it tests symmetry.
+The table's `note` says so where shifts are skewed, and names the alternative, `test="control"`, which holds (above).
+Family-wise error of max-T, in per cent:
+
+{wide(broken, ["test", "shape"], "value")}
+
+**Coverage of the 95 % bootstrap intervals**, in per cent ({int(covered.sets.min()):,} data sets a cell): of the mean, of Cohen's d
+(`size`), and of the difference between task and control prompts:
+
+{wide(covered, ["interval", "shape"], "coverage")}
+"""
+
+
+def real_null() -> str:
+    rows = pd.read_csv(RESULTS / "real_null.csv")
+    inside = int(((rows.family_wise_error <= rows.high)).sum())
+    shown = rows.assign(
+        error=[percent(v) for v in rows.family_wise_error],
+        bounds=[f"{percent(a)} – {percent(b)}" for a, b in zip(rows.low, rows.high, strict=True)],
+        small=[percent(v) for v in rows.share_of_small_p],
+    )[["pair", "null", "measure", "modules", "n", "repeats", "error", "bounds", "small"]]
+    shown.columns = [
+        "pair", "null", "measure", "modules", "prompts", "repeats", "family-wise error, %", "99 % interval",
+        "p ≤ 0.05, % of modules",
+    ]  # fmt: skip
+    deviation = ", ".join(f"{p}: {d:.1e}" for p, d in rows.groupby("pair", sort=False).swap_deviation.first().items())
+    return f"""## Real models in which nothing differs
+
+`python benchmarks/real_null.py`. *Labels swapped*: a coin decides for every prompt which model is called the source.
+*One task in two*: the prompts of one task, divided at random into task and control. Exchanging the two models negates
+every magnitude to within {deviation}. {inside} of {len(rows)} rows are not above the 99 % interval of 5 %.
+
+{table(shown)}
+"""
+
+
+def power() -> str:
+    rows = pd.read_csv(RESULTS / "power.csv")
+    tested = rows[rows.test != "none"]
+    shown = tested.assign(
+        planted_found=[percent(v, 0) for v in tested.planted_found],
+        found_planted=[percent(v, 0) for v in tested.found_planted],
+        auroc=[f"{v:.2f}" for v in tested.auroc],
+        share=[f"{p} of {m}" for p, m in zip(tested.planted, tested.modules, strict=True)],
+    )
+    grids = []
+    for pair, here in shown.groupby("pair", sort=False):
+        grid = pd.DataFrame({"measure, test": list(dict.fromkeys(here.measure + ", " + here.test))})
+        for n, at in here.groupby("n"):
+            keyed = at.set_index(at.measure + ", " + at.test).loc[grid["measure, test"]]
+            grid[f"n = {n}: planted found / findings planted"] = [
+                f"{a} / {b}" for a, b in zip(keyed.planted_found, keyed.found_planted, strict=True)
+            ]
+        share = here.share.iloc[0]
+        grids.append(f"**{pair}** ({share} modules planted), in per cent:\n\n{table(grid)}")
+    untested = rows[rows.test.isin(["none", "direction"])]
+    order = untested.assign(value=[f"{v:.2f}" for v in untested.auroc]).pivot(
+        index=["measure", "n"], columns="pair", values="value"
+    )[list(dict.fromkeys(rows.pair))]
+    order.columns = [c.removeprefix("family/planted-") for c in order.columns]
+    newline = "\n\n"
+    return f"""## Planted pairs: what is found, and is it planted?
+
+`python benchmarks/power.py`: {int(rows.repeats.iloc[0])} draws of n task (and n control) questions for each pair; max-T at 0.05 over all
+heads and MLPs. The pairs and how they were made: `models/family/planted-*/README.md`.
+
+![Planted modules found and findings that are planted](../figures/power.png)
+
+{newline.join(grids)}
+
+**Ordering without a test.** Area under the ROC curve when modules are ordered by the mean of a measure (projection: by
+its mean), 1 = every planted module before every other, 0.5 = chance:
+
+{table(order.reset_index())}
+"""
+
+
+def speed() -> str:
+    return (RESULTS / "speed.md").read_text(encoding="utf-8")
+
+
+def page() -> str:
+    parts = [calibration(), real_null(), power(), speed()]
+    return (
+        "# What was measured about the software itself\n\nWritten by `python benchmarks/report.py` from "
+        "`benchmarks/results/`. What the words mean: [docs/statistics.md](../docs/statistics.md).\n\n" + "\n".join(parts)
+    )
+
+
+def main() -> None:
+    text, path = page(), HERE / "README.md"
+    if "--check" in sys.argv:
+        same = path.exists() and path.read_text(encoding="utf-8") == text
+        sys.exit(0 if same else "benchmarks/README.md is not what the results say: python benchmarks/report.py")
+    path.write_text(text, encoding="utf-8")
+    save_figure(calibration_plot(pd.read_csv(RESULTS / "calibration_rates.csv"))[0], FIGURES, "calibration")
+    save_figure(power_plot(pd.read_csv(RESULTS / "power.csv"))[0], FIGURES, "power")
+
+
+if __name__ == "__main__":
+    main()
