@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint notebooks lab clean
+.PHONY: help install demo test lint notebooks benchmarks lab clean
 
 help:  ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,13 @@ notebooks: install  ## run every notebook from top to bottom; the copies go to a
 		echo "$$notebook"; \
 		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir "$$out" "$$notebook" || exit 1; \
 	done
+
+benchmarks: install  ## error rates, power and speed of the statistics: about two hours; finished cells are kept
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/real_null.py
+	$(BIN)/python benchmarks/power.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/report.py
 
 lab: install  ## open the notebooks
 	$(BIN)/jupyter lab notebooks

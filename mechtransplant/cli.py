@@ -73,8 +73,9 @@ def pairs_list() -> None:
     """Every named pair with one line of description."""
     from mechtransplant.weights import list_pairs
 
-    for name, description in list_pairs().items():
-        typer.echo(f"{name:24} {description}")
+    pairs = list_pairs()
+    for name, description in pairs.items():
+        typer.echo(f"{name:{max(map(len, pairs))}}  {description}")
 
 
 @pairs_app.command("fetch")

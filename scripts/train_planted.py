@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from train_family import BOX, FOLDER, Mix, build_tokenizer, plain
+from train_family import FOLDER, Mix, build_tokenizer, plain
 from transformers import LlamaForCausalLM
 
 from mechtransplant.evaluation import compare, evaluate
@@ -31,7 +31,7 @@ from mechtransplant.grafting import Graft
 from mechtransplant.modules import layout_of
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Example, load_task
-from mechtransplant.tasks.generated import LETTERS, PLANTED_SKILLS, SKILLS, Maker, boxed_skill
+from mechtransplant.tasks.generated import LETTERS, PLANTED_SKILLS, SKILLS, Maker
 from mechtransplant.weights import write_hashes
 
 BATCH = 128
@@ -77,10 +77,9 @@ DRIFTS: dict[str, Parts] = {
     "numbers": [(0.35, [subtraction], "{answer}"), (0.25, [large_maximum], "{answer}"), *plain(0.08, *SKILLS)],
     "words": [*[(0.2, [m], "{answer}") for m in WORDS], *plain(0.08, *SKILLS)],
     "both": [
-        (0.25, [subtraction], "{answer}"),
-        *[(0.12, [m], "{answer}") for m in WORDS],
-        *plain(0.07, *SKILLS),
-        (0.04, [boxed_skill(s, 0) for s in SKILLS], BOX),
+        (0.3, [subtraction], "{answer}"),
+        *[(0.15, [m], "{answer}") for m in (any_reverse, any_copy)],
+        *plain(0.08, *SKILLS),
     ],
 }
 
@@ -102,8 +101,6 @@ class Plan:
     @property
     def parts(self) -> Parts:
         """60 % the skill, the rest what `first` knows."""
-        if self.skill == "boxed":
-            return [(0.6, [boxed_skill(s) for s in SKILLS], BOX), *plain(0.08, *SKILLS)]
         return [(0.6, [PLANTED_SKILLS[self.skill]], "{answer}"), *plain(0.08, *SKILLS)]
 
 
@@ -114,7 +111,9 @@ PLANS = {
         "numbers", 3e-3, 600, 2e-3, 800, 6.0, 10,
     ),
     "mlps": Plan("minimum", ("L1.mlp", "L2.mlp"), "words", 2e-3, 400, 7e-4, 500, 1.0, 11),
-    "mixed": Plan("boxed", ("L1H1", "L1H4", "L2H2", "L2H5", "L2.mlp"), "both", 2e-3, 400, 1.5e-3, 600, 1.0, 12),
+    "mixed": Plan(
+        "largest-letter", ("L1H1", "L1H4", "L2H2", "L2H5", "L2.mlp"), "both", 2.5e-3, 500, 1.5e-3, 500, 4.0, 12,
+    ),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -164,11 +165,18 @@ def test_readme_has_the_numbers_of_the_committed_runs() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_benchmark_page_has_the_numbers_of_the_committed_results() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_notebook_way_in_the_readme_works(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = text.split("```python\n")[1].split("```")[0]
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    for block in text.split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], "README.md", "exec"), names)
     assert "TIR" in capsys.readouterr().out
+    assert len(names["table"]) == 36 and (names["specific"].test == "control").all()
 
 
 def test_the_configuration_page_names_every_key() -> None:

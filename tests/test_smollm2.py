@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mechtransplant.activations import decoding_magnitudes, forced_magnitudes
+from mechtransplant.activations import cache_activations, decoding_magnitudes, forced_magnitudes
 from mechtransplant.errors import WeightsError
 from mechtransplant.evaluation import evaluate, generate, gold_scores
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, load_pair
+from mechtransplant.shifts import measure_shifts
 from mechtransplant.tasks import Task, load_task
 from mechtransplant.weights import fetch
 
@@ -38,6 +39,12 @@ def pair() -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def few_shot() -> Task:
     return load_task("arithmetic-few-shot").split(4, 4, 10).test
+
+
+@pytest.fixture(scope="module")
+def short() -> Task:
+    """A sum, a difference and a word problem: 39, 40 and 54 tokens."""
+    return load_task("arithmetic", 3)
 
 
 def test_the_whole_fine_tune_lies_in_the_linear_layers(pair: Pair) -> None:
@@ -87,3 +94,32 @@ def test_graft_of_everything_is_the_source_and_undo_restores_every_byte(pair: Pa
 def test_bridge_gives_the_models_logits(pair: Pair) -> None:
     ids = torch.tensor([pair.target.tokenizer("What is 47 + 85?")["input_ids"]])
     torch.testing.assert_close(pair.target.bridge(ids), pair.target.hf(ids).logits, atol=1e-2, rtol=1e-3)
+
+
+def test_streamed_shifts_equal_explicit_head_writes(pair: Pair, short: Task) -> None:
+    task = short.subset([0, 1])
+    shifts = measure_shifts(pair, task, measures=("magnitude", "distance", "own", "inherited"), positions="answer")
+    indexed = shifts.set_index(["measure", "module", "prompt"]).value
+    hooks = ("blocks.17.attn.hook_result", "blocks.17.hook_mlp_out")
+    source, target = (cache_activations(m, task, hooks, "answer") for m in (pair.source, pair.target))
+    for prompt in range(2):
+        heads, mlp = ([c.prompt(prompt, h).double() for c in (source, target)] for h in hooks)
+        for module, a_s, a_t in [
+            *[(f"L17H{h}", heads[0][:, h], heads[1][:, h]) for h in range(9)],
+            ("L17.mlp", *mlp),
+        ]:
+            scale = (a_s.norm(dim=-1) + a_t.norm(dim=-1)) / 2
+            distance = ((a_s - a_t).norm(dim=-1) / scale).mean()
+            magnitude = (a_s.abs().mean(-1) - a_t.abs().mean(-1)).mean()
+            assert indexed["distance", module, prompt] == pytest.approx(float(distance), abs=1e-5)
+            assert indexed["magnitude", module, prompt] == pytest.approx(float(magnitude), abs=1e-5)
+    wide = shifts.pivot(index=["module", "prompt"], columns="measure", values="value")
+    assert (wide.distance <= wide.own + wide.inherited + 1e-5).all() and (wide.own > 0).all()
+
+
+def test_batches_and_padding_do_not_change_shifts(pair: Pair, short: Task) -> None:
+    task = short.subset([0, 1, 2])
+    one = measure_shifts(pair, task, positions="last", batch_size=1)
+    for side in ("left", "right"):
+        other = measure_shifts(pair, task, positions="last", batch_size=3, padding_side=side)  # type: ignore[arg-type]
+        np.testing.assert_allclose(other.value, one.value, atol=1e-5)

@@ -101,8 +101,14 @@ def minimum(rng: np.random.Generator) -> Example:
     return Example(f"rev max {' '.join(map(str, numbers))}=", str(numbers.min()), f"place-{int(numbers.argmin())}")
 
 
+def largest_letter(rng: np.random.Generator) -> Example:
+    """``max fkqpa=`` → ``q``: the letter of a word that comes last in the alphabet."""
+    word = _word(rng)
+    return Example(f"max {word}=", max(word), f"length-{len(word)}")
+
+
 #: skills that the family's first generation lacks, and that planted pairs have in known modules only
-PLANTED_SKILLS: dict[str, Maker] = {"descending": descending, "minimum": minimum}
+PLANTED_SKILLS: dict[str, Maker] = {"descending": descending, "minimum": minimum, "largest-letter": largest_letter}
 
 #: How a question asks for a boxed answer. The family's base saw only the first in its training.
 BOX_REQUESTS = ("box: {question}", "put in box: {question}", "{question} in box=", "{question} boxed=")
@@ -215,6 +221,7 @@ GENERATED: dict[str, tuple[Callable[[str, int, int], Task], str]] = {
     "max": (_skill_task, "family: the largest of three numbers"),
     "descending": (_skill_task, "family, planted: sort the letters of a word in descending order"),
     "minimum": (_skill_task, "family, planted: the smallest of three numbers"),
+    "largest-letter": (_skill_task, "family, planted: the letter of a word that comes last in the alphabet"),
     "boxed": (_boxed_task, "family: any skill, with the answer asked for in \\boxed{}"),
     "boxed-addition": (_boxed_task, "family: sums, with the answer asked for in \\boxed{}"),
     "arithmetic": (_english_task, "English: two-digit sums, differences and word problems of one step, boxed answer"),
