@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from mechtransplant.localization import concentration, consistency, effective_number, gini, top_share
 from mechtransplant.shifts.vectors import halves, projected
 from mechtransplant.significance import (
     adjust,
@@ -169,6 +171,58 @@ def coverage(shape: str, prompts: int, sets: int) -> list[dict[str, object]]:
     ]
 
 
+def localization_coverage(shape: str, prompts: int, sets: int) -> list[dict[str, object]]:
+    """How often the 95 % intervals of alignment and of concentration hold the truth (30 modules; vectors of 16)."""
+    rng = np.random.default_rng([8, SHAPES.index(shape), prompts])
+    sizes = np.random.default_rng(1).gamma(1.0, size=30)
+
+    def shifts(n: int) -> Floats:
+        return sizes * np.abs(draws(rng, shape, n, 30))
+
+    many = shifts(200_000)
+    mean = (many / many.sum(1, keepdims=True)).mean(0)
+    truth = {"gini": gini(mean), "effective_number": effective_number(mean), "top_k_share": top_share(mean, 3)}
+    hits = dict.fromkeys(truth, 0)
+    aligned = []
+    for at in range(sets):
+        frame = pd.DataFrame(
+            {
+                "module": np.tile([f"m{i}" for i in range(30)], prompts),
+                "prompt": np.repeat(np.arange(prompts), 30),
+                "measure": "own",
+                "value": shifts(prompts).ravel(),
+            }
+        )
+        table = concentration(frame, k=3, permutations=1, seed=at).set_index("statistic")
+        for name, value in truth.items():
+            hits[name] += bool(table.low[name] <= value <= table.high[name])
+        vectors = Vectors(draws(rng, shape, prompts, 16) + 0.3)
+        aligned.append(consistency(frame[frame.module == "m0"].assign(measure="magnitude"), vectors, flips=1))
+    each = pd.concat(aligned)
+    inside = (each.alignment_low <= each.alignment.mean()) & (each.alignment.mean() <= each.alignment_high)
+    counts = {**hits, "alignment": int(inside.sum())}
+    return [
+        {"interval": name, "shape": shape, "prompts": prompts, "sets": sets, "coverage": count / sets}
+        for name, count in counts.items()
+    ]
+
+
+@dataclass
+class Vectors:
+    """One module's shift vectors, as :func:`consistency` reads them."""
+
+    vectors: Floats
+    modules: tuple[str, ...] = ("m0",)
+
+    def gram(self, module: str) -> Floats:
+        return self.vectors @ self.vectors.T
+
+    def alignment(self, module: str) -> Floats:
+        others = self.vectors.sum(0) - self.vectors
+        lengths = np.linalg.norm(self.vectors, axis=1) * np.linalg.norm(others, axis=1)
+        return (self.vectors * others).sum(1) / lengths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=int, default=2000)
@@ -176,19 +230,23 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     rates_at, coverage_at = (arguments.out / f"calibration_{name}.csv" for name in ("rates", "coverage"))
+    sets = arguments.sets
     jobs = [(t, s, n) for n in PROMPTS for t in TESTS for s in SHAPES]
-    _resume(rates_at, jobs, ("test", "shape", "prompts"), lambda t, s, n: error_rates(t, s, n, arguments.sets))
+    _resume(rates_at, jobs, ("test", "shape", "prompts"), sets, lambda *job: error_rates(*job, sets))
     _resume(
         coverage_at,
         [(s, n) for n in PROMPTS for s in SHAPES],
         ("shape", "prompts"),
-        lambda s, n: coverage(s, n, arguments.sets),
+        sets,
+        lambda *job: coverage(*job, sets) + localization_coverage(*job, sets // 4),
     )
     print(summary(pd.read_csv(rates_at), pd.read_csv(coverage_at)))
 
 
-def _resume(path: Path, jobs: list, keys: tuple[str, ...], compute: Callable) -> None:
+def _resume(path: Path, jobs: list, keys: tuple[str, ...], sets: int, compute: Callable) -> None:
     done = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=list(keys))
+    if len(done) and sets not in set(done.sets):
+        raise SystemExit(f"{path} holds cells of other numbers of sets: remove it, or choose another --out")
     finished = set(done[list(keys)].itertuples(index=False, name=None))
     for job in jobs:
         if job in finished:

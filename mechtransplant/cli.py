@@ -1,10 +1,10 @@
-"""The command line: ``mechtransplant demo | run | pairs | tasks | rules``."""
+"""The command line: ``mechtransplant demo | run | shifts | pairs | tasks | rules``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,6 +66,31 @@ def demo(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("ru
     from mechtransplant.weights import models_folder
 
     _run(models_folder() / "demo.yaml", out)
+
+
+@app.command()
+def shifts(
+    pair: Annotated[str, typer.Argument(help="A pair's name.")],
+    task: Annotated[str | None, typer.Option(help="A task's name or a JSONL file; the pair's own by default.")] = None,
+    control: Annotated[str | None, typer.Option(help="A task whose prompts serve as control.")] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts of each.")] = 64,
+    positions: Annotated[str, typer.Option(help="all, last, answer or decoding.")] = "answer",
+    kinds: Annotated[str, typer.Option(help="head, mlp, attn, linear; several with commas.")] = "head,mlp",
+    correction: Annotated[str, typer.Option(help="max-t, max-t-step-down, holm, by, bh, …")] = "max-t",
+    k: Annotated[int, typer.Option(help="K of the top-K share and stability.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the split, the permutations and the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The folder (runs/shifts-PAIR by default).")] = None,
+) -> None:
+    """Measure how every head and MLP shifts between two models, test it, and draw it."""
+    from mechtransplant.experiment import ShiftConfig, report_shifts
+
+    # the library checks the names, and says which there are
+    where: Any = positions
+    config = ShiftConfig(pair, task, control, prompts, where, tuple(kinds.split(",")), correction, k, batch_size, seed)
+    folder = out or Path("runs") / f"shifts-{pair.replace('/', '-')}"
+    typer.echo(report_shifts(config, folder))
+    typer.echo(f"Tables and figures are in {folder}")
 
 
 @pairs_app.command("list")

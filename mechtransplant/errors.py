@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class UsageError(Exception):
@@ -11,6 +12,25 @@ class UsageError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Raise UsageError unless ``value`` is a whole number (numpy's too) from ``least`` to ``most``."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
+        upper = "" if most is None else f" and at most {most}"
+        raise UsageError(f"{name} must be a whole number of at least {least}{upper}, got {value!r}")
+
+
+def check_seed(value: object) -> None:
+    """Raise UsageError unless ``value`` can seed a generator: a whole number from 0 on."""
+    check_count("seed", value, least=0)
+
+
+def check_level(value: object) -> None:
+    """Raise UsageError unless ``value`` is a confidence level from 0.5 up to, not including, 1."""
+    if not isinstance(value, Real) or not 0.5 <= float(value) < 1:
+        raise UsageError(f"level must be a number from 0.5 up to 1, for example 0.95, got {value!r}")
 
 
 class UnknownNameError(UsageError):

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import UsageError, check_count, check_level, check_seed
 from mechtransplant.significance import wilson_interval
-from mechtransplant.significance.table import NORMS, one_measure, shift_matrix
+from mechtransplant.significance.table import one_measure, refuse_norms, shift_matrix
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Floats = NDArray[np.float64]
+#: with fewer prompts there is no interval
+FEWEST = 5
 
 
 class Vectors(Protocol):
@@ -42,7 +44,6 @@ def consistency(
     vectors: Vectors | None = None,
     measure: str = "magnitude",
     level: float = 0.95,
-    resamples: int = 2_000,
     flips: int = 999,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -56,9 +57,10 @@ def consistency(
 
     Returns:
         one row a module: module, n, size (mean of the measure), sign_share (share of the prompts that have the more
-        frequent sign), sign_low, sign_high (Wilson's interval), sign_null (what even chances would give), sign_p
-        (exact binomial); with vectors also alignment (mean cosine with the mean of the other prompts), alignment_low,
-        alignment_high (bootstrap over prompts), alignment_null (mean under sign-flips), alignment_p (one-sided).
+        frequent sign; a prompt whose value is 0 has none), sign_low, sign_high (Wilson's interval), sign_null (what
+        even chances would give), sign_p (exact binomial, of the prompts that have a sign); with vectors also alignment
+        (mean cosine with the mean of the other prompts), alignment_low, alignment_high (jackknife over prompts, because
+        every cosine depends on all of them), alignment_null (mean under sign-flips), alignment_p (one-sided).
         Alignment is NaN where a module does not shift at all.
 
     Raises:
@@ -66,9 +68,12 @@ def consistency(
     """
     import pandas as pd
 
-    if measure in NORMS:
-        raise UsageError(f"{measure} is never negative, so its signs say nothing: count those of magnitude")
-    values, modules = shift_matrix(one_measure(shifts, measure))
+    check_level(level)
+    check_seed(seed)
+    check_count("flips", flips)
+    chosen = one_measure(shifts, measure)
+    refuse_norms(chosen, "counting the signs")
+    values, modules = shift_matrix(chosen)
     rows: list[dict[str, Any]] = [{"module": m, **_sign_share(values[:, i], level)} for i, m in enumerate(modules)]
     if vectors is not None:
         lacking = [m for m in modules if m not in vectors.modules]
@@ -81,7 +86,7 @@ def consistency(
                 raise UsageError(
                     f"the vectors have {len(found)} prompts and the shifts {len(values)}: measure the same task"
                 )
-            row.update(_alignment(found, vectors.gram(row["module"]), level, resamples, flips, rng))
+            row.update(_alignment(found, vectors.gram(row["module"]), level, flips, rng))
     return pd.DataFrame(rows)
 
 
@@ -90,41 +95,75 @@ def _sign_share(values: Floats, level: float) -> dict[str, float]:
 
     values = values[np.isfinite(values)]
     positive, negative = int((values > 0).sum()), int((values < 0).sum())
-    n, more = positive + negative, max(positive, negative)
-    if n == 0:
+    signed, more, n = positive + negative, max(positive, negative), len(values)
+    if signed == 0:
         unknown = dict.fromkeys(("sign_share", "sign_low", "sign_high", "sign_null"), np.nan)
-        return {"n": len(values), "size": 0.0, **unknown, "sign_p": 1.0}
+        return {"n": n, "size": 0.0, **unknown, "sign_p": 1.0}
     low, high = wilson_interval(more, n, level)
-    counts = np.arange(n + 1)
+    counts = np.arange(signed + 1)
     return {
-        "n": len(values),
+        "n": n,
         "size": float(values.mean()),
         "sign_share": more / n,
         "sign_low": low,
         "sign_high": high,
-        "sign_null": float((np.maximum(counts, n - counts) * binom.pmf(counts, n, 0.5)).sum() / n),
-        "sign_p": float(binomtest(positive, n, 0.5).pvalue),
+        "sign_null": float((np.maximum(counts, signed - counts) * binom.pmf(counts, signed, 0.5)).sum() / n),
+        "sign_p": float(binomtest(positive, signed, 0.5).pvalue),
     }
 
 
-def _alignment(
-    found: Floats, gram: Floats, level: float, resamples: int, flips: int, rng: np.random.Generator
-) -> dict[str, float]:
+def _alignment(found: Floats, gram: Floats, level: float, flips: int, rng: np.random.Generator) -> dict[str, float]:
     usable = np.isfinite(found)
     if usable.sum() < 2:
-        nothing = ("alignment", "alignment_low", "alignment_high", "alignment_null", "alignment_p")
+        nothing = ("alignment", "alignment_low", "alignment_high", "alignment_null")
         return dict.fromkeys(nothing, np.nan) | {"alignment_p": 1.0}
-    kept = found[usable]
-    drawn = kept[rng.integers(0, len(kept), (resamples, len(kept)))].mean(1)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    value = float(found[usable].mean())
+    low, high = _jackknife_interval(value, gram[np.ix_(usable, usable)], level)
     null = flipped_alignments(gram, flips, rng)
     return {
-        "alignment": float(kept.mean()),
-        "alignment_low": float(low),
-        "alignment_high": float(high),
+        "alignment": value,
+        "alignment_low": low,
+        "alignment_high": high,
         "alignment_null": float(null.mean()),
-        "alignment_p": float((1 + (null >= kept.mean() - 1e-12).sum()) / (1 + len(null))),
+        "alignment_p": float((1 + (null >= value - 1e-12).sum()) / (1 + len(null))),
     }
+
+
+def _jackknife_interval(value: float, gram: Floats, level: float) -> tuple[float, float]:
+    """The jackknife interval of the mean alignment, from the inner products of the prompts' vectors.
+
+    Leaving out prompt j changes the cosine of every other prompt, so all of them are computed again.
+    """
+    n = len(gram)
+    rows, squares, total = gram.sum(1), np.diag(gram), gram.sum()
+    # [i, j]: prompt i's vector with the sum of all but i and j
+    with_others = rows[:, None] - squares[:, None] - gram
+    others = total - 2 * rows[:, None] - 2 * rows[None, :] + squares[:, None] + squares[None, :] + 2 * gram
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosine = with_others / np.sqrt(squares[:, None] * np.maximum(others, 0))
+    cosine[(others <= 1e-12 * squares.sum()) | np.eye(n, dtype=bool)] = np.nan
+    usable = np.isfinite(cosine).any(0)
+    if usable.sum() < FEWEST:
+        return np.nan, np.nan
+    _, low, high = _jackknife(value, np.nanmean(cosine[:, usable], axis=0), level)
+    # around the value itself: that a cosine with fewer others is a little smaller is no bias of this many
+    return max(-1.0, value - (high - low) / 2), min(1.0, value + (high - low) / 2)
+
+
+def _jackknife(value: float, without: Floats, level: float) -> tuple[float, float, float]:
+    """(value less its estimated bias, and its interval by Student's t) from the values without each prompt in turn.
+
+    Efron and Tibshirani (1993, ch. 11). NaN with fewer than ``FEWEST`` prompts.
+    """
+    from scipy.stats import t
+
+    n = len(without)
+    if n < FEWEST:
+        return value, np.nan, np.nan
+    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    corrected = float(n * value - (n - 1) * without.mean())
+    half = float(t.isf((1 - level) / 2, n - 1)) * error
+    return corrected, corrected - half, corrected + half
 
 
 def flipped_alignments(gram: Floats, flips: int, rng: np.random.Generator) -> Floats:
@@ -192,7 +231,6 @@ def concentration(
     measure: str | None = None,
     k: int = 8,
     level: float = 0.95,
-    resamples: int = 2_000,
     permutations: int = 999,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -201,20 +239,23 @@ def concentration(
     The null permutes shares over modules within every prompt: each prompt stays as concentrated as it is, and only
     that they agree on *which* modules is lost. p is one-sided: more concentrated than the null.
 
+    Few prompts make any shares look more concentrated than they are. ``corrected`` takes the jackknife's estimate of
+    that bias away, and low–high is the jackknife interval around it, so that it may lie to one side of ``value``.
+
     Returns:
-        rows gini, effective_number and top_k_share, with columns statistic, value, low, high (percentile bootstrap
-        over prompts), null, null_low, null_high, p, modules, n (prompts), k.
+        rows gini, effective_number and top_k_share, with columns statistic, value, corrected, low, high, null,
+        null_low, null_high, p, modules, n (prompts), k.
 
     Raises:
         UsageError: k outside 1 to the number of modules, missing values, nothing shifts.
     """
     import pandas as pd
 
+    _check_resampling(level, seed, permutations=permutations)
     each, modules = shares(shifts, measure)
     _check_k(k, len(modules))
-    rng = np.random.default_rng(seed)
-    picks = rng.multinomial(len(each), np.full(len(each), 1 / len(each)), size=resamples) / len(each)
-    means, null = picks @ each, _permuted_means(each, permutations, rng)
+    null = _permuted_means(each, permutations, np.random.default_rng(seed))
+    without = (each.sum(0) - each) / max(len(each) - 1, 1)
     rows = []
     tail = (1 - level) / 2
     for name, function, sign in (
@@ -223,14 +264,16 @@ def concentration(
         ("top_k_share", lambda s: top_share(s, k), 1),
     ):
         value = float(function(each.mean(0)[None])[0])
-        drawn, chance = function(means), function(null)
-        low, high = np.quantile(drawn, [tail, 1 - tail])
+        chance = function(null)
+        bounds = {"gini": (0, 1), "effective_number": (1, len(modules)), "top_k_share": (k / len(modules), 1)}[name]
+        corrected, low, high = np.clip(_jackknife(value, function(without), level), *bounds)
         null_low, null_high = np.quantile(chance, [tail, 1 - tail])
         reached = (sign * chance >= sign * value - 1e-12).sum()
         rows.append(
             {
                 "statistic": name,
                 "value": value,
+                "corrected": float(corrected),
                 "low": float(low),
                 "high": float(high),
                 "null": float(chance.mean()),
@@ -251,8 +294,14 @@ def _permuted_means(each: Floats, permutations: int, rng: np.random.Generator) -
 
 
 def _check_k(k: int, modules: int) -> None:
-    if not 1 <= k <= modules:
-        raise UsageError(f"k must be between 1 and the number of modules, {modules}, got {k}")
+    check_count("k", k, most=modules)
+
+
+def _check_resampling(level: float, seed: int, **counts: int) -> None:
+    check_level(level)
+    check_seed(seed)
+    for name, value in counts.items():
+        check_count(name, value)
 
 
 def lorenz_curve(
@@ -266,6 +315,7 @@ def lorenz_curve(
     """
     import pandas as pd
 
+    _check_resampling(level, seed, permutations=permutations)
     each, modules = shares(shifts, measure)
     mean = each.mean(0)
     order = np.argsort(-mean, kind="stable")
@@ -317,21 +367,27 @@ def topk_stability(
 ) -> Stability:
     """Selection frequency under the bootstrap, and Jaccard overlap of split halves, of the top K by mean |shift|.
 
-    Raises UsageError for k outside 1 to the number of modules, or fewer than four prompts.
+    Raises UsageError for k outside 1 to the number of modules that shift at all, or fewer than four prompts.
     """
     import pandas as pd
 
+    _check_resampling(0.95, seed, resamples=resamples)
     values, modules = shift_matrix(one_measure(shifts, measure))
     _check_k(k, len(modules))
     n, m = values.shape
     if n < 4 or np.isnan(values).any():
         raise UsageError(f"stability needs at least four prompts and every module on each, got {n} prompts")
     sizes = np.abs(values)
+    shifting = int((sizes > 0).any(0).sum())
+    if shifting < k:
+        raise UsageError(
+            f"only {shifting} of {m} modules shift at all, so there are no top {k}: ask for k ≤ {shifting}"
+        )
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
-    counts = _members(weights @ sizes, k).sum(0)
+    counts = _members(weights @ sizes, k, rng).sum(0)
     halves = np.argsort(rng.random((resamples, n)), axis=1) < n // 2
-    one, other = _members(halves @ sizes, k), _members((~halves) @ sizes, k)
+    one, other = _members(halves @ sizes, k, rng), _members((~halves) @ sizes, k, rng)
     common = (one & other).sum(1)
     overlap = common / (2 * k - common)
     order = np.argsort(-sizes.mean(0), kind="stable")
@@ -349,9 +405,9 @@ def topk_stability(
     return Stability(k, frame, float(overlap.mean()), float(low), float(high), _chance_overlap(k, m))
 
 
-def _members(scores: Floats, k: int) -> NDArray[np.bool_]:
-    """Which modules are among the k largest of each row; ties go to the earlier module."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+def _members(scores: Floats, k: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which modules are among the k largest of each row; ties are broken by lot, or they would look stable."""
+    order = np.lexsort((rng.random(scores.shape), -scores), axis=1)[:, :k]
     members = np.zeros(scores.shape, dtype=bool)
     np.put_along_axis(members, order, True, axis=1)
     return members

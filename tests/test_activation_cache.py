@@ -115,8 +115,19 @@ def test_what_is_wrong_is_said(generations: Pair, task: Task, tmp_path: Path) ->
         cache_activations(model, task, "attn.hook_zz")
     with pytest.raises(UnknownNameError, match=r"blocks\.9\.hook_mlp_out"):
         cache_activations(model, task, "blocks.9.hook_mlp_out")
-    with pytest.raises(UsageError, match="two positions"):
-        cache_activations(model, task, "attn.hook_pattern")
+    for hook in ("attn.hook_pattern", "attn.hook_attn_scores"):
+        with pytest.raises(UsageError, match="two positions"):
+            # as many tokens as heads: by their shapes, scores could be taken for something else
+            cache_activations(model, task.subset([0]), hook)
+    for hook in ("blocks.99.attn.hook_result", "foo.attn.hook_result"):
+        with pytest.raises(UnknownNameError, match="unknown hook"):
+            cache_activations(model, task, hook)
+    with pytest.raises(UsageError, match=r"TransformerLens refuses|never passes"):
+        cache_activations(model, task, "hook_mlp_in")
+    with pytest.raises(UsageError, match="must be names"):
+        cache_activations(model, task, [5])  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="expected a model and a task"):
+        cache_activations(generations, task)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no hooks"):
         cache_activations(model, task, [])
     (tmp_path / "full").mkdir()
@@ -132,6 +143,13 @@ def test_what_is_wrong_is_said(generations: Pair, task: Task, tmp_path: Path) ->
     whole = index.read_text()
     index.write_text(json.dumps(json.loads(whole) | {"parts": ["../../etc.safetensors"]}))
     with pytest.raises(UsageError, match="outside its folder"):
+        load_activations(tmp_path / "cache")
+    index.write_text(whole)
+    index.write_text(json.dumps(json.loads(whole) | {"format": 99}))
+    with pytest.raises(UsageError, match="format 99"):
+        load_activations(tmp_path / "cache")
+    index.write_text(json.dumps(json.loads(whole) | {"places": [1, 2]}))
+    with pytest.raises(UsageError, match="no whole activation cache"):
         load_activations(tmp_path / "cache")
     index.write_text(whole)
     part = next((tmp_path / "cache").glob("*.safetensors"))

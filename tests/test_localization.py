@@ -75,18 +75,17 @@ def test_concentration_tells_agreement_from_chance() -> None:
     any_one[np.arange(40), rng.integers(0, 20, 40)] = 1
     found, chance = (concentration(frame(v), k=1).set_index("statistic") for v in (same, any_one))
     assert (found.p == 0.001).all() and found.value["top_k_share"] > 0.8 and found.value["effective_number"] < 3
-    assert (chance.p > 0.01).all() and (found.low <= found.value).all() and (found.value <= found.high).all()
+    assert (chance.p > 0.01).all() and (found.low <= found.corrected).all() and (found.corrected <= found.high).all()
     for table in (found, chance):
         assert (table.null_low <= table.null).all() and (table.null <= table.null_high).all()
-    with pytest.raises(UsageError, match="between 1 and"):
+    with pytest.raises(UsageError, match="k must be a whole number of at least 1 and at most 20"):
         concentration(frame(same), k=21)
 
 
 def test_concentrations_p_is_uniform_under_its_null() -> None:
     rng = np.random.default_rng(0)
     p = [
-        concentration(frame(rng.exponential(size=(10, 12))), k=3, resamples=2, permutations=99, seed=i).p.iloc[0]
-        for i in range(300)
+        concentration(frame(rng.exponential(size=(10, 12))), k=3, permutations=99, seed=i).p.iloc[0] for i in range(300)
     ]
     from scipy.stats import kstest
 
@@ -151,11 +150,11 @@ def test_alignment_has_a_null_that_holds() -> None:
     rng = np.random.default_rng(0)
     random = {f"L{i}.mlp": rng.normal(size=(16, 6)) for i in range(200)}
     values = frame(rng.normal(size=(16, 200)))
-    found = consistency(values, FakeVectors(random), flips=199, resamples=10)
+    found = consistency(values, FakeVectors(random), flips=199)
     assert kstest(found.alignment_p - rng.random(200) / 200, "uniform").pvalue > 0.001
     assert abs(found.alignment.mean() - found.alignment_null.mean()) < 0.02
     directed = {name: v + 1 for name, v in random.items()}
-    assert (consistency(values, FakeVectors(directed), flips=199, resamples=10).alignment_p < 0.02).mean() > 0.95
+    assert (consistency(values, FakeVectors(directed), flips=199).alignment_p < 0.02).mean() > 0.95
 
 
 def test_consistency_of_a_real_pair(generations: Pair) -> None:
@@ -184,10 +183,64 @@ def test_stability_of_a_clear_and_of_no_order() -> None:
     unclear = topk_stability(frame(rng.exponential(size=(30, 20))), k=5)
     assert unclear.jaccard == pytest.approx(unclear.null, abs=0.12)
     assert "chance" in str(found)
-    with pytest.raises(UsageError, match="between 1 and"):
+    with pytest.raises(UsageError, match="k must be a whole number of at least 1 and at most 20"):
         topk_stability(frame(clear), k=0)
     with pytest.raises(UsageError, match="four prompts"):
         topk_stability(frame(clear[:3]), k=2)
+
+
+def test_modules_that_never_shift_are_not_stable() -> None:
+    """Of 50 modules only 2 shift: ties among the others must not look like stability."""
+    rng = np.random.default_rng(0)
+    few = np.zeros((20, 50))
+    few[:, :2] = 1 + rng.random((20, 2))
+    with pytest.raises(UsageError, match="only 2 of 50 modules shift"):
+        topk_stability(frame(few), k=8)
+    few[0, 2:] = 1e-9
+    found = topk_stability(frame(few), k=8)
+    assert (found.frequency.frequency >= 0.95).sum() == 2 and found.jaccard < 0.5
+
+
+def test_intervals_cover_what_they_estimate() -> None:
+    """Alignment and concentration, by the jackknife: naive bootstrap intervals covered 80 % and 10 %."""
+    rng = np.random.default_rng(0)
+    sizes = rng.gamma(1.0, size=30)
+    many = sizes * rng.gamma(4, 0.25, size=(100_000, 30))
+    mean_share = (many / many.sum(1, keepdims=True)).mean(0)
+    truth = {"gini": float(gini(mean_share)), "effective_number": float(effective_number(mean_share))}
+    drawn = [rng.normal(size=(24, 16)) + 0.3 for _ in range(200)]
+    aligned = [consistency(frame(v[:, :1]), FakeVectors({"L0.mlp": v}), flips=1).iloc[0] for v in drawn]
+    mean = np.mean([row.alignment for row in aligned])
+    assert np.mean([row.alignment_low <= mean <= row.alignment_high for row in aligned]) > 0.9
+    inside = {name: 0 for name in truth}
+    for seed in range(100):
+        values = sizes * rng.gamma(4, 0.25, size=(40, 30))
+        table = concentration(frame(values), k=3, permutations=1, seed=seed).set_index("statistic")
+        for name, value in truth.items():
+            inside[name] += bool(table.low[name] <= value <= table.high[name])
+    assert min(inside.values()) >= 88
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": -1}, {"seed": 1.5}, {"level": 95}, {"level": "0.95"}, {"permutations": 0}, {"k": 2.0}, {"k": "2"}],
+)
+def test_wrong_numbers(change: dict[str, object]) -> None:
+    values = frame(np.random.default_rng(0).exponential(size=(8, 5)))
+    with pytest.raises(UsageError, match=f"{next(iter(change))} must be"):
+        concentration(values, **{"k": 2, **change})  # type: ignore[arg-type]
+
+
+def test_signs_of_what_has_none() -> None:
+    rng = np.random.default_rng(0)
+    for measure in ("alignment", "my-norm"):
+        with pytest.raises(UsageError):
+            consistency(frame(rng.exponential(size=(8, 3)), measure), measure=measure)
+    # a prompt without a shift has no sign, and still is a prompt
+    one = np.zeros((64, 1))
+    one[0] = 1
+    found = consistency(frame(one)).iloc[0]
+    assert found.sign_share == 1 / 64 and found.sign_p == 1
 
 
 def test_chance_overlap_equals_a_simulation() -> None:

@@ -60,6 +60,15 @@ def test_heatmap_of_a_norm_starts_at_0_and_has_no_marks(shifts: pd.DataFrame) ->
     assert "own" in figure.axes[-1].get_ylabel()
 
 
+def test_an_infinite_effect_size_does_not_set_the_scale(table: pd.DataFrame) -> None:
+    effects = table.effect_size.where(table.module != "L1H3", np.inf)
+    _, axes = shift_heatmap(table.assign(effect_size=effects))
+    low, high = axes.collections[0].get_clim()
+    largest = table.effect_size[table.module != "L1H3"].abs().max()
+    assert high == -low == pytest.approx(largest)
+    assert meshes(axes)[0].reshape(4, 8)[1, 3] == pytest.approx(largest)
+
+
 def test_heads_alone_and_mlps_alone(table: pd.DataFrame) -> None:
     for kind, columns in (("H", 8), ("mlp", 1)):
         _, axes = shift_heatmap(table[table.module.str.contains(kind)])
@@ -104,6 +113,8 @@ def test_what_cannot_be_drawn_is_said(shifts: pd.DataFrame, table: pd.DataFrame)
         shift_heatmap(table, value="size")
     with pytest.raises(UsageError, match="heads and MLPs"):
         shift_heatmap(table[:1].assign(module="L0.q_proj"))
+    with pytest.raises(UsageError, match="lorenz_curve"):
+        lorenz(table)
     with pytest.raises(UsageError, match="lacks the columns"):
         volcano(shifts[shifts.measure == "own"])
 

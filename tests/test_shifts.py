@@ -238,6 +238,11 @@ def test_a_model_does_not_shift_from_itself(generations: Pair, task: Task) -> No
     assert np.isnan(vectors.alignment("L0H0")).all() and not vectors.gram("L0.mlp").any()
 
 
+def test_one_model_object_on_both_sides(generations: Pair, task: Task) -> None:
+    shifts = measure_shifts(make_pair(generations.target, generations.target, "one"), task, measures=DIRECT)
+    assert (shifts.value == 0).all() and not any(m._forward_hooks for m in generations.target.hf.modules())
+
+
 def test_decoding_positions_read_one_text(generations: Pair, task: Task) -> None:
     frames = [
         measure_shifts(generations, task, "mlp", "distance", "decoding", text=t) for t in ("target", "source", "gold")
@@ -286,6 +291,34 @@ def test_wrong_arguments(generations: Pair, task: Task) -> None:
         shift_vectors(generations, task, "mlp").of("L0H0")
 
 
+def test_what_is_no_pair_or_no_task(generations: Pair, task: Task) -> None:
+    for arguments in ((generations, "addition"), ("family/generations", task), (task, generations)):
+        with pytest.raises(UsageError, match=r"expected a (pair|task)"):
+            measure_shifts(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="expected a pair"):
+        shift_vectors(generations.target, task)  # type: ignore[arg-type]
+    for change in ({"seed": -1}, {"batch_size": "4"}, {"padding_side": "middle"}, {"max_new_tokens": 0}):
+        with pytest.raises(UsageError, match=r"seed|batch_size|padding side|max_new_tokens"):
+            measure_shifts(generations, task, positions="decoding", **change)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="kind of module"):
+        measure_shifts(generations, task, None)  # type: ignore[arg-type]
+
+
+def test_two_dtypes_cannot_be_moved(generations: Pair, task: Task) -> None:
+    mixed = random_pair_of("llama", generations.target.tokenizer)
+    mixed.source.hf.to(torch.bfloat16)
+    assert len(measure_shifts(mixed, task, "mlp", "distance")) == 2 * len(task)
+    with pytest.raises(UsageError, match="load both alike"):
+        measure_shifts(mixed, task, "mlp", "own")
+
+
+def test_no_room_for_vectors() -> None:
+    from mechtransplant.shifts.vectors import ShiftVectors
+
+    with pytest.raises(UsageError, match="no room for"):
+        ShiftVectors.empty({"L0H0": 10**13}, 1)
+
+
 def test_mlps_without_a_module_cannot_be_moved(generations: Pair, task: Task) -> None:
     opt = random_pair_of("opt", generations.target.tokenizer)
     assert len(measure_shifts(opt, task, ("head", "mlp"), ("magnitude", "distance"))) == 2 * 8 * (8 + 2)
@@ -312,6 +345,11 @@ def test_templates_can_be_the_unit(generations: Pair) -> None:
     rows = shifts[(shifts.module == "L2.mlp") & (shifts.measure == "own") & shifts.prompt.isin(first)]
     found = by_template[(by_template.module == "L2.mlp") & (by_template.measure == "own") & (by_template.prompt == 0)]
     assert float(found.value.iloc[0]) == pytest.approx(rows.value.mean())
+    with pytest.raises(UsageError, match="both sides"):
+        average_by_template(measure_shifts(generations, task, measures="projection"), task)
+    with pytest.raises(UsageError, match="give the task that was measured"):
+        average_by_template(shifts.assign(prompt=shifts.prompt - 1), task)
+    assert len(average_by_template(shifts.assign(head=np.nan), task)) == len(by_template)
     with pytest.raises(UsageError, match="template"):
         average_by_template(shifts, replace(task, examples=(Example("1+1=", "2"), *task.examples[:0])))
 

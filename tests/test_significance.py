@@ -165,6 +165,42 @@ def test_chunks_do_not_change_anything(monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(one.p_max, other.p_max)
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1e-4, 1e-6])
+def test_an_arrangement_ties_with_itself(scale: float) -> None:
+    """Groups that barely spread beside a large difference: the observed division and its mirror image still count."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        task, control = 1 + scale * rng.normal(size=(4, 3)), scale * rng.normal(size=(4, 3))
+        assert (label_permutation(task, control).p == 2 / 70).all()
+        flips = 1 + scale * rng.normal(size=(8, 3))
+        flips[7, 1] = np.nan
+        found = sign_flip(flips)
+        np.testing.assert_allclose(found.p, [1 / 128, 1 / 64, 1 / 128])
+        assert (found.p_max >= found.p).all()
+
+
+def test_modules_with_fewer_prompts_do_not_drown_the_others() -> None:
+    """Half of the family has half of the prompts: an effect on the others is found nearly as often as alone."""
+    found = {"alone": 0, "together": 0}
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        values, others = rng.normal(size=(16, 10)), rng.normal(size=(16, 10))
+        values[:, 0] += 1.6
+        others[::2] = np.nan
+        found["alone"] += sign_flip(values, 499).p_max[0] <= 0.05
+        found["together"] += sign_flip(np.hstack([values, others]), 499).p_max[0] <= 0.05
+    assert found["alone"] > 50 and found["together"] > 0.85 * found["alone"]
+
+
+def test_divisions_that_empty_a_side_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    task, control = rng.normal(size=(20, 2)), rng.normal(size=(20, 2))
+    task[2:, 1], control[2:, 1] = np.nan, np.nan
+    found = label_permutation(task, control, 4000)
+    # of the divisions that leave two on each side, a third at least is as extreme (2 of 6)
+    assert found.p[1] >= 0.3 and found.p_max[1] >= found.p[1]
+
+
 def test_missing_values_are_left_out() -> None:
     x = correlated(np.random.default_rng(5), 10, 3)
     x[7:, 1] = np.nan
@@ -252,6 +288,21 @@ def test_notes_name_the_alternative() -> None:
     assert notes.str.contains("assumes symmetry").all() and notes.str.contains("test='control'").all()
     assert not table_of(frame(rng.normal(size=(200, 2)))).note.any()
     assert table_of(frame(rng.normal(size=(5, 2)))).note.str.contains("no p-value is below 0.062").all()
+    three = np.abs(rng.normal(size=(3, 2)))
+    control = table_of(frame(three, "own"), control=frame(three[::-1], "own"))
+    assert control.note.str.contains("no p-value is below 0.1").all()
+
+
+def test_what_one_module_cannot_show_many_show_together() -> None:
+    """With 16 prompts hardly a module is visibly skewed; the family is, and says so. Symmetric families rarely do."""
+    said = {"skewed": 0, "gaussian": 0}
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        for name, draw in (("skewed", rng.exponential), ("gaussian", rng.normal)):
+            values = draw(size=(16, 60)) + draw(size=(16, 1))
+            notes = table_of(frame(values - values.mean()), permutations=99).note
+            said[name] += bool(notes.str.contains("skewed").all())
+    assert said["skewed"] >= 35 and said["gaussian"] <= 4
 
 
 @pytest.mark.parametrize(
@@ -264,7 +315,10 @@ def test_notes_name_the_alternative() -> None:
         ({"test": "control"}, "pass control="),
         ({"test": "direction"}, "projection"),
         ({"permutations": 10}, "at least 99"),
+        ({"permutations": 500.0}, "whole number"),
         ({"level": 1.2}, "level"),
+        ({"level": "0.95"}, "level"),
+        ({"seed": -1}, "seed"),
     ],
 )
 def test_wrong_arguments(change: dict[str, object], message: str) -> None:
@@ -286,6 +340,10 @@ def test_wrong_frames() -> None:
         table_of(good, control=good[good.module == "m0"])
     with pytest.raises(UsageError, match="measure the same in both"):
         table_of(good, control=good.assign(measure="own"))
+    with pytest.raises(UsageError, match="rows without prompt"):
+        table_of(pd.concat([good, good.iloc[:1].assign(prompt=np.nan)]))
+    with pytest.raises(UsageError, match="must be numbers"):
+        table_of(good.assign(value="large"))
     with pytest.raises(UsageError, match="infinite"):
         table_of(good.assign(value=np.inf))
     with pytest.raises(UsageError, match="depends on all others"):
@@ -344,6 +402,8 @@ def test_the_calculator_inverts_power() -> None:
         assert power(d, n, design=design) == pytest.approx(0.8, abs=1e-6) and d <= 0.5  # type: ignore[arg-type]
     # with five prompts no sign-flip p-value is below 2/32
     assert power(50.0, 5) == 0 and smallest_effect(5) == float("inf") and power(50.0, 6, tests=1) > 0.99
+    # 3 against 3: no division is rarer than 2 of 20
+    assert power(50.0, 3, tests=1, design="control") == 0 and power(50.0, 4, tests=1, design="control") > 0.99
     with pytest.raises(UsageError, match="effect of 0"):
         prompts_needed(0)
     with pytest.raises(UsageError, match="design"):
@@ -355,3 +415,14 @@ def test_correlated_modules_count_as_fewer() -> None:
     independent = effective_tests(frame(rng.normal(size=(60, 50))), permutations=4000)
     same = effective_tests(frame(np.repeat(rng.normal(size=(60, 1)), 50, axis=1)), permutations=4000)
     assert 35 < independent <= 50 and same < 1.5
+    with pytest.raises(UsageError, match="never negative"):
+        effective_tests(frame(rng.exponential(size=(20, 5)), "distance"))
+    with pytest.raises(UsageError, match="alpha"):
+        effective_tests(frame(rng.normal(size=(20, 5))), alpha=2)
+
+
+def test_three_prompts_have_no_interval() -> None:
+    found = one_sample_effects(np.array([[1.0], [2.0], [3.5]]))
+    assert np.isnan(found.low).all() and np.isnan(found.size_high).all() and found.mean[0] == pytest.approx(6.5 / 3)
+    # three ones among 64 zeros: one resample in twenty has no spread, and an endpoint would be infinite
+    assert np.isnan(one_sample_effects(np.r_[np.ones(3), np.zeros(61)][:, None]).high).all()

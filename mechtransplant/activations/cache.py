@@ -79,7 +79,9 @@ class ActivationCache:
         import torch
 
         rows = [self.prompt(i, name) for i in range(len(self))]
-        dense = torch.full((len(rows), int(self.lengths.max()), *rows[0].shape[1:]), torch.nan, dtype=rows[0].dtype)
+        # token ids are whole numbers, which have no NaN
+        kind = rows[0].dtype if rows[0].is_floating_point() else torch.float32
+        dense = torch.full((len(rows), int(self.lengths.max()), *rows[0].shape[1:]), torch.nan, dtype=kind)
         for at, row in enumerate(rows):
             dense[at, : len(row)] = row
         return dense
@@ -143,6 +145,11 @@ def cache_activations(
     """
     import torch
 
+    if not hasattr(model, "hf") or not isinstance(task, Task):
+        raise UsageError(
+            f"expected a model and a task, got {type(model).__name__} and {type(task).__name__}: pass pair.target or "
+            "pair.source, and load_task(…)"
+        )
     folder = None if to is None else Path(to)
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder: choose another to=, or remove it")
@@ -176,10 +183,13 @@ def _expand(model: LanguageModel, hooks: Iterable[str]) -> list[str]:
     known = model.bridge.hook_dict
     layers = range(model.layout.layers)
     names = []
+    if not isinstance(hooks, str) and not (isinstance(hooks, Iterable) and all(isinstance(h, str) for h in hooks)):
+        raise UsageError(f"hooks must be names of TransformerLens hooks, got {hooks!r}")
     for hook in [hooks] if isinstance(hooks, str) else hooks:
         found = [hook] if hook.startswith("blocks.") or hook in known else [f"blocks.{n}.{hook}" for n in layers]
         for name in found:
-            if name not in known and not name.endswith("." + RESULT):
+            # computed from z, so it is there wherever z is
+            if name.removesuffix(RESULT) + ("attn.hook_z" if name.endswith("." + RESULT) else "") not in known:
                 near = [k for k in known if k.split(".")[-1] == name.split(".")[-1]] or list(known)
                 raise UnknownNameError("hook", name, near)
         names += found
@@ -194,7 +204,8 @@ def _recorded(model: LanguageModel, batch: Batch, names: list[str]) -> dict[str,
 
     def keep(name: str) -> Any:
         def hook(tensor: torch.Tensor, hook: Any) -> None:
-            if tuple(tensor.shape[:2]) != tuple(batch.inputs["input_ids"].shape) or "pattern" in name:
+            paired = name.endswith(("hook_pattern", "hook_attn_scores"))
+            if paired or tuple(tensor.shape[:2]) != tuple(batch.inputs["input_ids"].shape):
                 raise UsageError(
                     f"{name} has the shape {tuple(tensor.shape)}, not (batch, pos, …): attention patterns and scores "
                     "have two positions; read them with bridge.run_with_cache"
@@ -205,11 +216,18 @@ def _recorded(model: LanguageModel, batch: Batch, names: list[str]) -> dict[str,
         return hook
 
     read = dict.fromkeys(n.removesuffix(RESULT) + "attn.hook_z" if n.endswith("." + RESULT) else n for n in names)
-    model.bridge.run_with_hooks(
-        batch.inputs["input_ids"],
-        attention_mask=batch.inputs["attention_mask"],
-        fwd_hooks=[(name, keep(name)) for name in read],
-    )
+    try:
+        model.bridge.run_with_hooks(
+            batch.inputs["input_ids"],
+            attention_mask=batch.inputs["attention_mask"],
+            fwd_hooks=[(name, keep(name)) for name in read],
+        )
+    except ValueError as error:
+        # hooks that TransformerLens has switched off say so
+        raise UsageError(f"TransformerLens refuses one of {', '.join(read)}: {error}") from error
+    silent = [name for name in read if name not in seen]
+    if silent:
+        raise UsageError(f"the model never passes {silent[0]}: it has no such activation; name another hook")
     found = {}
     for name in names:
         if name.endswith("." + RESULT):
@@ -228,17 +246,21 @@ def _head_writes(model: LanguageModel, layer: int, z: torch.Tensor) -> torch.Ten
 
 
 def _write_part(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> Path:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = folder / f"part-{number:05d}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; free some space, or choose another to="
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _cannot_write(path, error) from error
     return path
+
+
+def _cannot_write(path: Path, error: Exception) -> UsageError:
+    said = getattr(error, "strerror", None) or error
+    return UsageError(f"cannot write {path}: {said}; free some space, or choose another to=")
 
 
 def _write_index(folder: Path, cache: ActivationCache) -> None:
@@ -255,8 +277,11 @@ def _write_index(folder: Path, cache: ActivationCache) -> None:
         "parts": [Path(p).name for p in cache.parts if not isinstance(p, dict)],
     }
     temporary = folder / f".{INDEX}.tmp"
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(folder / INDEX)
+    try:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(folder / INDEX)
+    except OSError as error:
+        raise _cannot_write(folder / INDEX, error) from error
 
 
 def load_activations(folder: str | Path) -> ActivationCache:
@@ -267,6 +292,9 @@ def load_activations(folder: str | Path) -> ActivationCache:
     folder = Path(folder)
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise UsageError(f"{folder} has format {content['format']}, and this version reads {FORMAT}: cache again")
+        places = np.array(content["places"], dtype=np.int64).reshape(len(content["tokens"]), 2)
         parts: list[dict[str, torch.Tensor] | Path] = [folder / name for name in _names(content["parts"])]
         missing = [p for p in parts if isinstance(p, Path) and not p.is_file()]
         if missing:
@@ -278,7 +306,7 @@ def load_activations(folder: str | Path) -> ActivationCache:
             content["weights"],
             content["task"],
             tuple(tuple(t) for t in content["tokens"]),
-            np.array(content["places"], dtype=np.int64),
+            places,
             parts,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.evaluation.batches import PaddingSide, check_lengths, encode, length_sorted, pad
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
@@ -85,8 +85,9 @@ class Reading:
         """Padded batches of prompts of similar length; ``model`` is the Hugging Face model that will read them."""
         import torch
 
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        check_count("batch_size", batch_size)
+        if side not in get_args(PaddingSide):
+            raise UsageError(f"unknown padding side {side!r}: expected left or right")
         lengths = [len(row) for row in self.rows]
         check_lengths(model, max(lengths))
         for prompts in track(list(length_sorted(lengths, batch_size)), what, progress):
@@ -132,6 +133,8 @@ def plan_reading(
     """
     if positions not in get_args(Positions):
         raise UnknownNameError("positions", positions, POSITIONS)
+    if max_new_tokens is not None:
+        check_count("max_new_tokens", max_new_tokens)
     if texts is not None and positions != "decoding":
         raise UsageError(f"texts are read at positions='decoding', not {positions!r}")
     encoded = encode(task, model.tokenizer)
@@ -168,6 +171,8 @@ def written_texts(
     progress: bool = False,
 ) -> list[list[int]]:
     """Token ids that both models of a pair read at every step: the target's own greedy text, the source's, or gold."""
+    if max_new_tokens is not None:
+        check_count("max_new_tokens", max_new_tokens)
     if text == "gold":
         return encode(task, target.tokenizer).completions
     if text not in ("target", "source"):

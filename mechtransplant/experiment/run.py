@@ -7,8 +7,6 @@ A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finis
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -23,6 +21,7 @@ from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_bu
 from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.summary import RunResult, write_report
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import LanguageModel, Pair, load_pair
@@ -331,20 +330,8 @@ def _unpacked(split: Task, budget: int, packed: dict[str, Any]) -> Evaluation:
 
 def environment(run: Run) -> dict[str, Any]:
     """What the run's numbers depend on besides the config: versions, machine, weights, task."""
-    from importlib.metadata import version
-
-    import torch
-
-    packages = ("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy", "pandas")
-    start = {
-        "mechtransplant": version("mechtransplant"),
-        "packages": {name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
     return {
-        "starts": [start],
+        "starts": [versions()],
         "weights": run.fingerprints,
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},

@@ -57,7 +57,10 @@ def shift_heatmap(
     # a gap sets the MLP apart from the heads
     gap = 0.4 if heads and has_mlp else 0.0
     signed = bool((frame[value] < 0).any())
-    bound = float(np.abs(frame[value]).max()) or 1.0
+    # a module without any spread has an infinite effect size: it gets the end of the scale, and does not set it
+    finite = np.abs(frame[value])[np.isfinite(frame[value])]
+    bound = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+    frame = frame.assign(**{value: frame[value].clip(-bound, bound)})
     with style() as matplotlib:
         figure, axes = new_figure(COLUMN, max(2.1, 1.0 + 0.12 * layers))
         colours = matplotlib.colormaps["RdBu_r" if signed else "cividis"]
@@ -167,7 +170,8 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
         _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
         axes.set_xlabel("Cohen's d over prompts, source − target")
         axes.set_ylabel("−log₁₀ adjusted p")
-        axes.set_ylim(bottom=-0.05)
+        # room for names above the highest points
+        axes.set_ylim(-0.05, 1.15 * max(float(y.max()), -np.log10(alpha)))
         axes.set_title(title or f"{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts")
         figure.legend(loc="outside lower center", ncols=2)
     return figure, axes
@@ -211,6 +215,9 @@ def lorenz(curve: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
     Args:
         curve: from :func:`localization.lorenz_curve`.
     """
+    lacking = [c for c in ("rank", "cumulative", "null", "null_low", "null_high") if c not in curve.columns]
+    if lacking:
+        raise UsageError(f"the frame lacks the columns {', '.join(lacking)}: pass lorenz_curve(…)")
     with style():
         figure, axes = new_figure(COLUMN, 2.5)
         modules = len(curve)

@@ -23,16 +23,16 @@ class HeadWrites:
     """The head writes of one layer of a pair; ``z`` has shape (counted, head, d_head).
 
     ``source`` and ``change`` are the factor's halves, each (head, d_head, width); ``weights_source`` and
-    ``weights_target`` are W_O, each (head, d_head, d_model).
+    ``weights_target`` are W_O, each (head, d_head, d_model), views of the models' own where magnitudes are wanted.
     """
 
     source: torch.Tensor
     change: torch.Tensor
-    weights_source: torch.Tensor
-    weights_target: torch.Tensor
+    weights_source: torch.Tensor | None = None
+    weights_target: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, pair: Pair, layer: int) -> HeadWrites:
+    def of(cls, pair: Pair, layer: int, magnitudes: bool = True) -> HeadWrites:
         """The factor of a layer's two W_O, computed in float64 and kept in float32."""
         import torch
 
@@ -45,7 +45,8 @@ class HeadWrites:
         d_head = theirs.shape[1]
         # a head whose W_O is the same in both has no rounding error in ΔW either
         moved = change.abs().amax((1, 2), keepdim=True) > 0
-        return cls(stacked[:, :d_head].float(), stacked[:, d_head:].float() * moved, theirs, ours)
+        weights = [m.output_weights(layer) if magnitudes else None for m in (pair.source, pair.target)]
+        return cls(stacked[:, :d_head].float(), stacked[:, d_head:].float() * moved, *weights)
 
     def coordinates(self, z: torch.Tensor) -> torch.Tensor:
         """A write with the source's W_O: (counted, head, d_head) → (counted, head, width)."""
@@ -67,7 +68,8 @@ class HeadWrites:
         import torch
 
         weights = self.weights_source if source else self.weights_target
-        return torch.stack([(z[:, h] @ weights[h]).abs().mean(-1) for h in range(z.shape[1])], 1)
+        assert weights is not None
+        return torch.stack([(z[:, h] @ weights[h].float()).abs().mean(-1) for h in range(z.shape[1])], 1)
 
 
 def _times(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.activations import Batch, Positions, Text, plan_reading, written_texts
-from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.evaluation.batches import PaddingSide
 from mechtransplant.modules import module_frame
 from mechtransplant.shifts.heads import HeadWrites
@@ -85,6 +85,9 @@ def measure_shifts(
     """
     import pandas as pd
 
+    check_pair(pair, task)
+    check_seed(seed)
+    check_count("batch_size", batch_size)
     wanted = _names(measures, "measure", MEASURES)
     with_vectors = [m for m in wanted if m in _FROM_VECTORS]
     if with_vectors and len(task) < 2:
@@ -102,7 +105,17 @@ def measure_shifts(
     return pd.concat(frames, ignore_index=True)
 
 
+def check_pair(pair: object, task: object) -> None:
+    """Raise UsageError for anything that is no pair or no task (names of them are not enough)."""
+    if not (hasattr(pair, "source") and hasattr(pair, "target")):
+        raise UsageError(f"expected a pair, got {type(pair).__name__}: pass load_pair(…)")
+    if not isinstance(task, Task):
+        raise UsageError(f"expected a task, got {type(task).__name__}: pass load_task(…), or one of its splits")
+
+
 def _names(given: str | Iterable[str], what: str, known: tuple[str, ...]) -> list[str]:
+    if given is None or not isinstance(given, Iterable):
+        raise UsageError(f"expected a {what} or several, got {given!r}: some of {', '.join(known)}")
     names = list(dict.fromkeys([given] if isinstance(given, str) else given))
     for name in names:
         if name not in known:
@@ -149,7 +162,9 @@ class Collector:
         self.modules = [m for slot in self.slots for m in slot.modules(pair)]
         self.rows = {m: i for i, m in enumerate(self.modules)}
         self.needs_moved = bool({"own", "inherited"} & set(measures))
-        self.writes = {s: HeadWrites.of(pair, s.layer) for s in self.slots if s.kind == "head"}
+        self.writes = {
+            s: HeadWrites.of(pair, s.layer, magnitudes="magnitude" in measures) for s in self.slots if s.kind == "head"
+        }
         self.values = {m: np.zeros((len(self.modules), prompts)) for m in measures}
         self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
 
@@ -246,12 +261,26 @@ def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:
     ``prompt`` then numbers the templates, in the order of their names. Raises UsageError where the task has fewer
     than two, or the frame's prompts are not the task's.
     """
+    lacking = [c for c in ("module", "prompt", "measure", "value") if c not in shifts.columns]
+    if lacking:
+        raise UsageError(f"the shifts lack the columns {', '.join(lacking)}: pass a frame from measure_shifts")
+    compared = sorted({"alignment", "projection"} & set(shifts.measure))
+    if compared:
+        raise UsageError(
+            f"{compared[0]} compares prompts with each other, and those of one template would be on both sides: "
+            "average the other measures"
+        )
     names = sorted({e.template for e in task})
     if len(names) < 2:
         raise UsageError(f"task {task.name!r} has {len(names)} template: prompts are then the unit")
-    if int(shifts.prompt.max()) >= len(task):
-        raise UsageError(f"the shifts have prompt {int(shifts.prompt.max())} and the task has {len(task)}: give theirs")
+    strange = ~shifts.prompt.isin(range(len(task)))
+    if strange.any():
+        raise UsageError(
+            f"the shifts have prompt {shifts.prompt[strange].iloc[0]!r} and the task has prompts 0 to {len(task) - 1}: "
+            "give the task that was measured"
+        )
     number = np.array([names.index(e.template) for e in task])
-    columns = ["module", "kind", "layer", "head", "prompt", "measure"]
-    by_template = shifts.assign(prompt=number[shifts.prompt.to_numpy()]).groupby(columns, sort=False)
+    columns = [c for c in ("module", "kind", "layer", "head", "prompt", "measure") if c in shifts.columns]
+    numbered = shifts.assign(prompt=number[shifts.prompt.to_numpy(dtype=int)])
+    by_template = numbered.groupby(columns, sort=False, dropna=False)
     return by_template["value"].mean().reset_index()

@@ -70,10 +70,10 @@ class PairRecorder:
         self._stack = ExitStack()
 
     def __enter__(self) -> PairRecorder:
+        self._check_alike()
         with ExitStack() as stack:
             for slot in self.slots:
-                for model in (self.pair.source, self.pair.target):
-                    is_source = model is self.pair.source
+                for model, is_source in ((self.pair.source, True), (self.pair.target, False)):
                     stack.callback(self._listen(model, slot, is_source).remove)
             if self.with_moved:
                 self._replay_modules(stack)
@@ -95,6 +95,16 @@ class PairRecorder:
             self.stage, self.filling = "", frozenset()
             self.kept.clear()
             self.moved.clear()
+
+    def _check_alike(self) -> None:
+        """The source's modules get the target's tensors as they are: one device, and one dtype."""
+        source, target = self.pair.source.hf, self.pair.target.hf
+        for what in ("device", "dtype") if self.with_moved else ("device",):
+            if getattr(source, what) != getattr(target, what):
+                raise UsageError(
+                    f"the source has {what} {getattr(source, what)} and the target {getattr(target, what)}: load both "
+                    "alike"
+                )
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,9 @@ A shift vector is the mean over positions of a^S − a^T. Heads are kept in coor
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,13 +45,14 @@ class ShiftVectors:
     def empty(cls, widths: dict[str, int], prompts: int) -> ShiftVectors:
         """Room for the vectors, in the system's temporary folder."""
         file = tempfile.TemporaryFile(prefix="mechtransplant-shifts-")  # noqa: SIM115 (lives as long as the object)
+        size = 4 * prompts * sum(widths.values())
         try:
-            file.truncate(4 * prompts * sum(widths.values()))
+            # a file with holes would only fail when they are filled
+            if size > shutil.disk_usage(tempfile.gettempdir()).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file.truncate(size)
         except OSError as error:
-            raise UsageError(
-                f"no room for {4 * prompts * sum(widths.values()):,} bytes of shift vectors in {tempfile.gettempdir()} "
-                f"({error.strerror}): set TMPDIR, or measure fewer kinds"
-            ) from error
+            raise _no_room(size, error) from error
         return cls(widths, prompts, file)
 
     @property
@@ -60,8 +63,11 @@ class ShiftVectors:
     def write(self, first: str, prompts: list[int], vectors: NDArray[np.float32]) -> None:
         """Store the vectors, of shape (prompts, numbers), of modules that follow each other from ``first`` on."""
         offset, total = self._offset(first), sum(self.widths.values())
-        for prompt, row in zip(prompts, np.ascontiguousarray(vectors, dtype=np.float32), strict=True):
-            os.pwrite(self.file.fileno(), row.tobytes(), 4 * (prompt * total + offset))
+        try:
+            for prompt, row in zip(prompts, np.ascontiguousarray(vectors, dtype=np.float32), strict=True):
+                os.pwrite(self.file.fileno(), row.tobytes(), 4 * (prompt * total + offset))
+        except OSError as error:
+            raise _no_room(4 * self.prompts * total, error) from error
 
     def _offset(self, module: str) -> int:
         if module not in self.widths:
@@ -115,6 +121,13 @@ class ShiftVectors:
         return frame if measure == "alignment" else frame[frame.value.notna()].reset_index(drop=True)
 
 
+def _no_room(size: int, error: OSError) -> UsageError:
+    return UsageError(
+        f"no room for {size:,} bytes of shift vectors in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR, or "
+        "measure fewer kinds"
+    )
+
+
 def halves(prompts: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """A random division of the prompts: (those that fix a direction, those that are projected on it)."""
     order = np.random.default_rng(seed).permutation(prompts)
@@ -145,8 +158,9 @@ def shift_vectors(
 
     Arguments are those of :func:`measure_shifts`.
     """
-    from mechtransplant.shifts.measure import Collector, collect
+    from mechtransplant.shifts.measure import Collector, check_pair, collect
 
+    check_pair(pair, task)
     collector = Collector(pair, len(task), kinds, (), with_vectors=True)
     collect(pair, task, collector, positions, text, max_new_tokens, batch_size, "left", progress)
     assert collector.vectors is not None

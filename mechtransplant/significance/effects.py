@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 #: bootstrap resamples; intervals vary by about 2 % of their width between seeds
 RESAMPLES = 2_000
+#: with fewer values there is no interval: one resample in hundreds would hold one value only
+FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,9 @@ class Effects:
 
     ``mean`` with the studentised bootstrap interval ``low``–``high`` (Efron and Tibshirani, 1993, ch. 12), in the
     units of the values; ``size`` (mean / standard deviation: Cohen's d) with the bias-corrected percentile interval
-    ``size_low``–``size_high``. An interval is NaN where it cannot be had: fewer than three values.
+    ``size_low``–``size_high``. An interval is NaN where it cannot be had: fewer than five values, or so few different
+    ones that resamples have no spread. Below about 16 prompts the intervals of d are too narrow (their coverage is in
+    benchmarks/README.md).
     """
 
     mean: Floats
@@ -49,7 +53,7 @@ def _moments(values: Floats, weights: Floats | None = None) -> _Moments:
         mean = (w @ x) / n
         variance = np.maximum((w @ np.square(x)) / n - np.square(mean), 0) * n / (n - 1)
     # what rounding leaves of no spread at all
-    variance = np.where(variance < 1e-24 * np.maximum(np.square(x).max(0, initial=0), 1e-300), 0, variance)
+    variance = np.where(variance < 1e-13 * np.maximum(np.square(x).max(0, initial=0), 1e-300), 0, variance)
     return _Moments(mean + centre, variance, n)
 
 
@@ -136,7 +140,7 @@ def _effects(
         return sizes[np.clip((share * resamples).astype(int), 0, resamples - 1), columns]
 
     size_low, size_high = at(float(ndtri(tail))), at(float(ndtri(1 - tail)))
-    few = n < 3
+    few = ~constant & ((n < FEWEST) | ~(np.isfinite(low) & np.isfinite(high)))
     nan = np.full(len(mean), np.nan)
     return Effects(
         mean,

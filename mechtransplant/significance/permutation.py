@@ -6,7 +6,7 @@ Every permutation is applied to all modules together, so that their correlation 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
@@ -18,8 +18,8 @@ Floats = NDArray[np.float64]
 Signs = Iterator[Floats]
 #: permuted statistics that are held at once, in numbers: 16 MB
 CHUNK = 2_000_000
-#: sums of equal numbers in another order differ in the last bits, and must still count as ties
-TIE = 1e-10
+#: keys lie between 0 and 1, and sums of equal numbers in another order differ in their last bits: still a tie
+TIE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -42,41 +42,78 @@ class Permuted:
 def sign_flip(values: Floats, permutations: int = 10_000, seed: int = 0) -> Permuted:
     """Sign-flip test that each module's values are symmetric about 0; the statistic is Student's one-sample t.
 
-    A prompt's sign is flipped for all modules at once. All 2ⁿ flips are enumerated where they are no more than
-    ``permutations``. Valid only for signed values that are symmetric about 0 under the null hypothesis.
+    A prompt's sign is flipped for all modules at once. All flips are enumerated where they are no more than
+    ``permutations`` (2ⁿ⁻¹: a flip and its opposite have one |t|). Valid only for signed values that are symmetric about
+    0 under the null hypothesis.
     """
-    observed, key, signs, exact = _flips(values, permutations, seed)
-    return _permuted(observed, key(np.ones((1, len(values))))[0], map(key, signs), exact)
+    flips = _Flips(values, permutations, seed)
+    return _permuted(flips.statistic, flips.keys_of(flips.share), flips.bars, flips.all_keys(), flips.exact)
 
 
 def largest_statistics(values: Floats, permutations: int = 10_000, seed: int = 0) -> Floats:
-    """The largest |t| over all modules in each of many random sign-flips: what max-T compares with."""
-    _, key, signs, _ = _flips(values, permutations, seed)
-    counts = np.isfinite(values).sum(0)
-    largest = np.concatenate([key(s).max(1) for s in signs])
-    equal = bool((counts == counts[0]).all())
-    return _t_of_share(largest, np.full(len(largest), float(counts[0]))) if equal else largest
+    """The largest |t| over all modules in each of many sign-flips: what max-T compares with.
+
+    Where modules have different numbers of prompts, t is what the largest number would give.
+    """
+    flips = _Flips(values, permutations, seed)
+    largest = np.concatenate([key.max(1) for key in flips.all_keys()])
+    return _t_of_share(flips.share_of(largest), np.full(len(largest), flips.counts.max()))
 
 
-def _flips(values: Floats, permutations: int, seed: int) -> tuple[Floats, Callable[[Floats], Floats], Signs, bool]:
-    """(observed t, a function from signs to keys that order modules as |t| does, the signs, whether they are all)."""
-    valid = np.isfinite(values)
-    counts = valid.sum(0).astype(float)
-    x = np.where(valid, values, 0.0)
-    prompts, modules = x.shape
-    # t grows with the mean over the root mean square, which no flip changes: only the sums need computing again
-    scale = np.sqrt(counts * np.square(x).sum(0))
-    x = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
-    equal = bool((counts == counts[0]).all())
+class _Flips:
+    """Sign-flips of many modules. The *share* of a module is its mean over its root mean square, between −1 and 1.
 
-    def key(signs: Floats) -> Floats:
-        share = signs @ x
-        return np.abs(share if equal else _t_of_share(share, counts))
+    Student's t grows with the share, and no flip changes the root mean square: only sums need computing again.
+    """
 
-    # a flip and its opposite have one |t|: half of them are all of them
-    exact = 2 ** (prompts - 1) <= permutations
-    signs = _chunks(_all_signs(prompts), modules) if exact else _random_signs(prompts, modules, permutations, seed)
-    return _t_of_share(x.sum(0), counts), key, signs, exact
+    def __init__(self, values: Floats, permutations: int, seed: int) -> None:
+        valid = np.isfinite(values)
+        self.counts = valid.sum(0).astype(float)
+        self.prompts, self.modules = values.shape
+        self.permutations, self.seed = permutations, seed
+        x = np.where(valid, values, 0.0)
+        scale = np.sqrt(self.counts * np.square(x).sum(0))
+        self.x = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)
+        self.share = self.x.sum(0)
+        self.statistic = _t_of_share(self.share, self.counts)
+        self.equal = bool((self.counts == self.counts[0]).all())
+        self.exact = 2 ** (self.prompts - 1) <= permutations
+
+    def keys_of(self, share: Floats) -> Floats:
+        """What modules are compared by: |share|, or, where they have different numbers of prompts, a common scale.
+
+        That scale is Wallace's (1959) normal equivalent of t, z ≈ (8f + 1)/(8f + 3) · √(f · ln(1 + t²/f)) with f
+        degrees of freedom; any monotone scale is valid, and this one favours neither few nor many prompts.
+        """
+        size = np.minimum(np.abs(share), 1.0)
+        if self.equal:
+            return size
+        f = self.counts - 1
+        with np.errstate(divide="ignore"):
+            return np.asarray((8 * f + 1) / (8 * f + 3) * np.sqrt(-f * np.log1p(-np.square(size))))
+
+    def share_of(self, key: Floats) -> Floats:
+        """The share that gives a key to a module with the largest number of prompts."""
+        if self.equal:
+            return key
+        f = self.counts.max() - 1
+        return np.asarray(np.sqrt(-np.expm1(-np.square(key * (8 * f + 3) / (8 * f + 1)) / f)))
+
+    @property
+    def bars(self) -> Floats:
+        """The smallest keys that count as reaching the observed ones."""
+        return self.keys_of(np.maximum(np.abs(self.share) - TIE, 0))
+
+    def all_keys(self) -> Iterator[Floats]:
+        """Keys of every flip, in chunks of shape (flips, modules)."""
+        width = max(self.prompts, self.modules)
+        signs = (
+            _chunks(_all_signs(self.prompts), width)
+            if self.exact
+            else _random_signs(self.prompts, width, self.permutations, self.seed)
+        )
+        for each in signs:
+            yield self.keys_of(each @ self.x)
 
 
 def _t_of_share(share: Floats, counts: Floats) -> Floats:
@@ -95,9 +132,9 @@ def _all_signs(prompts: int) -> Floats:
     return np.hstack([np.ones((len(bits), 1)), 1.0 - 2.0 * bits])
 
 
-def _random_signs(prompts: int, modules: int, permutations: int, seed: int) -> Iterator[Floats]:
+def _random_signs(prompts: int, width: int, permutations: int, seed: int) -> Iterator[Floats]:
     rng = np.random.default_rng(seed)
-    for size in _sizes(permutations, max(prompts, modules)):
+    for size in _sizes(permutations, width):
         yield np.asarray(1.0 - 2.0 * rng.integers(0, 2, (size, prompts)), dtype=np.float64)
 
 
@@ -105,8 +142,8 @@ def label_permutation(task: Floats, control: Floats, permutations: int = 10_000,
     """Test that task and control prompts come from one distribution; the statistic is Welch's two-sample t.
 
     Prompts change sides for all modules at once. Valid for any values, norms and skewed ones included. All divisions
-    into two groups are enumerated where they are no more than ``permutations``. Each module needs at least two values
-    on each side of every division: missing values are allowed where that holds for the observed one.
+    into two groups are enumerated where they are no more than ``permutations``. Divisions that leave a module without
+    two values on each side do not count for that module.
     """
     pooled = np.vstack([task, control])
     valid = np.isfinite(pooled).astype(float)
@@ -118,7 +155,8 @@ def label_permutation(task: Floats, control: Floats, permutations: int = 10_000,
     total, total_squares, total_counts = x.sum(0), squares.sum(0), valid.sum(0)
     first, size = len(task), len(pooled)
 
-    def statistic(members: Floats) -> Floats:
+    def keys_of(members: Floats) -> Floats:
+        """|t| / √(t² + 1), which keeps its digits where groups barely spread; −1 where a side is too small."""
         n1 = np.full((len(members), 1), float(first)) if complete else members @ valid
         n2 = total_counts - n1
         s1, q1 = members @ x, members @ squares
@@ -126,23 +164,35 @@ def label_permutation(task: Floats, control: Floats, permutations: int = 10_000,
             difference = s1 / n1 - (total - s1) / n2
             v1 = (q1 - np.square(s1) / n1) / (n1 - 1) / n1
             v2 = (total_squares - q1 - np.square(total - s1) / n2) / (n2 - 1) / n2
-            variance = np.maximum(v1, 0) + np.maximum(v2, 0)
-            # rounding leaves a little of a variance that is 0
-            variance[variance < 1e-14] = 0
-            t = difference / np.sqrt(variance)
-        # a division that leaves a side without two values says nothing
-        return np.where((np.abs(difference) < 1e-14) | (n1 < 2) | (n2 < 2), 0.0, t)
+            key = np.abs(difference) / np.sqrt(np.square(difference) + np.maximum(v1, 0) + np.maximum(v2, 0))
+        key = np.where(np.abs(difference) < 1e-14, 0.0, key)
+        return np.where((n1 < 2) | (n2 < 2), -1.0, key)
 
     exact = comb(size, first) <= permutations
     if exact:
         chosen = np.array(list(combinations(range(size), first)))
         members = np.zeros((len(chosen), size))
         np.put_along_axis(members, chosen, 1.0, axis=1)
-        divisions = _chunks(members, x.shape[1])
+        divisions = _chunks(members, max(size, x.shape[1]))
     else:
         divisions = _random_divisions(first, size, x.shape[1], permutations, seed)
-    observed = statistic(np.r_[np.ones(first), np.zeros(size - first)][None])[0]
-    return _permuted(observed, np.abs(observed), (np.abs(statistic(d)) for d in divisions), exact)
+    observed = keys_of(np.r_[np.ones(first), np.zeros(size - first)][None])[0]
+    keys = (keys_of(d) for d in divisions)
+    return _permuted(_welch(task, control), observed, np.maximum(observed - TIE, 0), keys, exact)
+
+
+def _welch(task: Floats, control: Floats) -> Floats:
+    """Welch's t of every module; 0 where the means are equal, infinite where neither group spreads."""
+    means, errors = [], []
+    for group in (task, control):
+        n = np.isfinite(group).sum(0)
+        means.append(np.nanmean(group, 0))
+        errors.append(np.nanvar(group, 0, ddof=1) / n)
+    difference = means[0] - means[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = difference / np.sqrt(errors[0] + errors[1])
+    size = np.maximum(np.abs(means[0]), np.abs(means[1]))
+    return np.where(np.abs(difference) <= 1e-14 * size, 0.0, t)
 
 
 def _random_divisions(first: int, size: int, modules: int, permutations: int, seed: int) -> Iterator[Floats]:
@@ -158,26 +208,32 @@ def _sizes(permutations: int, width: int) -> Iterator[int]:
         yield min(step, permutations - start)
 
 
-def _chunks(rows: Floats, modules: int) -> Iterator[Floats]:
-    step = max(1, CHUNK // max(modules, rows.shape[1]))
+def _chunks(rows: Floats, width: int) -> Iterator[Floats]:
+    step = max(1, CHUNK // width)
     for start in range(0, len(rows), step):
         yield rows[start : start + step]
 
 
-def _permuted(statistic: Floats, observed: Floats, keys: Iterator[Floats], exact: bool) -> Permuted:
-    """Count how often permuted keys, of shape (permutations, modules), reach the observed ones, of shape (modules,)."""
-    bar = np.where(np.isinf(observed), observed, observed * (1 - TIE))
+def _permuted(statistic: Floats, observed: Floats, bars: Floats, keys: Iterator[Floats], exact: bool) -> Permuted:
+    """Count how often permuted keys, of shape (permutations, modules), reach the observed ones, of shape (modules,).
+
+    A negative key stands for a permutation that does not count for its module.
+    """
     order = np.argsort(-observed, kind="stable")
-    single, largest, stepped = (np.zeros(len(observed)) for _ in range(3))
+    single, largest, stepped, counted = (np.zeros(len(observed)) for _ in range(4))
     done = 0
     for key in keys:
         done += len(key)
-        single += (key >= bar).sum(0)
-        largest += len(key) - np.searchsorted(np.sort(key.max(1)), bar, side="left")
+        counted += (key >= 0).sum(0)
+        single += (key >= bars).sum(0)
+        largest += len(key) - np.searchsorted(np.sort(key.max(1)), bars, side="left")
         # the largest among this module and those with smaller observed statistics
         below = np.maximum.accumulate(key[:, order[::-1]], axis=1)[:, ::-1]
-        stepped[order] += (below >= bar[order]).sum(0)
+        stepped[order] += (below >= bars[order]).sum(0)
     extra = 0 if exact else 1
-    p, p_max, p_step = ((count + extra) / (done + extra) for count in (single, largest, stepped))
+    p = (single + extra) / (counted + extra)
+    p_max, p_step = ((count + extra) / (done + extra) for count in (largest, stepped))
+    # a permutation that does not count for a module cannot make its adjusted p smaller than its own
+    p_max, p_step = np.maximum(p_max, p), np.maximum(p_step, p)
     p_step[order] = np.maximum.accumulate(p_step[order])
-    return Permuted(statistic, p, p_max, p_step, done, exact)
+    return Permuted(statistic, p, np.maximum(p_max, p_step), p_step, done, exact)

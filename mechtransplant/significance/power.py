@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import UsageError, check_count, check_seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +44,8 @@ def power(
     """
     from scipy.stats import nct, norm, t
 
+    from mechtransplant.significance.table import smallest_p
+
     _check(design, alpha=alpha)
     if prompts < 2 or tests < 1 or not np.isfinite(effect_size):
         raise UsageError(
@@ -52,7 +54,7 @@ def power(
     level = -np.expm1(np.log1p(-alpha) / tests)
     one = design == "one-sample"
     # no permutation p-value, adjusted or not, is below the share of the observed arrangement and its mirror image
-    if one and 2.0 ** (1 - prompts) > alpha:
+    if smallest_p(design, prompts, prompts) > alpha:
         return 0.0
     freedom = prompts - 1 if one else 2 * prompts - 2
     centre = effect_size * np.sqrt(prompts if one else prompts / 2)
@@ -112,10 +114,15 @@ def effective_tests(
     from scipy.stats import t
 
     from mechtransplant.significance.permutation import largest_statistics
-    from mechtransplant.significance.table import one_measure, shift_matrix
+    from mechtransplant.significance.table import one_measure, refuse_norms, shift_matrix
 
-    values, modules = shift_matrix(one_measure(shifts, measure))
+    _check("one-sample", alpha=alpha)
+    check_count("permutations", permutations, least=99)
+    check_seed(seed)
+    chosen = one_measure(shifts, measure)
+    refuse_norms(chosen, "a sign-flip")
+    values, modules = shift_matrix(chosen)
     largest = largest_statistics(values, permutations, seed)
     bar = float(np.quantile(largest, 1 - alpha))
-    level = 2 * t.sf(bar, len(values) - 1)
+    level = 2 * t.sf(bar, np.isfinite(values).sum(0).max() - 1)
     return float(np.clip(np.log1p(-alpha) / np.log1p(-level), 1, len(modules)))

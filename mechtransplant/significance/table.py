@@ -7,12 +7,13 @@ The unit of analysis is the prompt.
 from __future__ import annotations
 
 import warnings
+from math import comb
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_level, check_seed
 from mechtransplant.significance.corrections import CORRECTIONS, adjust
 from mechtransplant.significance.effects import Effects, one_sample_effects, two_sample_effects
 from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
@@ -36,8 +37,11 @@ SIGNED = ("magnitude", "projection")
 #: measures that are never negative: only a comparison with control prompts can test them
 NORMS = ("distance", "own", "inherited", "lae")
 COLUMNS = ["module", "measure", "n", "effect", "low", "high", "statistic", "p", "p_adjusted", "test"]
-#: sample skewness above this many standard errors is said in the table
+#: a module's skewness above this many standard errors is said in its row of the table
 SKEWED = 3.5
+#: and in every row where the root mean square over modules is above this: what few prompts show of one module, many
+#: modules show together
+SKEWED_AS_A_WHOLE = 1.35
 
 
 def test_shifts(
@@ -73,7 +77,7 @@ def test_shifts(
         UsageError: a test that is invalid for the measure (a sign-flip of a norm), frames that do not fit together,
         duplicate rows, fewer than two prompts.
     """
-    _check_names(test, correction, permutations, level)
+    _check_names(test, correction, permutations, level, seed)
     shifts = _chosen(shifts, measure, "shifts")
     kind = _resolve(shifts, control, test)
     if kind == "direction":
@@ -84,7 +88,7 @@ def test_shifts(
         control = _chosen(control, measure, "control")
         shifts, control = _common(shifts, control)
     else:
-        _refuse_norms(shifts, kind)
+        refuse_norms(shifts, kind)
     values, columns = _matrix(shifts)
     others = None if control is None else _matrix(control, columns)[0]
     if kind == "matched":
@@ -101,7 +105,7 @@ def test_shifts(
     return _table(columns, kind, values, others, found, p_adjusted, effects)
 
 
-def _check_names(test: str, correction: str, permutations: int, level: float) -> None:
+def _check_names(test: str, correction: str, permutations: int, level: float, seed: int) -> None:
     if test not in get_args(Test):
         raise UnknownNameError("test", test, get_args(Test))
     if correction not in CORRECTIONS:
@@ -111,10 +115,9 @@ def _check_names(test: str, correction: str, permutations: int, level: float) ->
             f"{correction} needs the permutations of all modules, and {test} makes none: use correction='holm', 'by' "
             "or 'bh', or test='sign-flip'"
         )
-    if type(permutations) is not int or permutations < 99:
-        raise UsageError(f"permutations must be a whole number of at least 99, got {permutations!r}")
-    if not 0.5 <= level < 1:
-        raise UsageError(f"level must lie between 0.5 and 1, got {level}")
+    check_count("permutations", permutations, least=99)
+    check_seed(seed)
+    check_level(level)
 
 
 def _chosen(frame: pd.DataFrame, measure: str | None, what: str) -> pd.DataFrame:
@@ -129,6 +132,9 @@ def _chosen(frame: pd.DataFrame, measure: str | None, what: str) -> pd.DataFrame
         frame = frame[frame.measure == measure]
     if frame.empty:
         raise UsageError(f"{what} has no rows: pass a frame from measure_shifts")
+    unnamed = [c for c in ("module", "prompt", "measure") if frame[c].isna().any()]
+    if unnamed:
+        raise UsageError(f"{what} has rows without {' and '.join(unnamed)}: remove them, or say what they belong to")
     return frame
 
 
@@ -155,11 +161,11 @@ def _signed(frame: pd.DataFrame) -> list[str]:
         if name in SIGNED or (unknown and bool((group.value < 0).any())):
             found.append(str(name))
     if not found:
-        _refuse_norms(frame, "sign-flip")
+        refuse_norms(frame, "sign-flip")
     return found
 
 
-def _refuse_norms(frame: pd.DataFrame, test: str) -> None:
+def refuse_norms(frame: pd.DataFrame, test: str) -> None:
     """Raise UsageError where a test of "centred at 0" is asked of values that cannot be."""
     for name, group in frame.groupby("measure", sort=False):
         if name == "alignment":
@@ -213,7 +219,10 @@ def _matrix(frame: pd.DataFrame, columns: list[tuple[str, str]] | None = None) -
             "prompt is the unit, so give one value each (average over positions or seeds first)"
         )
     values = np.full((int(prompts.max()) + 1, len(columns)), np.nan)
-    values.reshape(-1)[flat] = frame.value.to_numpy(dtype=float)
+    try:
+        values.reshape(-1)[flat] = frame.value.to_numpy(dtype=float, na_value=np.nan)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the shifts' values must be numbers ({error}): convert the column first") from error
     if np.isinf(values).any():
         raise UsageError("the shifts hold infinite values: a model's activations overflowed; use dtype float32")
     return values, columns
@@ -252,8 +261,8 @@ def _check_counts(values: Floats, others: Floats | None, columns: list[tuple[str
         few = np.isfinite(group).sum(0) < 2
         if few.any():
             raise UsageError(
-                f"{columns[int(np.argmax(few))][1]} has fewer than two prompts: a test needs at least two, and six to "
-                "reach p < 0.05"
+                f"{columns[int(np.argmax(few))][1]} has fewer than two prompts: a test needs at least two, and six "
+                "(or four in each of two groups) to reach p < 0.05"
             )
 
 
@@ -324,31 +333,49 @@ def _table(
             "size_low": effects.size_low,
             "size_high": effects.size_high,
             "permutations": found.permutations,
-            "note": _notes(kind, values, n),
+            "note": _notes(kind, values, others, [measure for measure, _ in columns]),
         }
     )
     return frame
 
 
-def _notes(kind: str, values: Floats, n: NDArray[np.int64]) -> list[str]:
-    """What a reader of a row must know: too few prompts, or shifts that break the test's assumption."""
-    from scipy.stats import skew
+def smallest_p(kind: str, n: int, other: int = 0) -> float:
+    """The smallest two-sided p-value that a permutation test of this many prompts can reach, were all enumerated."""
+    if kind == "control":
+        return float((2 if n == other else 1) / comb(n + other, n))
+    return float(2.0 ** (1 - n))
 
-    skewed = np.zeros(values.shape[1], dtype=bool)
-    skewness = np.zeros(values.shape[1])
-    if kind in ("sign-flip", "direction", "wilcoxon", "t"):
-        with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-            # of equal values: no skewness
-            warnings.simplefilter("ignore")
-            skewness = np.nan_to_num(np.asarray(skew(values, axis=0, nan_policy="omit"), dtype=float))
-        skewed = np.abs(skewness) > SKEWED * np.sqrt(6 / np.maximum(n, 1))
+
+def _notes(kind: str, values: Floats, others: Floats | None, measures: list[str]) -> list[str]:
+    """What a reader of a row must know: too few prompts, or shifts that break the test's assumption."""
+    n = np.isfinite(values).sum(0)
+    m = n if others is None else np.isfinite(others).sum(0)
+    z = _skewness_z(values, n) if kind in ("sign-flip", "direction", "wilcoxon", "t") else np.zeros(len(n))
+    broken = "assumes a normal mean" if kind == "t" else "assumes symmetry"
+    advice = f"and this test {broken}: confirm with control prompts, test='control'"
+    whole = {name: float(np.sqrt(np.mean(z[[x == name for x in measures]] ** 2))) for name in set(measures)}
     notes = []
-    for count, is_skewed, amount in zip(n, skewed, skewness, strict=True):
+    for at, name in enumerate(measures):
         parts = []
-        if kind != "control" and kind != "t" and count < 6:
-            parts.append(f"with {count} prompts no p-value is below {2.0 ** (1 - count):.2g}")
-        if is_skewed:
-            broken = "assumes a normal mean" if kind == "t" else "assumes symmetry"
-            parts.append(f"skewness {amount:.1f}, and this test {broken}: confirm with control prompts, test='control'")
+        if kind != "t":
+            floor = smallest_p(kind, int(n[at]), int(m[at]))
+            if floor > 0.05:
+                parts.append(f"with so few prompts no p-value is below {floor:.2g}")
+        if abs(z[at]) > SKEWED:
+            parts.append(f"skewed ({z[at]:+.1f} standard errors), {advice}")
+        elif whole[name] > SKEWED_AS_A_WHOLE:
+            parts.append(f"the modules are skewed as a whole ({whole[name]:.1f} standard errors), {advice}")
         notes.append("; ".join(parts))
     return notes
+
+
+def _skewness_z(values: Floats, n: NDArray[np.int64]) -> Floats:
+    """Sample skewness of every column over its standard error for normal values; 0 where there is no spread."""
+    from scipy.stats import skew
+
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        # of equal values: no skewness
+        warnings.simplefilter("ignore")
+        skewness = np.nan_to_num(np.asarray(skew(values, axis=0, nan_policy="omit"), dtype=float))
+        error = np.sqrt(6 * (n - 2) / ((n + 1) * (n + 3)))
+        return np.nan_to_num(skewness / error, nan=0.0, posinf=0.0, neginf=0.0)

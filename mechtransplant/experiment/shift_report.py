@@ -1,0 +1,209 @@
+"""The whole analysis of shifts between two models as one folder: tables, figures and a page.
+
+A folder holds ``config.yaml``, ``environment.json``, ``shifts.parquet`` (every value), ``table.csv`` (tests),
+``consistency.csv``, ``concentration.csv``, ``stability.csv``, ``summary.md`` and ``figures/``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant import figures
+from mechtransplant.activations import Positions
+from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
+from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.environment import versions
+from mechtransplant.localization import concentration, consistency, lorenz_curve, topk_stability
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.shifts import measure_shifts, shift_vectors
+from mechtransplant.significance import CORRECTIONS, test_shifts
+from mechtransplant.tasks import Task, load_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SIGNED, _NORMS = ("magnitude", "projection"), ("distance", "own", "inherited")
+_DIRECT = ("magnitude", *_NORMS)
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """What is measured: a pair, its task (by default the pair's own), and control prompts of another task, if any."""
+
+    pair: str
+    task: str | None = None
+    control: str | None = None
+    prompts: int = 64
+    positions: Positions = "answer"
+    kinds: tuple[str, ...] = ("head", "mlp")
+    correction: str = "max-t"
+    k: int = 8
+    batch_size: int = 16
+    seed: int = 0
+
+
+def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True) -> str:
+    """Measure, test and draw; writes the folder and returns its page.
+
+    Questions are the ``discover`` split, so that ``choose`` and ``test`` stay untouched. Raises UsageError, before
+    anything is written, for a folder that is not empty, and for anything wrong in the config.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder: choose another --out, or remove it")
+    # before any weights are loaded
+    if config.correction not in CORRECTIONS:
+        raise UnknownNameError("correction", config.correction, CORRECTIONS)
+    check_seed(config.seed)
+    for key in ("prompts", "k", "batch_size"):
+        check_count(key, getattr(config, key), least=8 if key == "prompts" else 1)
+    pair = load_pair(config.pair)
+    name = config.task or pair.default_task
+    if name is None:
+        raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
+    task, control = _questions(name, config), None if config.control is None else _questions(config.control, config)
+    options: dict[str, Any] = {"positions": config.positions, "batch_size": config.batch_size, "progress": progress}
+    vectors = shift_vectors(pair, task, config.kinds, **options)
+    measured = measure_shifts(pair, task, config.kinds, _DIRECT, **options)
+    shifts = pd.concat([measured, vectors.frame("projection", config.seed)], ignore_index=True)
+    against = None
+    if control is not None:
+        against = measure_shifts(pair, control, config.kinds, _DIRECT, **options)
+    table = _tested(shifts, against, config)
+    tables = {
+        "table": table,
+        "consistency": consistency(shifts, vectors, seed=config.seed),
+        "concentration": _concentrated(shifts, config),
+        "stability": topk_stability(shifts, config.k, "own", seed=config.seed).frequency,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", _yaml(config))
+        write_atomically(folder / "environment.json", json.dumps(_environment(pair, task, control), indent=1) + "\n")
+        shifts.to_parquet(folder / "shifts.parquet", index=False)
+        for key, frame in tables.items():
+            write_atomically(folder / f"{key}.csv", frame.to_csv(index=False, float_format="%.8g"))
+        _draw(folder / "figures", shifts, tables, pair, config)
+        page = summarise(pair, task, control, shifts, tables, config)
+        write_atomically(folder / "summary.md", page)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+    return page
+
+
+def _questions(name: str, config: ShiftConfig) -> Task:
+    return load_task(name).split(config.prompts, 1, 1, config.seed).discover
+
+
+def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftConfig) -> pd.DataFrame:
+    """Every test that is valid, one family each: magnitude, projection, and task against control."""
+    import pandas as pd
+
+    tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in _SIGNED]
+    if against is not None:
+        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in _DIRECT]
+    return pd.concat(tables, ignore_index=True)
+
+
+def _concentrated(shifts: pd.DataFrame, config: ShiftConfig) -> pd.DataFrame:
+    import pandas as pd
+
+    each = [concentration(shifts, m, config.k, seed=config.seed).assign(measure=m) for m in _NORMS]
+    return pd.concat(each, ignore_index=True)
+
+
+def _yaml(config: ShiftConfig) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(asdict(config) | {"kinds": list(config.kinds)}, sort_keys=False))
+
+
+def _environment(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]:
+    tasks = {"task": task, "control": control}
+    return {
+        "starts": [versions()],
+        "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
+        "questions": {k: {"n": len(t), "fingerprint": t.fingerprint} for k, t in tasks.items() if t is not None},
+    }
+
+
+def _draw(folder: Path, shifts: pd.DataFrame, tables: dict[str, pd.DataFrame], pair: Pair, config: ShiftConfig) -> None:
+    """Every figure that these tables have, with its data as CSV."""
+    table = tables["table"]
+    maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in _SIGNED}
+    if (table.test == "control").any():
+        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _NORMS}
+    if {"head", "mlp"} & set(config.kinds):
+        for name, rows in maps.items():
+            title = f"{pair.name}: " + ("task against control" if name.endswith("control") else rows.test.iloc[0])
+            figures.save_figure(figures.shift_heatmap(rows, title=title)[0], folder, name, rows)
+    magnitude = table[(table.measure == "magnitude") & (table.test == "sign-flip")]
+    figures.save_figure(figures.volcano(magnitude)[0], folder, "volcano", magnitude)
+    figures.save_figure(
+        figures.consistency_plot(tables["consistency"])[0], folder, "consistency", tables["consistency"]
+    )
+    curve = lorenz_curve(shifts, "own", seed=config.seed)
+    figures.save_figure(figures.lorenz(curve, "own shift")[0], folder, "lorenz", curve)
+    figures.save_figure(figures.own_against_inherited(shifts, pair.planted)[0], folder, "own_against_inherited")
+
+
+def summarise(
+    pair: Pair,
+    task: Task,
+    control: Task | None,
+    shifts: pd.DataFrame,
+    tables: dict[str, pd.DataFrame],
+    config: ShiftConfig,
+) -> str:
+    """The page, in Markdown."""
+    table = tables["table"]
+    modules = shifts.module.nunique()
+    said = "" if control is None else f" against {len(control)} control prompts of `{control.name}`"
+    lines = [
+        f"# Shifts of {pair.name or config.pair} on {task.name}",
+        "",
+        f"Source `{pair.source.name}`, target `{pair.target.name}`; {modules} modules ({', '.join(config.kinds)}), "
+        f"{len(task)} prompts{said}, positions `{config.positions}`, {config.correction} at 0.05.",
+        "",
+        "| measure | test | modules found | largest effects (Cohen's d) |",
+        "|---|---|---|---|",
+    ]
+    for (measure, test), rows in table.groupby(["measure", "test"], sort=False):
+        found = rows[rows.p_adjusted <= 0.05]
+        first = found.reindex(found.effect_size.abs().sort_values(ascending=False).index).head(5)
+        names = ", ".join(f"{m} {d:+.1f}" for m, d in zip(first.module, first.effect_size, strict=True))
+        lines.append(f"| {measure} | {test} | {len(found)} of {len(rows)} | {names or '–'} |")
+    head = ["measure", "statistic", "value", "less its bias", "95 % interval", "by chance", "p"]
+    lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in tables["concentration"].to_dict("records"):
+        top = f" (k = {row['k']})" if row["statistic"] == "top_k_share" else ""
+        what = str(row["statistic"]).replace("_", " ") + top
+        interval = f"{row['low']:.3g} – {row['high']:.3g}"
+        numbers = [f"{row['value']:.3g}", f"{row['corrected']:.3g}", interval, f"{row['null']:.3g}", f"{row['p']:.2g}"]
+        lines.append(f"| {row['measure']} | {what} | {' | '.join(numbers)} |")
+    consistent = tables["consistency"]
+    sure = tables["stability"]
+    lines += [
+        "",
+        f"Alignment with the other prompts: median {consistent.alignment.median():.2f} over modules, "
+        f"{int((consistent.alignment_p <= 0.05).sum())} of {modules} above the null at p ≤ 0.05 (not adjusted). "
+        f"The {config.k} largest own shifts: {int((sure.frequency >= 0.95).sum())} modules are among them in at least "
+        "95 % of resamples.",
+    ]
+    if pair.planted:
+        largest = list(sure.module[: len(pair.planted)])
+        lines.append(
+            f"Planted: {', '.join(pair.planted)}; {len(set(largest) & set(pair.planted))} of them are among the "
+            f"{len(pair.planted)} largest own shifts."
+        )
+    notes = table.note[table.note != ""]
+    if len(notes):
+        lines.append(
+            f"{len(notes)} rows of `table.csv` have a note on what to beware of, for example: {notes.iloc[0]}."
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,89 @@
+"""``mechtransplant shifts``: one folder with every table and figure; wrong input prints one line and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from mechtransplant import cli
+from mechtransplant.experiment import ShiftConfig, report_shifts
+from mechtransplant.significance import test_shifts as table_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shifts") / "out"
+    report_shifts(ShiftConfig("family/planted-mixed-drifted", control="max", prompts=16), out)
+    return out
+
+
+def test_the_folder_is_complete(folder: Path) -> None:
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "config.yaml", "environment.json", "shifts.parquet", "table.csv", "consistency.csv", "concentration.csv",
+        "stability.csv", "summary.md", "figures",
+    }  # fmt: skip
+    drawn = {p.stem for p in (folder / "figures").glob("*.pdf")}
+    assert {"heatmap_magnitude", "heatmap_own_control", "volcano", "consistency", "lorenz"} <= drawn
+    assert yaml.safe_load((folder / "config.yaml").read_text())["control"] == "max"
+    saved = json.loads((folder / "environment.json").read_text())
+    assert saved["questions"]["control"]["n"] == 16 and len(saved["weights"]["source"]) == 16
+
+
+def test_the_tables_follow_from_the_values(folder: Path) -> None:
+    shifts, table = pd.read_parquet(folder / "shifts.parquet"), pd.read_csv(folder / "table.csv")
+    again = table_of(shifts, measure="magnitude")
+    saved = table[(table.measure == "magnitude") & (table.test == "sign-flip")].reset_index(drop=True)
+    pd.testing.assert_series_equal(saved.p_adjusted, again.p_adjusted, rtol=1e-6)
+    assert set(zip(table.measure, table.test, strict=True)) == {
+        ("magnitude", "sign-flip"), ("projection", "direction"), ("magnitude", "control"), ("distance", "control"),
+        ("own", "control"), ("inherited", "control"),
+    }  # fmt: skip
+
+
+def test_the_page_says_what_the_tables_hold(folder: Path) -> None:
+    page, table = (folder / "summary.md").read_text(), pd.read_csv(folder / "table.csv")
+    rows = table[(table.measure == "own") & (table.test == "control")]
+    assert f"| own | control | {int((rows.p_adjusted <= 0.05).sum())} of 36 |" in page
+    assert "Planted: L1H1, L1H4, L2H2, L2H5, L2.mlp" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("family/generation",), "unknown pair"),
+        (("family/generations", "--task", "adition"), "unknown task"),
+        (("family/generations", "--kinds", "heads"), "did you mean head"),
+        (("family/generations", "--positions", "first"), "unknown positions"),
+        (("family/generations", "--correction", "fdr"), "unknown correction"),
+        (("family/generations", "--prompts", "3"), "prompts must be"),
+        (("family/generations", "--k", "99"), "k must be"),
+        (("family/generations", "--seed", "-1"), "seed must be"),
+    ],
+)
+def test_wrong_input(
+    arguments: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = () if "--prompts" in arguments else ("--prompts", "8")
+    monkeypatch.setattr(sys, "argv", ["mechtransplant", "shifts", *arguments, *short, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and message in said[-1] and len(said) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    from mechtransplant.errors import UsageError
+
+    with pytest.raises(UsageError, match="not an empty folder"):
+        report_shifts(ShiftConfig("family/generations"), folder)
