@@ -69,6 +69,23 @@ def test_an_infinite_effect_size_does_not_set_the_scale(table: pd.DataFrame) -> 
     assert meshes(axes)[0].reshape(4, 8)[1, 3] == pytest.approx(largest)
 
 
+def test_an_outlier_does_not_set_the_scale_and_is_said_to_be_beyond(table: pd.DataFrame) -> None:
+    effects = table.effect_size.where(table.module != "L1H3", 300.0)
+    _, axes = shift_heatmap(table.assign(effect_size=effects))
+    assert axes.collections[0].get_clim()[1] < 20
+    assert meshes(axes)[0].reshape(4, 8)[1, 3] == axes.collections[0].get_clim()[1]
+    _, axes = volcano(table.assign(effect_size=effects))
+    assert axes.get_xlim()[1] < 25
+
+
+def test_what_is_subtracted_from_what(shifts: pd.DataFrame) -> None:
+    own = shifts[shifts.measure == "own"]
+    control = table_of(own, control=own.assign(value=own.value.to_numpy()[::-1]), permutations=999)
+    assert "task − control" in shift_heatmap(control)[0].axes[-1].get_ylabel()
+    magnitude = table_of(shifts, measure="magnitude", permutations=999)
+    assert "source − target" in shift_heatmap(magnitude)[0].axes[-1].get_ylabel()
+
+
 def test_heads_alone_and_mlps_alone(table: pd.DataFrame) -> None:
     for kind, columns in (("H", 8), ("mlp", 1)):
         _, axes = shift_heatmap(table[table.module.str.contains(kind)])

@@ -57,9 +57,7 @@ def shift_heatmap(
     # a gap sets the MLP apart from the heads
     gap = 0.4 if heads and has_mlp else 0.0
     signed = bool((frame[value] < 0).any())
-    # a module without any spread has an infinite effect size: it gets the end of the scale, and does not set it
-    finite = np.abs(frame[value])[np.isfinite(frame[value])]
-    bound = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+    bound, clipped = _bound(np.abs(frame[value].to_numpy(dtype=float)))
     frame = frame.assign(**{value: frame[value].clip(-bound, bound)})
     with style() as matplotlib:
         figure, axes = new_figure(COLUMN, max(2.1, 1.0 + 0.12 * layers))
@@ -98,10 +96,26 @@ def shift_heatmap(
         axes.set_ylabel("layer")
         axes.set_title(title)
         measure = f"{frame.measure.iloc[0]}" if "measure" in frame.columns else ""
-        measure += ", source − target" if signed and measure else ""
+        against = "test" in frame.columns and frame.test.iloc[0] in ("control", "matched")
+        measure += (", task − control" if against else ", source − target") if signed and measure else ""
         said = label or "\n".join(filter(None, [measure, LABELS.get(value, value)]))
-        figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label=said)
+        extend = ("both" if signed else "max") if clipped else "neither"
+        figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label=said, extend=extend)
     return figure, axes
+
+
+def _bound(sizes: np.ndarray) -> tuple[float, bool]:
+    """(the end of a colour scale, whether cells lie beyond it): a few modules many times as large do not set it.
+
+    A module without any spread has an infinite effect size; one that shifts alike on every prompt a huge one.
+    """
+    finite = sizes[np.isfinite(sizes)]
+    if not len(finite) or finite.max() == 0:
+        return 1.0, bool(np.isinf(sizes).any())
+    # the largest of all but one in fifty, and all but one of fewer
+    usual = float(np.sort(finite)[-(1 + max(1, len(finite) // 50)) :][0])
+    bound = usual if 0 < usual < finite.max() / 2 else float(finite.max())
+    return bound, bool((sizes > bound).any())
 
 
 def _scatter(axes: Any, rows: pd.DataFrame, x: Any, y: Any, strong: Any) -> None:
@@ -155,6 +169,9 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
         names: how many modules with the smallest p-values (then the largest effects) are named.
     """
     frame = _addressed(table, "effect_size", "p_adjusted")
+    # what is off the scale stands at its end
+    bound, _ = _bound(np.abs(frame.effect_size.to_numpy(dtype=float)))
+    frame = frame.assign(effect_size=frame.effect_size.clip(-1.05 * bound, 1.05 * bound))
     with style():
         figure, axes = new_figure(COLUMN, 2.6)
         y = -np.log10(frame.p_adjusted)
@@ -168,7 +185,8 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
             axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
         _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
-        axes.set_xlabel("Cohen's d over prompts, source − target")
+        against = "test" in frame.columns and frame.test.iloc[0] in ("control", "matched")
+        axes.set_xlabel("Cohen's d, task − control" if against else "Cohen's d over prompts, source − target")
         axes.set_ylabel("−log₁₀ adjusted p")
         # room for names above the highest points
         axes.set_ylim(-0.05, 1.15 * max(float(y.max()), -np.log10(alpha)))

@@ -38,15 +38,17 @@ class HeadWrites:
 
         theirs, ours = (m.output_weights(layer).float() for m in (pair.source, pair.target))
         change = theirs - ours
-        stacked = torch.cat([theirs, change], 1).double()
+        # on the CPU: not every device has float64
+        stacked = torch.cat([theirs, change], 1).cpu().double()
         if stacked.shape[1] < stacked.shape[2]:
             # M = R Qᵀ with orthonormal Q: only R matters for norms and inner products
             stacked = torch.linalg.qr(stacked.mT, mode="r").R.mT
         d_head = theirs.shape[1]
         # a head whose W_O is the same in both has no rounding error in ΔW either
         moved = change.abs().amax((1, 2), keepdim=True) > 0
+        stacked = stacked.float().to(theirs.device)
         weights = [m.output_weights(layer) if magnitudes else None for m in (pair.source, pair.target)]
-        return cls(stacked[:, :d_head].float(), stacked[:, d_head:].float() * moved, *weights)
+        return cls(stacked[:, :d_head], stacked[:, d_head:] * moved, *weights)
 
     def coordinates(self, z: torch.Tensor) -> torch.Tensor:
         """A write with the source's W_O: (counted, head, d_head) → (counted, head, width)."""

@@ -187,12 +187,11 @@ class Collector:
             terms = self._head_terms if slot.kind == "head" else self._plain_terms
             values, shift = terms(slot, source, target, moved)
             for name, value in values.items():
-                # (counted, modules) → (prompts, modules); sums over positions in float64
-                mean = batch.mean(value.double())
-                self.values[name][first : first + mean.shape[1], batch.prompts] = mean.T.cpu().numpy()
+                # (counted, modules) → (prompts, modules); sums over positions in float64, which not every device has
+                mean = batch.mean(value.cpu().double())
+                self.values[name][first : first + mean.shape[1], batch.prompts] = mean.T.numpy()
             if self.vectors is not None:
-                mean = batch.mean(shift.double()).flatten(1)
-                self.vectors.write(self.modules[first], batch.prompts, mean.cpu().numpy().astype(np.float32))
+                self.vectors.write(self.modules[first], batch.prompts, batch.mean(shift).flatten(1).cpu().numpy())
 
         return consume
 
