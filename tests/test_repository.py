@@ -30,7 +30,7 @@ FLOORS = {
     "weights": 1,
     "tasks": 1,
     "significance": 1,
-    "figures": 1,
+    "figures": 2,
     "engine": 1,
     "pair": 2,
     "evaluation": 2,

@@ -105,6 +105,10 @@ def test_shifts(
     return _table(columns, kind, values, others, found, p_adjusted, effects)
 
 
+# a user's test file that imports it has no test of this name
+test_shifts.__test__ = False  # type: ignore[attr-defined]
+
+
 def _check_names(test: str, correction: str, permutations: int, level: float, seed: int) -> None:
     if test not in get_args(Test):
         raise UnknownNameError("test", test, get_args(Test))
