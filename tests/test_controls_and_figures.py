@@ -102,6 +102,13 @@ def test_saved_figures_are_byte_identical_and_text_stays_text(tmp_path: Path) ->
     assert b"/Type3" not in (tmp_path / "one" / "curve.pdf").read_bytes()
 
 
+def test_notebooks_draw_figures() -> None:
+    from IPython.core.formatters import DisplayFormatter
+
+    data, _ = DisplayFormatter().format(k_curve(sweep())[0])
+    assert data["image/png"].startswith(b"\x89PNG") and len(data["image/png"]) > 5_000
+
+
 def test_nothing_is_shown_or_registered() -> None:
     import matplotlib.pyplot as plt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -177,6 +178,17 @@ def test_the_notebook_way_in_the_readme_works(capsys: pytest.CaptureFixture[str]
         exec(compile(block.split("```")[0], "README.md", "exec"), names)
     assert "TIR" in capsys.readouterr().out
     assert len(names["table"]) == 36 and (names["specific"].test == "control").all()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_committed_notebooks_were_run_and_show_their_figures(path: Path) -> None:
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    counts = [c["execution_count"] for c in cells]
+    assert counts == list(range(1, len(cells) + 1)), "run from top to bottom in a fresh kernel"
+    for cell in cells:
+        assert all(o["output_type"] != "error" for o in cell["outputs"])
+        if "".join(cell["source"]).splitlines()[-1] == "figure":
+            assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), "the figure is not in the notebook"
 
 
 def test_the_configuration_page_names_every_key() -> None:

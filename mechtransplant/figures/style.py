@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +46,29 @@ def style() -> Iterator[Any]:
         yield matplotlib
 
 
+@cache
+def _displayed_figure() -> Any:
+    """matplotlib's Figure, which notebooks draw where it ends a cell, whether or not pyplot was ever imported."""
+    from matplotlib.figure import Figure
+
+    class DisplayedFigure(Figure):
+        """A figure that Jupyter shows as a picture."""
+
+        def _repr_png_(self) -> bytes:
+            drawn = BytesIO()
+            with style():
+                self.savefig(drawn, format="png", dpi=144)
+            return drawn.getvalue()
+
+    return DisplayedFigure
+
+
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
     """(figure, axes) of a size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     # not pyplot: nothing is registered, shown, or kept alive
-    figure = Figure(figsize=(width, height))
+    figure = _displayed_figure()(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
