@@ -72,6 +72,8 @@ def main() -> None:
         sys.exit(0 if updated(text) == text else "README.md is not what the runs say: python scripts/update_readme.py")
     path.write_text(updated(text), encoding="utf-8")
     shutil.copy(ROOT / "runs" / RUNS[0] / "figures" / "k_curve.png", ROOT / "figures" / "k_curve.png")
+    shifts = ROOT / "runs" / "smollm2-shifts" / "figures" / "heatmap_magnitude.png"
+    shutil.copy(shifts, ROOT / "figures" / "shift_heatmap_smollm2.png")
 
 
 if __name__ == "__main__":
