@@ -275,7 +275,10 @@ def own_against_inherited(
         marked: modules to fill, for example a planted set; by default those that are more own than inherited.
         names: how many modules with the largest own shift are named.
     """
-    found = {m: shifts[shifts.measure == m].groupby("module", sort=False).value.mean() for m in ("own", "inherited")}
+    means_of = {
+        m: shifts[shifts.measure == m].groupby("module", sort=False, observed=True) for m in ("own", "inherited")
+    }
+    found = {m: groups["value"].mean() for m, groups in means_of.items()}
     if any(v.empty for v in found.values()):
         raise UsageError("measure both: measure_shifts(pair, task, measures=('own', 'inherited'))")
     means = found["own"].to_frame("own").assign(inherited=found["inherited"]).rename_axis("module").reset_index()

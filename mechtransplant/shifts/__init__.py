@@ -1,12 +1,13 @@
 """What differs between source and target, prompt by prompt and module by module.
 
 ``measure`` (:func:`measure_shifts`: all measures of the contract, streamed), ``recorder`` (both models read a batch
-once), ``heads`` (head writes without d_model vectors), ``vectors`` (directions of shifts), ``decoding`` (the seed
-paper's LAE).
+once), ``heads`` (head writes without d_model vectors), ``vectors`` (directions of shifts), ``frames`` (tidy frames),
+``decoding`` (the seed paper's LAE).
 """
 
 from mechtransplant.shifts.decoding import Alignment, decoding_shifts
-from mechtransplant.shifts.measure import MEASURES, average_by_template, measure_shifts
+from mechtransplant.shifts.frames import MEASURES
+from mechtransplant.shifts.measure import average_by_template, measure_shifts
 from mechtransplant.shifts.vectors import ShiftVectors, shift_vectors
 
 __all__ = [

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from mechtransplant.activations import Batch, Positions, Text, plan_reading, written_texts
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.evaluation.batches import PaddingSide
-from mechtransplant.modules import module_frame
+from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES, shift_frame
 from mechtransplant.shifts.heads import HeadWrites
 from mechtransplant.shifts.recorder import SLOT_KINDS, PairRecorder, Slot, SlotKind, slots_of
 from mechtransplant.shifts.vectors import ShiftVectors
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
     import torch
 
     from mechtransplant.pair import Pair
-
-#: measures that a batch gives at once, and those that need the shift vectors of all prompts
-_DIRECT = ("magnitude", "distance", "own", "inherited")
-_FROM_VECTORS = ("alignment", "projection")
-MEASURES = (*_DIRECT, *_FROM_VECTORS)
 
 
 def measure_shifts(
@@ -89,15 +84,15 @@ def measure_shifts(
     check_seed(seed)
     check_count("batch_size", batch_size)
     wanted = _names(measures, "measure", MEASURES)
-    with_vectors = [m for m in wanted if m in _FROM_VECTORS]
+    with_vectors = [m for m in wanted if m in FROM_VECTORS]
     if with_vectors and len(task) < 2:
         raise UsageError(f"{with_vectors[0]} compares prompts with each other: give at least two, got {len(task)}")
-    direct = tuple(m for m in wanted if m in _DIRECT)
+    direct = tuple(m for m in wanted if m in DIRECT)
     collector = Collector(pair, len(task), kinds, direct, bool(with_vectors))
     collect(pair, task, collector, positions, text, max_new_tokens, batch_size, padding_side, progress)
     frames = []
     for measure in wanted:
-        if measure in _DIRECT:
+        if measure in DIRECT:
             frames.append(collector.frame(measure))
         else:
             assert collector.vectors is not None
@@ -241,17 +236,14 @@ class Collector:
 
     def frame(self, measure: str) -> pd.DataFrame:
         """One measure as a tidy frame."""
-        import pandas as pd
-
-        frame = module_frame(self.modules).merge(pd.DataFrame({"prompt": np.arange(self.prompts)}), how="cross")
-        values: NDArray[np.float64] = self.values[measure].reshape(-1)
-        if not np.isfinite(values).all():
-            bad = frame.module[~np.isfinite(values)].iloc[0]
+        values: NDArray[np.float64] = self.values[measure]
+        broken = ~np.isfinite(values).all(1)
+        if broken.any():
             raise UsageError(
-                f"{bad} has activations that are NaN or infinite: its weights are broken, or "
-                f"{self.pair.target.hf.dtype} overflows (use dtype float32)"
+                f"{self.modules[int(np.argmax(broken))]} has activations that are NaN or infinite: its weights are "
+                f"broken, or {self.pair.target.hf.dtype} overflows (use dtype float32)"
             )
-        return frame.assign(measure=measure, value=values)
+        return shift_frame(self.modules, measure, values)
 
 
 def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:
@@ -281,5 +273,5 @@ def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:
     number = np.array([names.index(e.template) for e in task])
     columns = [c for c in ("module", "kind", "layer", "head", "prompt", "measure") if c in shifts.columns]
     numbered = shifts.assign(prompt=number[shifts.prompt.to_numpy(dtype=int)])
-    by_template = numbered.groupby(columns, sort=False, dropna=False)
+    by_template = numbered.groupby(columns, sort=False, dropna=False, observed=True)
     return by_template["value"].mean().reset_index()

@@ -160,7 +160,7 @@ def _resolve(shifts: pd.DataFrame, control: pd.DataFrame | None, test: str) -> s
 def _signed(frame: pd.DataFrame) -> list[str]:
     """The measures that are signed: known to be, or unknown ones with values below 0."""
     found = []
-    for name, group in frame.groupby("measure", sort=False):
+    for name, group in frame.groupby("measure", sort=False, observed=True):
         unknown = name not in (*SIGNED, *NORMS, "alignment")
         if name in SIGNED or (unknown and bool((group.value < 0).any())):
             found.append(str(name))
@@ -171,7 +171,7 @@ def _signed(frame: pd.DataFrame) -> list[str]:
 
 def refuse_norms(frame: pd.DataFrame, test: str) -> None:
     """Raise UsageError where a test of "centred at 0" is asked of values that cannot be."""
-    for name, group in frame.groupby("measure", sort=False):
+    for name, group in frame.groupby("measure", sort=False, observed=True):
         if name == "alignment":
             raise UsageError(
                 "alignment of one prompt depends on all others, so its signs cannot be flipped: test "
