@@ -62,7 +62,7 @@ def run(
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo")) -> None:
-    """The main job on the small models in the repo: about half a minute."""
+    """The main job on the small models in the repo: seconds to half a minute."""
     from mechtransplant.weights import models_folder
 
     _run(models_folder() / "demo.yaml", out)
@@ -74,6 +74,7 @@ def shifts(
     task: Annotated[str | None, typer.Option(help="A task's name or a JSONL file; the pair's own by default.")] = None,
     control: Annotated[str | None, typer.Option(help="A task whose prompts serve as control.")] = None,
     prompts: Annotated[int, typer.Option(help="How many prompts of each.")] = 64,
+    unit: Annotated[str, typer.Option(help="prompt, or template: prompts that share one are averaged.")] = "prompt",
     positions: Annotated[str, typer.Option(help="all, last, answer or decoding.")] = "answer",
     kinds: Annotated[str, typer.Option(help="head, mlp, attn, linear; several with commas.")] = "head,mlp",
     correction: Annotated[str, typer.Option(help="max-t, max-t-step-down, holm, by, bh, …")] = "max-t",
@@ -87,7 +88,9 @@ def shifts(
 
     # the library checks the names, and says which there are
     where: Any = positions
-    config = ShiftConfig(pair, task, control, prompts, where, tuple(kinds.split(",")), correction, k, batch_size, seed)
+    whose: Any = unit
+    parts = tuple(part.strip() for part in kinds.split(","))
+    config = ShiftConfig(pair, task, control, prompts, whose, where, parts, correction, k, batch_size, seed)
     folder = out or Path("runs") / f"shifts-{pair.replace('/', '-')}"
     typer.echo(report_shifts(config, folder))
     typer.echo(f"Tables and figures are in {folder}")

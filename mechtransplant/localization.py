@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 #: with fewer prompts there is no interval
 FEWEST = 5
+#: with fewer prompts there are no two halves to compare
+FEWEST_TO_HALVE = 4
 
 
 class Vectors(Protocol):
@@ -76,6 +78,8 @@ def consistency(
     values, modules = shift_matrix(chosen)
     rows: list[dict[str, Any]] = [{"module": m, **_sign_share(values[:, i], level)} for i, m in enumerate(modules)]
     if vectors is not None:
+        if not (hasattr(vectors, "modules") and hasattr(vectors, "gram")):
+            raise UsageError(f"vectors must come from shift_vectors(pair, task), got {type(vectors).__name__}")
         lacking = [m for m in modules if m not in vectors.modules]
         if lacking:
             raise UsageError(f"the vectors lack {len(lacking)} modules (first {lacking[0]}): measure the same kinds")
@@ -195,7 +199,9 @@ def shares(shifts: pd.DataFrame, measure: str | None = None) -> tuple[Floats, li
     A prompt without any shift has no shares and is left out. Raises UsageError where none has any, or values are
     missing.
     """
-    values, modules = shift_matrix(one_measure(shifts, measure))
+    chosen = one_measure(shifts, measure)
+    _refuse_overlap(chosen)
+    values, modules = shift_matrix(chosen)
     if np.isnan(values).any():
         raise UsageError("some modules lack values on some prompts: shares need every module on every prompt")
     sizes = np.abs(values)
@@ -204,6 +210,16 @@ def shares(shifts: pd.DataFrame, measure: str | None = None) -> tuple[Floats, li
         raise UsageError("no module shifts on any prompt: there is nothing to localise")
     kept = totals[:, 0] > 0
     return sizes[kept] / totals[kept], modules
+
+
+def _refuse_overlap(shifts: pd.DataFrame) -> None:
+    """Raise UsageError where a module is part of another one: its shift would count twice."""
+    kinds = set(shifts.kind) if "kind" in shifts.columns else set()
+    if {"head", "attn"} <= kinds or ("linear" in kinds and len(kinds) > 1):
+        raise UsageError(
+            f"{', '.join(sorted(kinds))} overlap, so a shift would count twice: choose kinds that do not (head and "
+            "mlp, attn and mlp, or linear alone)"
+        )
 
 
 def gini(shares: Floats) -> Floats:
@@ -372,10 +388,12 @@ def topk_stability(
     import pandas as pd
 
     _check_resampling(0.95, seed, resamples=resamples)
-    values, modules = shift_matrix(one_measure(shifts, measure))
+    chosen = one_measure(shifts, measure)
+    _refuse_overlap(chosen)
+    values, modules = shift_matrix(chosen)
     _check_k(k, len(modules))
     n, m = values.shape
-    if n < 4 or np.isnan(values).any():
+    if n < FEWEST_TO_HALVE or np.isnan(values).any():
         raise UsageError(f"stability needs at least four prompts and every module on each, got {n} prompts")
     sizes = np.abs(values)
     shifting = int((sizes > 0).any(0).sum())

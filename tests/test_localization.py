@@ -231,6 +231,14 @@ def test_wrong_numbers(change: dict[str, object]) -> None:
         concentration(values, **{"k": 2, **change})  # type: ignore[arg-type]
 
 
+def test_overlapping_kinds_would_count_a_shift_twice(generations: Pair) -> None:
+    shifts = measure_shifts(generations, load_task("addition", 8), ("head", "attn", "mlp"), "own")
+    for function in (concentration, lorenz_curve, topk_stability):
+        with pytest.raises(UsageError, match="count twice"):
+            function(shifts)
+    assert len(concentration(shifts[shifts.kind != "head"], k=2)) == 3
+
+
 def test_signs_of_what_has_none() -> None:
     rng = np.random.default_rng(0)
     for measure in ("alignment", "my-norm"):

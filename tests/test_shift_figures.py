@@ -119,6 +119,11 @@ def test_consistency_and_lorenz(shifts: pd.DataFrame) -> None:
 def test_own_against_inherited_fills_the_planted(shifts: pd.DataFrame) -> None:
     _, axes = own_against_inherited(shifts, ["L1H2", "L3.mlp"])
     assert filled(axes) == 2 and "marked" in axes.get_title()
+    with pytest.raises(UsageError, match="marked names L9H9"):
+        own_against_inherited(shifts, ["L9H9"])
+    assert filled(own_against_inherited(shifts, "L1H2")[1]) == 1
+    with pytest.raises(UsageError, match="lacks the columns"):
+        own_against_inherited(shifts.drop(columns="value"))
     with pytest.raises(UsageError, match="measure both"):
         own_against_inherited(shifts[shifts.measure == "own"])
 
@@ -134,6 +139,13 @@ def test_what_cannot_be_drawn_is_said(shifts: pd.DataFrame, table: pd.DataFrame)
         lorenz(table)
     with pytest.raises(UsageError, match="lacks the columns"):
         volcano(shifts[shifts.measure == "own"])
+
+
+def test_only_figures_are_saved(table: pd.DataFrame, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected a figure"):
+        save_figure(volcano(table), tmp_path, "x")  # type: ignore[arg-type]
+    save_figure(volcano(table)[0], str(tmp_path / "new"), "x")
+    assert len(list((tmp_path / "new").iterdir())) == 3
 
 
 def test_saved_twice_is_saved_alike(table: pd.DataFrame, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_the_tables_follow_from_the_values(folder: Path) -> None:
 def test_the_page_says_what_the_tables_hold(folder: Path) -> None:
     page, table = (folder / "summary.md").read_text(), pd.read_csv(folder / "table.csv")
     rows = table[(table.measure == "own") & (table.test == "control")]
-    assert f"| own | control | {int((rows.p_adjusted <= 0.05).sum())} of 36 |" in page
+    assert f"| own | control | 16 | {int((rows.p_adjusted <= 0.05).sum())} of 36 |" in page
+    assert "they share 3 templates" in page
     assert "Planted: L1H1, L1H4, L2H2, L2H5, L2.mlp" in page
 
 
@@ -64,6 +65,8 @@ def test_the_page_says_what_the_tables_hold(folder: Path) -> None:
         (("family/generations", "--prompts", "3"), "prompts must be"),
         (("family/generations", "--k", "99"), "k must be"),
         (("family/generations", "--seed", "-1"), "seed must be"),
+        (("family/generations", "--kinds", "head, attn"), "overlap"),
+        (("family/generations", "--unit", "token"), "unknown unit"),
     ],
 )
 def test_wrong_input(
@@ -80,6 +83,18 @@ def test_wrong_input(
     said = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and message in said[-1] and len(said) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clean_pair_has_fewer_shifts_than_k(tmp_path: Path) -> None:
+    page = report_shifts(ShiftConfig("family/planted-mlps", prompts=8), tmp_path / "out")
+    assert "The 2 largest own shifts (no more than 2 of 36 modules have any)" in page
+
+
+def test_templates_as_the_unit(tmp_path: Path) -> None:
+    page = report_shifts(ShiftConfig("family/planted-mixed-drifted", prompts=24, unit="template"), tmp_path / "out")
+    assert "the unit is the template, of which there are 3" in page and "projection" not in page
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert (table.n == 3).all() and table.note.str.contains("no p-value is below").all()
 
 
 def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:

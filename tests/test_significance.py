@@ -237,6 +237,8 @@ def test_all_modules_and_measures_are_one_family() -> None:
     expected = sign_flip(np.hstack([x, y])).p_max
     np.testing.assert_allclose(table.p_adjusted, expected)
     assert list(table.measure) == ["magnitude"] * 4 + ["other"] * 6
+    mixed = pd.concat([frame(x), frame(y, "projection", "p")], ignore_index=True)
+    assert list(table_of(mixed).test) == ["sign-flip"] * 4 + ["direction"] * 6
 
 
 @pytest.mark.parametrize("measure", ["distance", "own", "inherited", "lae", "my-norm"])
@@ -406,6 +408,11 @@ def test_the_calculator_inverts_power() -> None:
     assert power(50.0, 3, tests=1, design="control") == 0 and power(50.0, 4, tests=1, design="control") > 0.99
     with pytest.raises(UsageError, match="effect of 0"):
         prompts_needed(0)
+    for wrong in ({"effect_size": "a"}, {"prompts": 64.5}, {"tests": float("nan")}, {"alpha": "a"}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))} must be"):
+            power(**{"effect_size": 0.5, "prompts": 64, **wrong})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="effect_size must be"):
+        prompts_needed("x")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="design"):
         power(0.5, 20, design="crossed")  # type: ignore[arg-type]
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mechtransplant import figures
 from mechtransplant.activations import Positions
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
-from mechtransplant.localization import concentration, consistency, lorenz_curve, topk_stability
+from mechtransplant.localization import FEWEST_TO_HALVE, concentration, consistency, lorenz_curve, topk_stability
 from mechtransplant.pair import Pair, load_pair
-from mechtransplant.shifts import measure_shifts, shift_vectors
+from mechtransplant.shifts import average_by_template, measure_shifts, shift_vectors
+from mechtransplant.shifts.recorder import SLOT_KINDS
 from mechtransplant.significance import CORRECTIONS, test_shifts
 from mechtransplant.tasks import Task, load_task
 
@@ -31,12 +32,17 @@ _DIRECT = ("magnitude", *_NORMS)
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """What is measured: a pair, its task (by default the pair's own), and control prompts of another task, if any."""
+    """What is measured: a pair, its task (by default the pair's own), and control prompts of another task, if any.
+
+    ``unit`` "template" averages over the prompts that share one before anything is tested; directions, which compare
+    prompts with each other, are then left out.
+    """
 
     pair: str
     task: str | None = None
     control: str | None = None
     prompts: int = 64
+    unit: Literal["prompt", "template"] = "prompt"
     positions: Positions = "answer"
     kinds: tuple[str, ...] = ("head", "mlp")
     correction: str = "max-t"
@@ -60,6 +66,13 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     if config.correction not in CORRECTIONS:
         raise UnknownNameError("correction", config.correction, CORRECTIONS)
     check_seed(config.seed)
+    if config.unit not in ("prompt", "template"):
+        raise UnknownNameError("unit", config.unit, ("prompt", "template"))
+    if {"head", "attn"} <= set(config.kinds) or ("linear" in config.kinds and len(config.kinds) > 1):
+        raise UsageError(
+            f"{', '.join(config.kinds)} overlap, so concentration would count a shift twice: give kinds that do not "
+            "(head,mlp or attn,mlp or linear)"
+        )
     for key in ("prompts", "k", "batch_size"):
         check_count(key, getattr(config, key), least=8 if key == "prompts" else 1)
     pair = load_pair(config.pair)
@@ -68,19 +81,29 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
         raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
     task, control = _questions(name, config), None if config.control is None else _questions(config.control, config)
     options: dict[str, Any] = {"positions": config.positions, "batch_size": config.batch_size, "progress": progress}
-    vectors = shift_vectors(pair, task, config.kinds, **options)
-    measured = measure_shifts(pair, task, config.kinds, _DIRECT, **options)
-    shifts = pd.concat([measured, vectors.frame("projection", config.seed)], ignore_index=True)
-    against = None
+    modules = [m for kind in config.kinds if kind in SLOT_KINDS for m in pair.modules(kind)]
+    if modules and config.k > len(modules):
+        raise UsageError(f"k must be at most {len(modules)}, the number of modules, got {config.k}")
+    shifts = measure_shifts(pair, task, config.kinds, _DIRECT, **options)
+    against, vectors = None, None
     if control is not None:
         against = measure_shifts(pair, control, config.kinds, _DIRECT, **options)
-    table = _tested(shifts, against, config)
+    if config.unit == "template":
+        shifts = average_by_template(shifts, task)
+        against = None if against is None or control is None else average_by_template(against, control)
+    else:
+        vectors = shift_vectors(pair, task, config.kinds, **options)
+        shifts = pd.concat([shifts, vectors.frame("projection", config.seed)], ignore_index=True)
+    own = shifts[shifts.measure == "own"].groupby("module", observed=True)["value"].max()
+    # on a clean planted pair fewer modules than k change at all
+    k = min(config.k, int((own > 0).sum()))
     tables = {
-        "table": table,
-        "consistency": consistency(shifts, vectors, seed=config.seed),
+        "table": _tested(shifts, against, config),
+        "consistency": consistency(shifts[shifts.measure == "magnitude"], vectors, seed=config.seed),
         "concentration": _concentrated(shifts, config),
-        "stability": topk_stability(shifts, config.k, "own", seed=config.seed).frequency,
     }
+    if shifts.prompt.nunique() >= FEWEST_TO_HALVE:
+        tables["stability"] = topk_stability(shifts, k, "own", seed=config.seed).frequency.assign(k=k)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", _yaml(config))
@@ -104,7 +127,8 @@ def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftCon
     """Every test that is valid, one family each: magnitude, projection, and task against control."""
     import pandas as pd
 
-    tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in _SIGNED]
+    signed = [m for m in _SIGNED if (shifts.measure == m).any()]
+    tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in signed]
     if against is not None:
         tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in _DIRECT]
     return pd.concat(tables, ignore_index=True)
@@ -135,9 +159,10 @@ def _environment(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]
 def _draw(folder: Path, shifts: pd.DataFrame, tables: dict[str, pd.DataFrame], pair: Pair, config: ShiftConfig) -> None:
     """Every figure that these tables have, with its data as CSV."""
     table = tables["table"]
-    maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in _SIGNED}
+    signed = [m for m in _SIGNED if (table.measure == m).any()]
+    maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in signed}
     if (table.test == "control").any():
-        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _NORMS}
+        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _DIRECT}
     if {"head", "mlp"} & set(config.kinds):
         for name, rows in maps.items():
             title = f"{pair.name}: " + ("task against control" if name.endswith("control") else rows.test.iloc[0])
@@ -161,41 +186,62 @@ def summarise(
     config: ShiftConfig,
 ) -> str:
     """The page, in Markdown."""
+    import pandas as pd
+
     table = tables["table"]
     modules = shifts.module.nunique()
     said = "" if control is None else f" against {len(control)} control prompts of `{control.name}`"
+    forms = len({e.template for e in task})
+    unit = f"the unit is the template, of which there are {forms}"
+    if config.unit == "prompt":
+        unit = f"the unit is the prompt; they share {forms} templates (`--unit template` makes those the unit)"
     lines = [
         f"# Shifts of {pair.name or config.pair} on {task.name}",
         "",
         f"Source `{pair.source.name}`, target `{pair.target.name}`; {modules} modules ({', '.join(config.kinds)}), "
-        f"{len(task)} prompts{said}, positions `{config.positions}`, {config.correction} at 0.05.",
+        f"{len(task)} prompts{said}, positions `{config.positions}`, {config.correction} at 0.05; {unit}.",
         "",
-        "| measure | test | modules found | largest effects (Cohen's d) |",
-        "|---|---|---|---|",
+        "| measure | test | n | modules found | largest effects: Cohen's d (mean in the measure's units) |",
+        "|---|---|---|---|---|",
     ]
     for (measure, test), rows in table.groupby(["measure", "test"], sort=False):
         found = rows[rows.p_adjusted <= 0.05]
         first = found.reindex(found.effect_size.abs().sort_values(ascending=False).index).head(5)
-        names = ", ".join(f"{m} {d:+.1f}" for m, d in zip(first.module, first.effect_size, strict=True))
-        lines.append(f"| {measure} | {test} | {len(found)} of {len(rows)} | {names or '–'} |")
+        each = zip(first.module, first.effect_size, first.effect, strict=True)
+        names = ", ".join(f"{m} {d:+.1f} ({mean:+.2g})" for m, d, mean in each)
+        lines.append(f"| {measure} | {test} | {int(rows.n.max())} | {len(found)} of {len(rows)} | {names or '–'} |")
+    lines += [
+        "",
+        "A large d says that a shift is alike on every prompt, not that it is large: the mean stands beside it.",
+    ]
     head = ["measure", "statistic", "value", "less its bias", "95 % interval", "by chance", "p"]
     lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in tables["concentration"].to_dict("records"):
         top = f" (k = {row['k']})" if row["statistic"] == "top_k_share" else ""
         what = str(row["statistic"]).replace("_", " ") + top
-        interval = f"{row['low']:.3g} – {row['high']:.3g}"
+        interval = "–" if pd.isna(row["low"]) else f"{row['low']:.3g} – {row['high']:.3g}"
         numbers = [f"{row['value']:.3g}", f"{row['corrected']:.3g}", interval, f"{row['null']:.3g}", f"{row['p']:.2g}"]
         lines.append(f"| {row['measure']} | {what} | {' | '.join(numbers)} |")
-    consistent = tables["consistency"]
-    sure = tables["stability"]
     lines += [
         "",
-        f"Alignment with the other prompts: median {consistent.alignment.median():.2f} over modules, "
-        f"{int((consistent.alignment_p <= 0.05).sum())} of {modules} above the null at p ≤ 0.05 (not adjusted). "
-        f"The {config.k} largest own shifts: {int((sure.frequency >= 0.95).sum())} modules are among them in at least "
-        "95 % of resamples.",
+        "p says that prompts agree on which modules shift most; how concentrated that is, only the value says.",
     ]
-    if pair.planted:
+    consistent, sure = tables["consistency"], tables.get("stability")
+    if "alignment" in consistent.columns:
+        lines += [
+            "",
+            f"Alignment with the other prompts: median {consistent.alignment.median():.2f} over modules, "
+            f"{int((consistent.alignment_p <= 0.05).sum())} of {modules} above the null at p ≤ 0.05 (not adjusted).",
+        ]
+    if sure is not None:
+        k = int(sure.k.iloc[0])
+        fewer = "" if k == config.k else f" (no more than {k} of {modules} modules have any)"
+        often = int((sure.frequency >= 0.95).sum())
+        lines += [
+            "",
+            f"The {k} largest own shifts{fewer}: {often} modules are among them in at least 95 % of resamples.",
+        ]
+    if pair.planted and sure is not None:
         largest = list(sure.module[: len(pair.planted)])
         lines.append(
             f"Planted: {', '.join(pair.planted)}; {len(set(largest) & set(pair.planted))} of them are among the "

@@ -25,7 +25,7 @@ NAMES = {"head": "heads", "mlp": "MLPs", "attn": "attention blocks", "linear": "
 
 def _addressed(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame with kind, layer and head of every module; raises UsageError for missing columns, several measures."""
-    lacking = [c for c in ("module", *columns) if c not in frame.columns]
+    lacking = [c for c in ("module", *columns) if c not in getattr(frame, "columns", [])]
     if lacking:
         raise UsageError(f"the frame lacks the columns {', '.join(lacking)}: see the figure's arguments")
     if "measure" in frame.columns and frame.measure.nunique() > 1:
@@ -56,7 +56,9 @@ def shift_heatmap(
     has_mlp = bool((frame.kind == "mlp").any())
     # a gap sets the MLP apart from the heads
     gap = 0.4 if heads and has_mlp else 0.0
-    signed = bool((frame[value] < 0).any())
+    # what is tested can have either sign, also where it happens to have one: panels of one run stay comparable
+    tested = value in ("effect", "effect_size") and "test" in frame.columns
+    signed = tested or bool((frame[value] < 0).any())
     bound, clipped = _bound(np.abs(frame[value].to_numpy(dtype=float)))
     frame = frame.assign(**{value: frame[value].clip(-bound, bound)})
     with style() as matplotlib:
@@ -181,7 +183,7 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
         axes.axvline(0, color=GREY, linewidth=0.5)
         made = int(frame.permutations.max()) if "permutations" in frame.columns else 0
         if made and float(y.max()) >= np.log10(made + 1) - 1e-9:
-            floor = f"smallest possible, {made:,} permutations"
+            floor = "smallest possible p"
             axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
         _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
@@ -275,6 +277,9 @@ def own_against_inherited(
         marked: modules to fill, for example a planted set; by default those that are more own than inherited.
         names: how many modules with the largest own shift are named.
     """
+    lacking = [c for c in ("module", "measure", "value") if c not in getattr(shifts, "columns", [])]
+    if lacking:
+        raise UsageError(f"the frame lacks the columns {', '.join(lacking)}: pass measure_shifts(…)")
     means_of = {
         m: shifts[shifts.measure == m].groupby("module", sort=False, observed=True) for m in ("own", "inherited")
     }
@@ -283,7 +288,10 @@ def own_against_inherited(
         raise UsageError("measure both: measure_shifts(pair, task, measures=('own', 'inherited'))")
     means = found["own"].to_frame("own").assign(inherited=found["inherited"]).rename_axis("module").reset_index()
     frame = _addressed(means)
-    given = list(marked)
+    given = [marked] if isinstance(marked, str) else list(marked)
+    strange = sorted(set(given) - set(frame.module))
+    if strange:
+        raise UsageError(f"marked names {strange[0]}, which the shifts do not have: mark modules that were measured")
     strong = (frame.module.isin(given) if given else frame.own > frame.inherited).to_numpy()
     with style():
         figure, axes = new_figure(COLUMN, 2.9)

@@ -9,6 +9,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechtransplant.errors import UsageError
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
@@ -73,8 +75,14 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def save_figure(figure: Figure, folder: Path, name: str, data: pd.DataFrame | None = None) -> None:
-    """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV."""
+def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame | None = None) -> None:
+    """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV.
+
+    Raises UsageError for anything but a figure (figure functions return a figure and its axes).
+    """
+    if not hasattr(figure, "savefig"):
+        raise UsageError(f"expected a figure, got {type(figure).__name__}: figure, axes = volcano(…), then the figure")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with style():
         figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})

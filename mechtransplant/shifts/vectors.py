@@ -56,6 +56,9 @@ class ShiftVectors:
             raise _no_room(size, error) from error
         return cls(widths, prompts, file)
 
+    def __del__(self) -> None:
+        self.file.close()
+
     @property
     def modules(self) -> list[str]:
         """The addresses."""

@@ -3,10 +3,12 @@
 A module is found when its two-sided t test passes the level that the family leaves to one test: Šidák's
 1 − (1 − α)^(1/tests), which is close to max-T for independent modules and conservative for correlated ones (then pass
 :func:`effective_tests` of a pilot as ``tests``). Effects are Cohen's d; power is from the noncentral t distribution.
+Prompts are those that are tested: the direction test projects half of them, so it needs twice as many.
 """
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -24,8 +26,16 @@ def _check(design: str, **shares: float) -> None:
     if design not in ("one-sample", "control"):
         raise UsageError(f"unknown design {design!r}: expected one-sample (sign-flip, matched) or control (two groups)")
     for name, value in shares.items():
+        _check_number(name, value)
         if not 0 < value < 1:
             raise UsageError(f"{name} must lie between 0 and 1, got {value}")
+
+
+def _check_number(name: str, value: object, least: float | None = None) -> None:
+    """Raise UsageError unless ``value`` is a finite number, at least ``least``."""
+    number = isinstance(value, Real) and bool(np.isfinite(float(value)))
+    if not number or (least is not None and float(value) < least):  # type: ignore[arg-type]
+        raise UsageError(f"{name} must be a number{'' if least is None else f' of at least {least:g}'}, got {value!r}")
 
 
 def power(
@@ -47,10 +57,9 @@ def power(
     from mechtransplant.significance.table import smallest_p
 
     _check(design, alpha=alpha)
-    if prompts < 2 or tests < 1 or not np.isfinite(effect_size):
-        raise UsageError(
-            f"power needs at least 2 prompts, 1 test and a finite effect, got {prompts}, {tests} and {effect_size}"
-        )
+    check_count("prompts", prompts, least=2)
+    _check_number("effect_size", effect_size)
+    _check_number("tests", tests, least=1)
     level = -np.expm1(np.log1p(-alpha) / tests)
     one = design == "one-sample"
     # no permutation p-value, adjusted or not, is below the share of the observed arrangement and its mirror image
@@ -72,6 +81,7 @@ def prompts_needed(
 ) -> int:
     """The smallest number of prompts (per group, for "control") with which ``wanted`` power is reached."""
     _check(design, alpha=alpha, wanted=wanted)
+    _check_number("effect_size", effect_size)
     if effect_size == 0:
         raise UsageError("an effect of 0 cannot be found with any number of prompts: give the smallest that matters")
     low, high = 1, 2

@@ -189,6 +189,11 @@ def _common(shifts: pd.DataFrame, control: pd.DataFrame) -> tuple[pd.DataFrame, 
     both = set(shifts.measure) & set(control.measure)
     # of one prompt, both depend on the other prompts of their own group
     both -= {"alignment", "projection"}
+    if not both and {"alignment", "projection"} & set(shifts.measure):
+        raise UsageError(
+            "alignment and projection depend on the other prompts of their own group, so groups cannot be compared by "
+            "them: measure magnitude, distance, own or inherited in both"
+        )
     if not both:
         raise UsageError(
             f"shifts have {', '.join(dict.fromkeys(shifts.measure))} and control has "
@@ -332,7 +337,8 @@ def _table(
             "statistic": found.statistic,
             "p": found.p,
             "p_adjusted": p_adjusted,
-            "test": kind,
+            # a projection's signs are flipped like any others, but its direction came from other prompts
+            "test": ["direction" if kind == "sign-flip" and m == "projection" else kind for m, _ in columns],
             "effect_size": effects.size,
             "size_low": effects.size_low,
             "size_high": effects.size_high,
@@ -356,7 +362,8 @@ def _notes(kind: str, values: Floats, others: Floats | None, measures: list[str]
     m = n if others is None else np.isfinite(others).sum(0)
     z = _skewness_z(values, n) if kind in ("sign-flip", "direction", "wilcoxon", "t") else np.zeros(len(n))
     broken = "assumes a normal mean" if kind == "t" else "assumes symmetry"
-    advice = f"and this test {broken}: confirm with control prompts, test='control'"
+    # control prompts answer another question, whether the shift is specific to the task, and hold under any shape
+    advice = f"and this test {broken}: read the interval low–high, or compare with control prompts (test='control')"
     whole = {name: float(np.sqrt(np.mean(z[[x == name for x in measures]] ** 2))) for name in set(measures)}
     notes = []
     for at, name in enumerate(measures):
