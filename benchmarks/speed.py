@@ -8,6 +8,7 @@ Rows are interleaved in one process, and ratios are medians. Memory is the peak 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+#: glibc keeps freed memory of many sizes: with these it is given back, and the peak is what was held at once
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -147,7 +150,7 @@ def peak(pair_name: str, prompts: int) -> float:
     """MiB that a process needs beside its loaded models at its peak, measuring shifts (0 prompts: plain forwards)."""
     done = subprocess.run(
         [sys.executable, __file__, "--child", pair_name, str(prompts)],
-        check=True, capture_output=True, text=True, cwd=ROOT,
+        check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **GIVE_BACK},
     )  # fmt: skip
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -188,7 +191,8 @@ def memory(pair_name: str) -> list[str]:
     return [
         f"Peak memory beside the loaded models ({pair_name}, batches of 8, positions `all`): plain forwards of both "
         f"models on 32 prompts {plain:.0f} MiB, `measure_shifts` of 32 prompts {few:.0f} MiB, of 320 prompts "
-        f"{many:.0f} MiB.",
+        f"{many:.0f} MiB. (Freed memory given back at once; glibc's habit of keeping it adds tens of MiB that depend on "
+        "the order of batch sizes.)",
     ]
 
 
