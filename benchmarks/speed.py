@@ -191,8 +191,8 @@ def memory(pair_name: str) -> list[str]:
     return [
         f"Peak memory beside the loaded models ({pair_name}, batches of 8, positions `all`): plain forwards of both "
         f"models on 32 prompts {plain:.0f} MiB, `measure_shifts` of 32 prompts {few:.0f} MiB, of 320 prompts "
-        f"{many:.0f} MiB. (Freed memory given back at once; glibc's habit of keeping it adds tens of MiB that depend on "
-        "the order of batch sizes.)",
+        f"{many:.0f} MiB. (Freed memory given back at once; glibc's habit of keeping it adds tens of MiB that depend "
+        "on the order of batch sizes.)",
     ]
 
 
