@@ -1,0 +1,54 @@
+"""What the measures of localisation share: the jackknife, and checks of what is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import UsageError, check_count, check_level, check_seed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Floats = NDArray[np.float64]
+#: with fewer prompts there is no interval
+FEWEST = 5
+
+
+def jackknife(value: float, without: Floats, level: float) -> tuple[float, float, float]:
+    """(value less its estimated bias, and its interval by Student's t) from the values without each prompt in turn.
+
+    Efron and Tibshirani (1993, ch. 11). NaN with fewer than ``FEWEST`` prompts.
+    """
+    from scipy.stats import t
+
+    n = len(without)
+    if n < FEWEST:
+        return value, np.nan, np.nan
+    error = float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))
+    corrected = float(n * value - (n - 1) * without.mean())
+    half = float(t.isf((1 - level) / 2, n - 1)) * error
+    return corrected, corrected - half, corrected + half
+
+
+def refuse_overlap(shifts: pd.DataFrame) -> None:
+    """Raise UsageError where a module is part of another one: its shift would count twice."""
+    kinds = set(shifts.kind) if "kind" in shifts.columns else set()
+    if {"head", "attn"} <= kinds or ("linear" in kinds and len(kinds) > 1):
+        raise UsageError(
+            f"{', '.join(sorted(kinds))} overlap, so a shift would count twice: choose kinds that do not (head and "
+            "mlp, attn and mlp, or linear alone)"
+        )
+
+
+def check_k(k: int, modules: int) -> None:
+    check_count("k", k, most=modules)
+
+
+def check_resampling(level: float, seed: int, **counts: int) -> None:
+    check_level(level)
+    check_seed(seed)
+    for name, value in counts.items():
+        check_count(name, value)
