@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
+from frames import frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +23,6 @@ from mechtransplant.localization import (
 from mechtransplant.pair import Pair
 from mechtransplant.shifts import measure_shifts, shift_vectors
 from mechtransplant.tasks import load_task
-
-
-def frame(values: np.ndarray, measure: str = "magnitude") -> pd.DataFrame:
-    prompts, modules = values.shape
-    return pd.DataFrame(
-        {
-            "module": np.tile([f"L{i}.mlp" for i in range(modules)], prompts),
-            "prompt": np.repeat(np.arange(prompts), modules),
-            "measure": measure,
-            "value": values.reshape(-1),
-        }
-    )
-
 
 # --- indices --------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from frames import frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -26,18 +27,6 @@ from mechtransplant.significance import (
     two_sample_effects,
 )
 from mechtransplant.significance import test_shifts as table_of
-
-
-def frame(values: np.ndarray, measure: str = "magnitude", names: str = "m") -> pd.DataFrame:
-    prompts, modules = values.shape
-    return pd.DataFrame(
-        {
-            "module": np.tile([f"{names}{i}" for i in range(modules)], prompts),
-            "prompt": np.repeat(np.arange(prompts), modules),
-            "measure": measure,
-            "value": values.reshape(-1),
-        }
-    )
 
 
 def correlated(rng: np.random.Generator, prompts: int, modules: int) -> np.ndarray:
@@ -222,7 +211,7 @@ def test_table_has_the_contracts_columns_and_keeps_the_order() -> None:
     assert list(table)[:10] == [
         "module", "measure", "n", "effect", "low", "high", "statistic", "p", "p_adjusted", "test",
     ]  # fmt: skip
-    assert list(table.module) == [f"m{i}" for i in range(5)] and (table.n == 20).all()
+    assert list(table.module) == [f"L{i}.mlp" for i in range(5)] and (table.n == 20).all()
     assert (table.test == "sign-flip").all() and table.p_adjusted[2] < 0.05
     shuffled = table_of(shifts.sample(frac=1, random_state=1)).set_index("module").loc[table.module]
     np.testing.assert_allclose(shuffled.effect, table.effect)
@@ -237,7 +226,7 @@ def test_all_modules_and_measures_are_one_family() -> None:
     expected = sign_flip(np.hstack([x, y])).p_max
     np.testing.assert_allclose(table.p_adjusted, expected)
     assert list(table.measure) == ["magnitude"] * 4 + ["other"] * 6
-    mixed = pd.concat([frame(x), frame(y, "projection", "p")], ignore_index=True)
+    mixed = pd.concat([frame(x), frame(y, "projection", "p{}")], ignore_index=True)
     assert list(table_of(mixed).test) == ["sign-flip"] * 4 + ["direction"] * 6
 
 
@@ -339,7 +328,7 @@ def test_wrong_frames() -> None:
     with pytest.raises(UsageError, match="fewer than two prompts"):
         table_of(good[good.prompt == 0])
     with pytest.raises(UsageError, match="differ in"):
-        table_of(good, control=good[good.module == "m0"])
+        table_of(good, control=good[good.module == "L0.mlp"])
     with pytest.raises(UsageError, match="measure the same in both"):
         table_of(good, control=good.assign(measure="own"))
     with pytest.raises(UsageError, match="rows without prompt"):

@@ -16,18 +16,25 @@ from mechtransplant.activations import Positions
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
-from mechtransplant.localization import FEWEST_TO_HALVE, concentration, consistency, lorenz_curve, topk_stability
+from mechtransplant.localization import (
+    FEWEST_TO_HALVE,
+    concentration,
+    consistency,
+    lorenz_curve,
+    refuse_overlap,
+    topk_stability,
+)
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.shifts import average_by_template, measure_shifts, shift_vectors
+from mechtransplant.shifts.frames import DIRECT
 from mechtransplant.shifts.recorder import SLOT_KINDS
-from mechtransplant.significance import CORRECTIONS, test_shifts
+from mechtransplant.significance import CORRECTIONS, NORMS, SIGNED, test_shifts
 from mechtransplant.tasks import Task, load_task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SIGNED, _NORMS = ("magnitude", "projection"), ("distance", "own", "inherited")
-_DIRECT = ("magnitude", *_NORMS)
+_NORMS = tuple(m for m in DIRECT if m in NORMS)
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,7 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     check_seed(config.seed)
     if config.unit not in ("prompt", "template"):
         raise UnknownNameError("unit", config.unit, ("prompt", "template"))
-    if {"head", "attn"} <= set(config.kinds) or ("linear" in config.kinds and len(config.kinds) > 1):
-        raise UsageError(
-            f"{', '.join(config.kinds)} overlap, so concentration would count a shift twice: give kinds that do not "
-            "(head,mlp or attn,mlp or linear)"
-        )
+    refuse_overlap(config.kinds)
     for key in ("prompts", "k", "batch_size"):
         check_count(key, getattr(config, key), least=8 if key == "prompts" else 1)
     pair = load_pair(config.pair)
@@ -84,10 +87,10 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     modules = [m for kind in config.kinds if kind in SLOT_KINDS for m in pair.modules(kind)]
     if modules and config.k > len(modules):
         raise UsageError(f"k must be at most {len(modules)}, the number of modules, got {config.k}")
-    shifts = measure_shifts(pair, task, config.kinds, _DIRECT, **options)
+    shifts = measure_shifts(pair, task, config.kinds, DIRECT, **options)
     against, vectors = None, None
     if control is not None:
-        against = measure_shifts(pair, control, config.kinds, _DIRECT, **options)
+        against = measure_shifts(pair, control, config.kinds, DIRECT, **options)
     if config.unit == "template":
         shifts = average_by_template(shifts, task)
         against = None if against is None or control is None else average_by_template(against, control)
@@ -127,10 +130,10 @@ def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftCon
     """Every test that is valid, one family each: magnitude, projection, and task against control."""
     import pandas as pd
 
-    signed = [m for m in _SIGNED if (shifts.measure == m).any()]
+    signed = [m for m in SIGNED if (shifts.measure == m).any()]
     tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in signed]
     if against is not None:
-        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in _DIRECT]
+        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in DIRECT]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -159,10 +162,10 @@ def _environment(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]
 def _draw(folder: Path, shifts: pd.DataFrame, tables: dict[str, pd.DataFrame], pair: Pair, config: ShiftConfig) -> None:
     """Every figure that these tables have, with its data as CSV."""
     table = tables["table"]
-    signed = [m for m in _SIGNED if (table.measure == m).any()]
+    signed = [m for m in SIGNED if (table.measure == m).any()]
     maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in signed}
     if (table.test == "control").any():
-        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _DIRECT}
+        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in DIRECT}
     if {"head", "mlp"} & set(config.kinds):
         for name, rows in maps.items():
             title = f"{pair.name}: " + ("task against control" if name.endswith("control") else rows.test.iloc[0])

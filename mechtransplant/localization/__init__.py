@@ -14,6 +14,7 @@ from mechtransplant.localization.concentrated import (
     top_share,
 )
 from mechtransplant.localization.consistent import Vectors, consistency, flipped_alignments
+from mechtransplant.localization.resampling import refuse_overlap
 from mechtransplant.localization.stable import FEWEST_TO_HALVE, Stability, topk_stability
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "flipped_alignments",
     "gini",
     "lorenz_curve",
+    "refuse_overlap",
     "shares",
     "top_share",
     "topk_stability",

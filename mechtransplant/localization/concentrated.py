@@ -24,7 +24,7 @@ def shares(shifts: pd.DataFrame, measure: str | None = None) -> tuple[Floats, li
     missing.
     """
     chosen = one_measure(shifts, measure)
-    refuse_overlap(chosen)
+    refuse_overlap(chosen.kind if "kind" in chosen else ())
     values, modules = shift_matrix(chosen)
     if np.isnan(values).any():
         raise UsageError("some modules lack values on some prompts: shares need every module on every prompt")

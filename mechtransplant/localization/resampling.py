@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count, check_level, check_seed
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Floats = NDArray[np.float64]
 #: with fewer prompts there is no interval
@@ -33,9 +30,9 @@ def jackknife(value: float, without: Floats, level: float) -> tuple[float, float
     return corrected, corrected - half, corrected + half
 
 
-def refuse_overlap(shifts: pd.DataFrame) -> None:
-    """Raise UsageError where a module is part of another one: its shift would count twice."""
-    kinds = set(shifts.kind) if "kind" in shifts.columns else set()
+def refuse_overlap(kinds: Iterable[str]) -> None:
+    """Raise UsageError where modules of one kind are parts of another kind's: a shift would count twice."""
+    kinds = set(kinds)
     if {"head", "attn"} <= kinds or ("linear" in kinds and len(kinds) > 1):
         raise UsageError(
             f"{', '.join(sorted(kinds))} overlap, so a shift would count twice: choose kinds that do not (head and "
@@ -44,10 +41,12 @@ def refuse_overlap(shifts: pd.DataFrame) -> None:
 
 
 def check_k(k: int, modules: int) -> None:
+    """Raise UsageError unless K is a whole number from 1 to the number of modules."""
     check_count("k", k, most=modules)
 
 
 def check_resampling(level: float, seed: int, **counts: int) -> None:
+    """Raise UsageError for a level, a seed or a number of resamples that cannot be used."""
     check_level(level)
     check_seed(seed)
     for name, value in counts.items():

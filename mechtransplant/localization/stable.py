@@ -57,7 +57,7 @@ def topk_stability(
 
     check_resampling(0.95, seed, resamples=resamples)
     chosen = one_measure(shifts, measure)
-    refuse_overlap(chosen)
+    refuse_overlap(chosen.kind if "kind" in chosen else ())
     values, modules = shift_matrix(chosen)
     check_k(k, len(modules))
     n, m = values.shape

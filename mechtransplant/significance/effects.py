@@ -21,7 +21,7 @@ class Effects:
     ``mean`` with the studentised bootstrap interval ``low``–``high`` (Efron and Tibshirani, 1993, ch. 12), in the
     units of the values; ``size`` (mean / standard deviation: Cohen's d) with the bias-corrected percentile interval
     ``size_low``–``size_high``. An interval is NaN where it cannot be had: fewer than five values, or so few different
-    ones that resamples have no spread. Below about 16 prompts the intervals of d are too narrow (their coverage is in
+    ones that resamples have no spread. Below about 32 prompts the intervals of d are too narrow (their coverage is in
     benchmarks/README.md).
     """
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Signs = Iterator[Floats]
 #: permuted statistics that are held at once, in numbers: 16 MB
 CHUNK = 2_000_000
 #: keys lie between 0 and 1, and sums of equal numbers in another order differ in their last bits: still a tie

@@ -36,7 +36,6 @@ TESTS: dict[str, str] = {
 SIGNED = ("magnitude", "projection")
 #: measures that are never negative: only a comparison with control prompts can test them
 NORMS = ("distance", "own", "inherited", "lae")
-COLUMNS = ["module", "measure", "n", "effect", "low", "high", "statistic", "p", "p_adjusted", "test"]
 #: a module's skewness above this many standard errors is said in its row of the table
 SKEWED = 3.5
 #: and in every row where the root mean square over modules is above this: what few prompts show of one module, many
