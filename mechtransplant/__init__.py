@@ -28,6 +28,7 @@ _HOME = {
     "load_activations": "activations",
     "measure_shifts": "shifts",
     "shift_vectors": "shifts",
+    "shifts_and_vectors": "shifts",
     "average_by_template": "shifts",
     "test_shifts": "significance",
     "power": "significance",

@@ -17,7 +17,7 @@ from mechtransplant.activations import cache_activations
 from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.pair import LanguageModel, Pair, make_pair
-from mechtransplant.shifts import MEASURES, average_by_template, measure_shifts, shift_vectors
+from mechtransplant.shifts import MEASURES, average_by_template, measure_shifts, shift_vectors, shifts_and_vectors
 from mechtransplant.significance import test_shifts as table_of
 from mechtransplant.tasks import Example, Task, load_task
 
@@ -289,6 +289,13 @@ def test_wrong_arguments(generations: Pair, task: Task) -> None:
         measure_shifts(generations, task, batch_size=0)
     with pytest.raises(UsageError, match="kinds that were asked"):
         shift_vectors(generations, task, "mlp").of("L0H0")
+
+
+def test_one_pass_gives_both(generations: Pair, task: Task) -> None:
+    shifts, vectors = shifts_and_vectors(generations, task, measures=("own", "projection"), seed=3)
+    apart = measure_shifts(generations, task, measures=("own", "projection"), seed=3)
+    pd.testing.assert_frame_equal(shifts, apart)
+    np.testing.assert_array_equal(vectors.gram("L2H3"), shift_vectors(generations, task).gram("L2H3"))
 
 
 def test_what_is_no_pair_or_no_task(generations: Pair, task: Task) -> None:

@@ -25,7 +25,7 @@ from mechtransplant.localization import (
     topk_stability,
 )
 from mechtransplant.pair import Pair, load_pair
-from mechtransplant.shifts import average_by_template, measure_shifts, shift_vectors
+from mechtransplant.shifts import average_by_template, measure_shifts, shifts_and_vectors
 from mechtransplant.shifts.frames import DIRECT
 from mechtransplant.shifts.recorder import SLOT_KINDS
 from mechtransplant.significance import CORRECTIONS, NORMS, SIGNED, test_shifts
@@ -64,8 +64,6 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     Questions are the ``discover`` split, so that ``choose`` and ``test`` stay untouched. Raises UsageError, before
     anything is written, for a folder that is not empty, and for anything wrong in the config.
     """
-    import pandas as pd
-
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder: choose another --out, or remove it")
@@ -87,16 +85,15 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     modules = [m for kind in config.kinds if kind in SLOT_KINDS for m in pair.modules(kind)]
     if modules and config.k > len(modules):
         raise UsageError(f"k must be at most {len(modules)}, the number of modules, got {config.k}")
-    shifts = measure_shifts(pair, task, config.kinds, DIRECT, **options)
     against, vectors = None, None
+    if config.unit == "template":
+        shifts = average_by_template(measure_shifts(pair, task, config.kinds, DIRECT, **options), task)
+    else:
+        wanted = (*DIRECT, "projection")
+        shifts, vectors = shifts_and_vectors(pair, task, config.kinds, wanted, seed=config.seed, **options)
     if control is not None:
         against = measure_shifts(pair, control, config.kinds, DIRECT, **options)
-    if config.unit == "template":
-        shifts = average_by_template(shifts, task)
-        against = None if against is None or control is None else average_by_template(against, control)
-    else:
-        vectors = shift_vectors(pair, task, config.kinds, **options)
-        shifts = pd.concat([shifts, vectors.frame("projection", config.seed)], ignore_index=True)
+        against = average_by_template(against, control) if config.unit == "template" else against
     own = shifts[shifts.measure == "own"].groupby("module", observed=True)["value"].max()
     # on a clean planted pair fewer modules than k change at all
     k = min(config.k, int((own > 0).sum()))

@@ -7,7 +7,7 @@ once), ``heads`` (head writes without d_model vectors), ``vectors`` (directions 
 
 from mechtransplant.shifts.decoding import Alignment, decoding_shifts
 from mechtransplant.shifts.frames import MEASURES
-from mechtransplant.shifts.measure import average_by_template, measure_shifts
+from mechtransplant.shifts.measure import average_by_template, measure_shifts, shifts_and_vectors
 from mechtransplant.shifts.vectors import ShiftVectors, shift_vectors
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "decoding_shifts",
     "measure_shifts",
     "shift_vectors",
+    "shifts_and_vectors",
 ]

@@ -78,6 +78,45 @@ def measure_shifts(
     Raises:
         UnknownNameError: unknown kinds, measures or positions. UsageError: a measure that needs two prompts.
     """
+    options = (positions, text, max_new_tokens, batch_size, padding_side, seed, progress)
+    return _measured(pair, task, kinds, measures, False, *options)[0]
+
+
+def shifts_and_vectors(
+    pair: Pair,
+    task: Task,
+    kinds: str | Iterable[str] = ("head", "mlp"),
+    measures: str | Iterable[str] = MEASURES,
+    positions: Positions = "all",
+    *,
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[pd.DataFrame, ShiftVectors]:
+    """(:func:`measure_shifts`, :func:`shift_vectors`) of the same prompts in one pass; arguments, errors as there."""
+    options = (positions, text, max_new_tokens, batch_size, padding_side, seed, progress)
+    frame, vectors = _measured(pair, task, kinds, measures, True, *options)
+    assert vectors is not None
+    return frame, vectors
+
+
+def _measured(
+    pair: Pair,
+    task: Task,
+    kinds: str | Iterable[str],
+    measures: str | Iterable[str],
+    keep_vectors: bool,
+    positions: Positions,
+    text: Text,
+    max_new_tokens: int | None,
+    batch_size: int,
+    padding_side: PaddingSide,
+    seed: int,
+    progress: bool,
+) -> tuple[pd.DataFrame, ShiftVectors | None]:
     import pandas as pd
 
     check_pair(pair, task)
@@ -88,7 +127,7 @@ def measure_shifts(
     if with_vectors and len(task) < 2:
         raise UsageError(f"{with_vectors[0]} compares prompts with each other: give at least two, got {len(task)}")
     direct = tuple(m for m in wanted if m in DIRECT)
-    collector = Collector(pair, len(task), kinds, direct, bool(with_vectors))
+    collector = Collector(pair, len(task), kinds, direct, keep_vectors or bool(with_vectors))
     collect(pair, task, collector, positions, text, max_new_tokens, batch_size, padding_side, progress)
     frames = []
     for measure in wanted:
@@ -97,7 +136,7 @@ def measure_shifts(
         else:
             assert collector.vectors is not None
             frames.append(collector.vectors.frame(measure, seed))
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True), collector.vectors
 
 
 def check_pair(pair: object, task: object) -> None:
