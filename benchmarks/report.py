@@ -1,6 +1,6 @@
 """Write benchmarks/README.md and the benchmarks' figures from benchmarks/results/, and from nothing else.
 
-    python benchmarks/report.py [--check]
+python benchmarks/report.py [--check]
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ bootstrap), alignment and the three measures of concentration (jackknife). The i
 
 def real_null() -> str:
     rows = pd.read_csv(RESULTS / "real_null.csv")
-    inside = int(((rows.family_wise_error <= rows.high)).sum())
+    inside = int((rows.family_wise_error <= rows.high).sum())
     shown = rows.assign(
         error=[percent(v) for v in rows.family_wise_error],
         bounds=[f"{percent(a)} – {percent(b)}" for a, b in zip(rows.low, rows.high, strict=True)],
@@ -178,7 +178,8 @@ def page() -> str:
     parts = [calibration(), real_null(), power(), speed()]
     return (
         "# What was measured about the software itself\n\nWritten by `python benchmarks/report.py` from "
-        "`benchmarks/results/`. What the words mean: [docs/statistics.md](../docs/statistics.md).\n\n" + "\n".join(parts)
+        "`benchmarks/results/`. What the words mean: [docs/statistics.md](../docs/statistics.md).\n\n"
+        + "\n".join(parts)
     )
 
 

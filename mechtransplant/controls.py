@@ -39,13 +39,15 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
 
     The chosen set itself is never among them. A set of all candidates has no control: the list is then empty.
     """
-    kind = parse_address(modules[0]).kind
+    kind = pair.layout.check(modules[0]).kind
+    # the parts of fused layers are candidates beside layers that hold one projection
+    kind = "part" if any(m in pair.layout.parts for m in modules) else kind
     candidates = pair.modules(kind)
     sizes = {}
     for module in candidates:
         regions = pair.layout.regions(module, pair.target_parameters)
         count = sum(r.of(pair.target_parameters[r.parameter]).numel() for r in regions)
-        feed_forward = kind == "linear" and pair.layout.is_feed_forward(module)
+        feed_forward = kind in ("linear", "part") and pair.layout.is_feed_forward(module)
         sizes[module] = (feed_forward, count)
     chosen = frozenset(modules)
     for parts in DEPTH_LEVELS:

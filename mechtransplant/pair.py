@@ -58,7 +58,7 @@ class LanguageModel:
         linear = self.hf.get_submodule(self.layout.linears[self.layout.attention_output(layer)])
         weight = linear.weight.detach()
         # GPT-2's Conv1D keeps its weight the other way round
-        inward = weight if type(linear).__name__ == "Conv1D" else weight.T
+        inward = weight if self.layout.attention_output(layer) in self.layout.transposed else weight.T
         return inward.reshape(self.layout.heads, self.layout.d_head, -1)
 
     def __repr__(self) -> str:
@@ -115,6 +115,8 @@ class Pair:
     default_task: str | None = None
     #: the modules that carry the task's skill, where a pair was made so that they are known
     planted: tuple[str, ...] = ()
+    #: the common ancestor of both, where one was named: merge operators take changes from it
+    base: LanguageModel | None = None
     known_finite: set[str] = field(default_factory=set)
     #: grafts in place now, oldest first
     applied: list[Any] = field(default_factory=list)
@@ -134,8 +136,13 @@ class Pair:
         """The target's parameters by name: the tensors that grafts write."""
         return dict(self.target.hf.named_parameters())
 
+    @cached_property
+    def base_parameters(self) -> dict[str, Any]:
+        """The ancestor's parameters by name; empty without one."""
+        return {} if self.base is None else dict(self.base.hf.named_parameters())
+
     def modules(self, kind: Kind) -> list[str]:
-        """Every address of a kind: "linear", "head", "mlp", "attn" or "block"."""
+        """Every address of a kind: "linear", "head", "mlp", "attn", "block", "part", "norm" or "embedding"."""
         return self.layout.of_kind(kind)
 
     def reversed(self) -> Pair:
@@ -152,12 +159,14 @@ def load_pair(
     *,
     source: str | None = None,
     target: str | None = None,
+    base: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
 ) -> Pair:
     """Two models by the pair's name, or by the specs of its source and its target (see ``weights``).
 
-    ``load_pair("family/generations")``, ``load_pair(source="org/model-it", target="org/model")``.
+    ``load_pair("family/generations")``, ``load_pair(source="org/model-it", target="org/model")``. ``base`` is the spec
+    of their common ancestor, for merge operators that take changes from one.
 
     Raises:
         UnknownNameError: no pair of that name. WeightsError: weights that cannot be had. CompatibilityError: models
@@ -178,6 +187,12 @@ def load_pair(
     ours = LanguageModel(target, *load_model(target, dtype=dtype, device=device))
     pair = make_pair(theirs, ours, name or f"{source} → {target}", task)
     pair.planted = planted
+    if base is not None:
+        ancestor = LanguageModel(base, *load_model(base, dtype=dtype, device=device))
+        unlike = compare_models(ancestor, ours).forbidden
+        if unlike:
+            raise CompatibilityError(f"{base} is no ancestor of {target}: {unlike[0]}. Give a model of the same shape")
+        pair.base = ancestor
     return pair
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechtransplant import grafting
 from mechtransplant.errors import CompatibilityError, UsageError
 from mechtransplant.grafting import Graft
+from mechtransplant.grafting import applied as grafting
 from mechtransplant.interrupts import guard
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 
@@ -94,7 +94,7 @@ def test_undone_after_an_exception_in_the_block(random_pair: Pair, error: type[B
 
 @pytest.mark.parametrize("after", range(4))
 def test_undone_after_ctrl_c_while_writing(random_pair: Pair, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    kept, write, calls = snapshot(random_pair.target), grafting._write, []
+    kept, write, calls = snapshot(random_pair.target), grafting.write, []
 
     def interrupted(*arguments: object) -> None:
         write(*arguments)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_undone_after_ctrl_c_while_writing(random_pair: Pair, monkeypatch: pytes
         if len(calls) > after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(grafting, "_write", interrupted)
+    monkeypatch.setattr(grafting, "write", interrupted)
     with pytest.raises(KeyboardInterrupt), Graft(["L0.attn"]).applied(random_pair):
         pytest.fail("the graft was applied although it was interrupted")
     assert same(random_pair.target, kept)

@@ -1,0 +1,7 @@
+"""Weight grafts: ``graft`` (which modules, how strongly), ``operators`` (by which equation), ``applied`` (in place)."""
+
+from mechtransplant.grafting.applied import Applied
+from mechtransplant.grafting.graft import KV, Graft, depth_curve, layer_swap
+from mechtransplant.grafting.operators import OPERATORS, Operator, list_operators
+
+__all__ = ["KV", "OPERATORS", "Applied", "Graft", "Operator", "depth_curve", "layer_swap", "list_operators"]

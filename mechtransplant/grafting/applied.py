@@ -1,0 +1,100 @@
+"""A graft in place: written when a ``with`` block is entered, undone to the byte on any exit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.errors import UsageError
+from mechtransplant.grafting.operators import Operator, Replace
+from mechtransplant.interrupts import guard
+from mechtransplant.modules import Region
+
+if TYPE_CHECKING:
+    from mechtransplant.grafting.graft import Graft
+    from mechtransplant.pair import Pair
+
+
+@dataclass
+class Entry:
+    """One entry of a block: what was overwritten, newest last, and whether the block was left."""
+
+    saved: list[tuple[Any, Any]] = field(default_factory=list)
+    left: bool = False
+
+    def restore(self) -> None:
+        """Write back what was overwritten, newest first."""
+        import torch
+
+        with torch.no_grad():
+            while self.saved:
+                view, old = self.saved[-1]
+                view.copy_(old)
+                self.saved.pop()
+
+
+class Applied:
+    """A graft in place: the context manager that :meth:`Graft.applied` gives; it may be entered several times."""
+
+    def __init__(self, graft: Graft, pair: Pair, regions: dict[Region, float]) -> None:
+        self.graft, self.pair, self.regions = graft, pair, regions
+        self.entries: list[Entry] = []
+
+    @guard.protect
+    def __enter__(self) -> Graft:
+        guard.hold()
+        entry = Entry()
+        self.entries.append(entry)
+        self.pair.applied.append(entry)
+        try:
+            for region, strength in self.regions.items():
+                if strength != 0:
+                    write(self.graft.operator, self.pair, region, strength, entry.saved)
+                if guard.pending:
+                    raise KeyboardInterrupt
+        except BaseException:
+            self._leave()
+            raise
+        return self.graft
+
+    @guard.protect
+    def __exit__(self, *error: object) -> None:
+        in_order = self.pair.applied[-1] is self.entries[-1]
+        self._leave()
+        if not in_order:
+            raise UsageError(
+                "this graft was left before one that was applied after it: its weights are restored when that one is "
+                "left; nest `with` blocks"
+            )
+
+    def _leave(self) -> None:
+        self.entries.pop().left = True
+        try:
+            # a graft that was left too early waits for those above it, or it would restore over their weights
+            while self.pair.applied and self.pair.applied[-1].left:
+                self.pair.applied[-1].restore()
+                self.pair.applied.pop()
+        finally:
+            guard.release()
+
+
+def write(operator: Operator, pair: Pair, region: Region, strength: float, saved: list[tuple[Any, Any]]) -> None:
+    """Write one region of the target, with a copy of what was there in ``saved``."""
+    import torch
+
+    with torch.no_grad():
+        target = region.of(pair.target_parameters[region.parameter])
+        # saved before it is touched, so that a failure at any point can be undone
+        saved.append((target, target.clone()))
+        target.copy_(written(operator, pair, region, strength))
+
+
+def written(operator: Operator, pair: Pair, region: Region, strength: float) -> Any:
+    """A region's new numbers."""
+    source = region.of(pair.source_parameters[region.parameter])
+    if strength == 1 and isinstance(operator, Replace):
+        return source
+    # in float32 whatever the dtype: a bf16 difference would round twice
+    target = region.of(pair.target_parameters[region.parameter]).float()
+    base = None if pair.base is None else region.of(pair.base_parameters[region.parameter]).to(target)
+    return operator(target, source.to(target), base, strength, str(region))

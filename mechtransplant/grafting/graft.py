@@ -1,0 +1,284 @@
+"""Weight grafts: which modules of the source go into the target, how strongly, and what that means.
+
+At strength λ a part of the target becomes t + λ · (s − t) (other equations: ``operators``): 1 copies the source's
+numbers as they are, 0 changes nothing, above 1 extrapolates, below 0 subtracts. Biases travel with their weights.
+Norms, embeddings and the output head move only when they are named.
+
+**Heads.** A head's own weights are its rows of the Q projection, with their bias, and its columns of the output
+projection. K and V are read by every head of its group, so they follow ``kv``:
+
+* ``"never"`` (the default): K and V stay the target's. No head outside the graft is touched, and a graft of head set A
+  and then of B is the graft of A ∪ B.
+* ``"group"``: K and V of every group with a head in the graft move; the group's other heads then read them too.
+* ``"whole-group"``: K and V of the groups that are in the graft with all their heads move: no other head is touched.
+
+The bias of the output projection, and norms of queries and keys (Qwen 3, Gemma 3, OLMo 2), stay the target's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError
+from mechtransplant.grafting.applied import Applied, written
+from mechtransplant.grafting.operators import Operator, Replace, get_operator
+from mechtransplant.grafting.overlaps import Claim, resolve
+from mechtransplant.modules import Address, Region, parse_address
+
+if TYPE_CHECKING:
+    from mechtransplant.pair import LanguageModel, Pair
+
+KV = Literal["never", "group", "whole-group"]
+Strength = float | Sequence[float] | Mapping[str, float] | Callable[[Address], float]
+
+
+@dataclass(frozen=True)
+class Graft:
+    """A set of modules with a strength.
+
+    Args:
+        modules: addresses, in any mix of kinds; an address given twice counts once.
+        strength: one number for all, one a module, a mapping from module to number, or a function of the module's
+            address (see :func:`depth_curve`).
+        kv: what becomes of K and V under a graft of heads: "never", "group" or "whole-group" (see above).
+        operator: the equation: a name of :func:`list_operators`, or an operator with its options.
+        strict: refuse modules that overlap; otherwise weights that two modules share are written once.
+
+    Raises:
+        UsageError: strengths that do not fit the modules, or are not finite.
+    """
+
+    modules: tuple[str, ...]
+    strengths: tuple[float, ...]
+    kv: KV = "never"
+    operator: Operator = field(default_factory=Replace)
+    strict: bool = False
+
+    def __init__(
+        self,
+        modules: Iterable[str],
+        strength: Strength = 1.0,
+        *,
+        kv: KV = "never",
+        operator: str | Operator = "replace",
+        strict: bool = False,
+    ) -> None:
+        # a string is an iterable of letters
+        names = [modules] if isinstance(modules, str) else [str(m) for m in modules]
+        if kv not in get_args(KV):
+            raise UnknownNameError("K/V policy", kv, get_args(KV))
+        values = _strengths(names, strength)
+        if not all(math.isfinite(v) for v in values):
+            raise UsageError(f"a graft's strength must be a finite number, got {strength}")
+        unique: dict[str, float] = {}
+        for name, value in zip(names, values, strict=True):
+            if unique.setdefault(name, value) != value:
+                raise UsageError(f"module {name} is given twice with strengths {unique[name]} and {value}: keep one")
+        object.__setattr__(self, "modules", tuple(unique))
+        object.__setattr__(self, "strengths", tuple(unique.values()))
+        object.__setattr__(self, "kv", kv)
+        object.__setattr__(self, "operator", get_operator(operator))
+        object.__setattr__(self, "strict", strict)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def mode(self) -> str:
+        """What the strengths do: "replacement" (1), "interpolation" (0 to 1), "extrapolation" (> 1), "subtraction"
+        (< 0), "nothing" (0), or several of them."""
+        names = dict.fromkeys(_mode(s) for s in self.strengths)
+        return " and ".join(names) or "nothing"
+
+    def claims(self, pair: Pair) -> Iterator[Claim]:
+        """What every module wants to write, K and V by the policy; raises UsageError for an unknown address."""
+        layout, parameters = pair.layout, pair.target_parameters
+        groups: dict[tuple[int, int], dict[int, float]] = {}
+        for module, strength in zip(self.modules, self.strengths, strict=True):
+            address = layout.check(module)
+            if address.head is not None:
+                groups.setdefault((address.layer, layout.group(address.head)), {})[address.head] = strength
+            for region in layout.regions(module, parameters):
+                yield Claim(module, region, strength)
+        for (layer, group), heads in groups.items():
+            if self.kv == "never" or (self.kv == "whole-group" and len(heads) < layout.group_size):
+                continue
+            if len(set(heads.values())) > 1:
+                named = ", ".join(f"L{layer}H{head} at {s:g}" for head, s in heads.items())
+                raise UsageError(
+                    f"{named} share K and V and have different strengths: give them one strength, or use kv='never'"
+                )
+            for region in layout.kv_regions(layer, group, parameters):
+                yield Claim(f"K/V of L{layer} group {group}", region, next(iter(heads.values())))
+
+    def regions(self, pair: Pair) -> dict[Region, float]:
+        """What the graft writes: region → strength, no number of a parameter twice.
+
+        Raises UsageError where two modules overlap with different strengths (or at all, if ``strict``), and for an
+        address that the pair does not have.
+        """
+        return resolve(self.claims(pair), self.strict)
+
+    def parameter_count(self, pair: Pair) -> int:
+        """How many numbers the graft writes."""
+        parameters = pair.target_parameters
+        return sum(region.of(parameters[region.parameter]).numel() for region in self.regions(pair))
+
+    def consequences(self, pair: Pair) -> list[str]:
+        """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""
+        layout, said = pair.layout, []
+        if self.mode not in ("replacement", "nothing"):
+            said.append(f"strength: {self.mode}")
+        heads: dict[int, set[int]] = {}
+        for address in map(layout.check, self.modules):
+            if address.head is not None:
+                heads.setdefault(address.layer, set()).add(address.head)
+            elif address.kind in ("norm", "embedding"):
+                said.append(f"moves {address}, which belongs to no block's linear layers")
+        for layer, ours in heads.items():
+            groups = sorted({layout.group(h) for h in ours})
+            moved, touched = [], set()
+            for group in groups:
+                members = set(range(group * layout.group_size, (group + 1) * layout.group_size))
+                if self.kv == "group" or (self.kv == "whole-group" and members <= ours):
+                    moved += sorted(members)
+                    touched |= members - ours
+            if moved:
+                others = f", read by heads {_ranges(sorted(touched))} outside the graft as well" if touched else ""
+                said.append(f"L{layer}: moves K/V of heads {_ranges(moved)}{others}")
+            still = [h for h in sorted(ours) if h not in moved]
+            if still:
+                said.append(f"L{layer}: K/V of heads {_ranges(still)} stay the target's (kv={self.kv!r})")
+            norms = [n for n in ("q_norm", "k_norm") if f"L{layer}.{n}" in layout.others]
+            norms = [n for n in norms if f"L{layer}.{n}" not in self.modules]
+            if norms:
+                said.append(f"L{layer}: {' and '.join(norms)} stay the target's, as norms do unless they are named")
+        return said
+
+    def describe(self, pair: Pair) -> str:
+        """The graft in words: modules, strength, equation, share of the model, consequences."""
+        count = self.parameter_count(pair)
+        share = count / sum(p.numel() for p in pair.target_parameters.values())
+        lines = [
+            f"{len(self)} modules, {count:,} numbers ({share:.1%} of the model), {self.mode} by "
+            f"{self.operator.name}: {self.operator.equation}",
+            *self.consequences(pair),
+        ]
+        return "\n".join(lines)
+
+    def applied(self, pair: Pair) -> Applied:
+        """The target with the graft in place, for the length of a ``with`` block.
+
+        Every byte is restored on any exit, an exception and Ctrl-C included. Blocks may be nested, and one may be
+        entered again while it is in use; a graft acts on the weights that it finds.
+        """
+        return Applied(self, pair, checked(self, pair))
+
+    def copied(self, pair: Pair, name: str | None = None) -> LanguageModel:
+        """A new model, the target with the graft in it; the pair is not touched."""
+        import copy
+
+        from mechtransplant.pair import LanguageModel
+
+        regions = checked(self, pair)
+        hf = copy.deepcopy(pair.target.hf)
+        new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
+        parameters = dict(hf.named_parameters())
+        for region, strength in regions.items():
+            if strength != 0:
+                region.of(parameters[region.parameter].data).copy_(written(self.operator, pair, region, strength))
+        return new
+
+
+def depth_curve(values: Sequence[float], layers: int) -> Callable[[Address], float]:
+    """Strength as a function of depth: ``values`` at even steps from the first layer to the last, linear in between.
+
+    ``Graft(modules, depth_curve([0, 1, 0.5], pair.layout.layers))``.
+    """
+    import numpy as np
+
+    if len(values) < 1 or layers < 1:
+        raise UsageError(f"a depth curve needs values and a number of layers, got {list(values)} and {layers}")
+    points = np.linspace(0, max(layers - 1, 1), len(values)) if len(values) > 1 else np.zeros(1)
+
+    def strength(address: Address) -> float:
+        if not 0 <= address.layer < layers:
+            raise UsageError(f"{address} is in none of {layers} layers, and has no place on a depth curve")
+        return float(np.interp(address.layer, points, values))
+
+    return strength
+
+
+def layer_swap(pair: Pair, first: int, last: int, strength: float = 1.0) -> Graft:
+    """The graft of whole transformer blocks ``first`` to ``last``, both counted, with their norms."""
+    if not 0 <= first <= last < pair.layout.layers:
+        raise UsageError(f"layers {first} to {last} are not in 0 to {pair.layout.layers - 1}, in this order")
+    layers = range(first, last + 1)
+    norms = [a for a in pair.layout.of_kind("norm") if parse_address(a).layer in layers]
+    return Graft([*(f"L{layer}" for layer in layers), *norms], strength)
+
+
+def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
+    """The graft's regions, if source and target have the same shape and dtype there and the source is finite."""
+    regions = graft.regions(pair)
+    for name in dict.fromkeys(region.parameter for region in regions):
+        source, target = pair.source_parameters.get(name), pair.target_parameters[name]
+        if source is None or source.shape != target.shape:
+            found = "missing" if source is None else f"of shape {tuple(source.shape)}"
+            raise CompatibilityError(
+                f"the source's {name} is {found} and the target's of shape {tuple(target.shape)}: nothing was grafted"
+            )
+        if source.dtype != target.dtype:
+            types = [str(t.dtype).removeprefix("torch.") for t in (source, target)]
+            raise CompatibilityError(
+                f"the source's {name} is {types[0]} and the target's {types[1]}: nothing was grafted; load both with "
+                "one dtype"
+            )
+        # looked at once per pair
+        if name not in pair.known_finite:
+            if not source.isfinite().all():
+                raise CompatibilityError(
+                    f"the source's {name} holds NaN or Inf: nothing was grafted; use intact weights"
+                )
+            pair.known_finite.add(name)
+    return regions
+
+
+def _strengths(names: list[str], strength: Any) -> list[float]:
+    """One number a module."""
+    try:
+        if callable(strength):
+            return [float(strength(parse_address(name))) for name in names]
+        if isinstance(strength, Mapping):
+            for name in [*strength, *names]:
+                if name not in names or name not in strength:
+                    raise UsageError(f"{name} has a strength or is in the graft, not both: give every module one")
+            return [float(strength[name]) for name in names]
+        values = [float(s) for s in (strength if isinstance(strength, Iterable) else [strength] * len(names))]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a graft's strength is one number, or one a module, got {strength!r}") from error
+    if len(values) != len(names):
+        raise UsageError(f"{len(values)} strengths for {len(names)} modules: give one number, or one a module")
+    return values
+
+
+def _mode(strength: float) -> str:
+    if strength < 0:
+        return "subtraction"
+    if strength > 1:
+        return "extrapolation"
+    return {0.0: "nothing", 1.0: "replacement"}.get(strength, "interpolation")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` → "0–2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)

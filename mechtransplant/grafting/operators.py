@@ -1,0 +1,216 @@
+"""How the numbers of source and target become the graft's: replacing, and the merge operators that it is compared with.
+
+Every operator is a function of the same part of three models (target t, source s, and their common ancestor b, which is
+the target where none is given) and of a strength λ. It sees only the modules of the graft, so operators compare at
+equal parameter budget. All arithmetic is in float32, whatever the dtype; the result is rounded once.
+
+mergekit is the reference for whole tensors: ``benchmarks/operators.py`` compares the two number by number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints, runtime_checkable
+
+from mechtransplant.errors import UnknownNameError, UsageError, check_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@runtime_checkable
+class Operator(Protocol):
+    """What a graft needs of an operator; ``key`` names the part, for operators that draw random numbers."""
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        """The new numbers, of the same shape; ``base`` is None where the target is the ancestor."""
+        ...
+
+
+OPERATORS: dict[str, Callable[..., Operator]] = {}
+
+
+def _register(operator: Any) -> Any:
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def list_operators() -> dict[str, str]:
+    """Every operator with its equation."""
+    return {name: getattr(operator, "equation", "") for name, operator in OPERATORS.items()}
+
+
+def get_operator(operator: str | Operator) -> Operator:
+    """An operator by its name, with its default options, or the one given; raises UnknownNameError."""
+    if isinstance(operator, str):
+        if operator not in OPERATORS:
+            raise UnknownNameError("operator", operator, OPERATORS)
+        return OPERATORS[operator]()
+    if not isinstance(operator, Operator):
+        raise UsageError(f"{operator!r} is no operator: give a name ({', '.join(OPERATORS)}) or an operator object")
+    return operator
+
+
+def options_of(operator: Operator) -> dict[str, Any]:
+    """An operator's options, for a manifest."""
+    return {f.name: getattr(operator, f.name) for f in fields(operator)} if hasattr(operator, "__dict__") else {}  # type: ignore[arg-type]
+
+
+@_register
+@dataclass(frozen=True)
+class Replace:
+    """The default: a straight line from the target through the source; at λ = 1 the source's bytes as they are."""
+
+    name: ClassVar[str] = "replace"
+    equation: ClassVar[str] = "t + λ (s − t)"
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        # written so that equal models stay equal to the bit
+        return source if strength == 1 else target + strength * (source - target)
+
+
+@_register
+@dataclass(frozen=True)
+class Linear:
+    """Linear interpolation as mergekit's ``linear`` computes it: the same line as "replace", rounded otherwise."""
+
+    name: ClassVar[str] = "linear"
+    equation: ClassVar[str] = "(1 − λ) t + λ s"
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        return (1 - strength) * target + strength * source
+
+
+@_register
+@dataclass(frozen=True)
+class TaskArithmetic:
+    """What the source learned since the ancestor is added to the target (Ilharco et al. 2023, arXiv 2212.04089)."""
+
+    name: ClassVar[str] = "task_arithmetic"
+    equation: ClassVar[str] = "t + λ (s − b)"
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        return target + strength * (source - (target if base is None else base))
+
+
+@_register
+@dataclass(frozen=True)
+class Ties:
+    """Trim the smallest changes, elect a sign for every number, merge those that agree (Yadav et al. 2023,
+    arXiv 2306.01708).
+
+    With an ancestor the changes of both models are merged, the target's at weight 1; without one only the source's
+    remains. ``density`` is the share of numbers kept; several that tie with the smallest kept are all kept.
+    ``normalize`` divides by the weights that agreed: by default where two changes meet.
+    """
+
+    density: float = 0.2
+    normalize: bool | None = None
+    name: ClassVar[str] = "ties"
+    equation: ClassVar[str] = "b + elect(trim(t − b), λ trim(s − b))"
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        import torch
+
+        start = target if base is None else base
+        models = [(source, strength)] if base is None else [(target, 1.0), (source, strength)]
+        weights = torch.tensor([w for _, w in models]).reshape(-1, *[1] * target.dim()).to(target)
+        changes = torch.stack([self._trimmed(model - start) for model, _ in models]) * weights
+        elected = torch.where(changes.sum(0) >= 0, 1.0, -1.0)
+        agree = changes.sign() == elected
+        merged = (changes * agree).sum(0)
+        if base is not None if self.normalize is None else self.normalize:
+            total = (weights * agree).sum(0)
+            merged /= torch.where(total == 0, 1.0, total)
+        return start + merged
+
+    def _trimmed(self, change: Tensor) -> Tensor:
+        keep = max(1, int(self.density * change.numel()))
+        if keep >= change.numel():
+            return change
+        sizes = change.abs()
+        smallest = sizes.flatten().kthvalue(change.numel() - keep + 1).values
+        return change * (sizes >= smallest)
+
+
+@_register
+@dataclass(frozen=True)
+class Dare:
+    """Drop changes at random and rescale the rest (Yu et al. 2024, arXiv 2311.03099).
+
+    ``density`` is the probability of keeping a number. ``rescale`` divides by it ("density", the paper's), or restores
+    the sum of absolute changes ("l1", mergekit's). The draw depends on ``seed`` and the part's name, not on the order.
+    """
+
+    density: float = 0.5
+    seed: int = 0
+    rescale: Literal["l1", "density"] = "l1"
+    name: ClassVar[str] = "dare"
+    equation: ClassVar[str] = "t + λ rescale(drop(s − b))"
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        check_seed(self.seed)
+        if self.rescale not in get_args(get_type_hints(type(self))["rescale"]):
+            raise UsageError(f"unknown rescale {self.rescale!r}: expected l1 or density")
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        change = source - (target if base is None else base)
+        return target + strength * self.dropped(change, self.seed_of(key))
+
+    def seed_of(self, key: str) -> int:
+        """The seed of one part's draw."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}|{key}".encode()).digest()[:7], "big")
+
+    def dropped(self, change: Tensor, seed: int) -> Tensor:
+        """The change with some numbers 0 and the others rescaled."""
+        import torch
+
+        if self.density == 1:
+            return change
+        generator = torch.Generator(change.device).manual_seed(seed)
+        mask = torch.bernoulli(torch.full_like(change, self.density), generator=generator)
+        kept = change * mask
+        if self.rescale == "density":
+            return kept / self.density
+        before, after = change.abs().sum(), kept.abs().sum()
+        return kept * (before / after) if before > 1e-7 and after > 1e-7 else kept
+
+
+@_register
+@dataclass(frozen=True)
+class Slerp:
+    """Along the arc between the two, each part as one vector; along the line where they point (nearly) one way."""
+
+    name: ClassVar[str] = "slerp"
+    equation: ClassVar[str] = "(sin((1 − λ)θ) t + sin(λθ) s) / sin θ, cos θ = ⟨t, s⟩ / (‖t‖ ‖s‖)"
+
+    #: above this |cos θ| the arc is taken for a line
+    threshold: float = 0.9995
+
+    def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
+        import torch
+
+        units = []
+        for tensor in (target, source):
+            norm = torch.linalg.vector_norm(tensor)
+            units.append(tensor / norm if norm > 1e-8 else tensor)
+        cosine = (units[0] * units[1]).sum().clamp(-1, 1)
+        if cosine.abs() > self.threshold:
+            return (1 - strength) * target + strength * source
+        angle = torch.acos(cosine)
+        ours, theirs = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - strength, strength))
+        return ours * target + theirs * source
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise UsageError(f"density is the share of numbers that is kept, above 0 and at most 1, got {density}")

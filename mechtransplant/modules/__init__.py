@@ -1,0 +1,17 @@
+"""Modules of a model: ``addresses`` (names), ``layout`` (where they are), ``regions`` (parts of parameters)."""
+
+from mechtransplant.modules.addresses import KINDS, Address, Kind, module_frame, parse_address
+from mechtransplant.modules.layout import Layout, is_linear, layout_of
+from mechtransplant.modules.regions import Region
+
+__all__ = [
+    "KINDS",
+    "Address",
+    "Kind",
+    "Layout",
+    "Region",
+    "is_linear",
+    "layout_of",
+    "module_frame",
+    "parse_address",
+]
