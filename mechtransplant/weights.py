@@ -167,8 +167,11 @@ def _check_hashes(folder: Path) -> None:
             )
 
 
-def _check_safetensors(path: Path) -> None:
-    """Raise WeightsError unless the file's length is what its header promises (8 + header + last data offset)."""
+def check_safetensors(path: Path) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and the byte where its data begins.
+
+    Raises WeightsError unless the file's length is what its header promises (8 + header + last data offset).
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -182,6 +185,7 @@ def _check_safetensors(path: Path) -> None:
     expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise WeightsError(f"{path} is truncated: {size:,} bytes of the {expected:,} in its header: fetch it again")
+    return header, 8 + length
 
 
 def _check_folder(folder: Path, config: str) -> Path:
@@ -202,7 +206,7 @@ def _check_folder(folder: Path, config: str) -> Path:
         shards = sorted({folder / str(name) for name in _read_json(index).get("weight_map", {}).values()})
         files = sorted({*files, *shards})
     for file in files:
-        _check_safetensors(file)
+        check_safetensors(file)
     _check_hashes(folder)
     return folder
 
@@ -418,7 +422,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
 
     final = getattr(torch, dtype)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 base,
                 dtype=torch.float32 if adapters else final,
@@ -452,7 +456,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' bar over the tensors of a file, which takes milliseconds and would fill notebooks."""
     from transformers.utils import logging
 
