@@ -91,10 +91,13 @@ def write(operator: Operator, pair: Pair, region: Region, strength: float, saved
 
 def written(operator: Operator, pair: Pair, region: Region, strength: float) -> Any:
     """A region's new numbers."""
+    import torch
+
     source = region.of(pair.source_parameters[region.parameter])
     if strength == 1 and isinstance(operator, Replace):
         return source
-    # in float32 whatever the dtype: a bf16 difference would round twice
-    target = region.of(pair.target_parameters[region.parameter]).float()
+    # at least in float32: a bf16 difference would round twice
+    target = region.of(pair.target_parameters[region.parameter])
+    target = target.to(torch.promote_types(target.dtype, torch.float32))
     base = None if pair.base is None else region.of(pair.base_parameters[region.parameter]).to(target)
     return operator(target, source.to(target), base, strength, str(region))

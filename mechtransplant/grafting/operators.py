@@ -2,16 +2,18 @@
 
 Every operator is a function of the same part of three models (target t, source s, and their common ancestor b, which is
 the target where none is given) and of a strength λ. It sees only the modules of the graft, so operators compare at
-equal parameter budget. All arithmetic is in float32, whatever the dtype; the result is rounded once.
+equal parameter budget. A graft of narrower numbers is computed in float32 and rounded once.
 
-mergekit is the reference for whole tensors: ``benchmarks/operators.py`` compares the two number by number.
+mergekit is the reference for whole tensors: ``benchmarks/operators.py`` compares the two number by number. The order of
+operations here is what makes most of them equal to the bit.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_seed
@@ -51,14 +53,16 @@ def get_operator(operator: str | Operator) -> Operator:
         if operator not in OPERATORS:
             raise UnknownNameError("operator", operator, OPERATORS)
         return OPERATORS[operator]()
+    if isinstance(operator, type) and isinstance(operator, Operator):
+        raise UsageError(f"{operator.__name__} is a class of operators: give an operator, {operator.__name__}()")
     if not isinstance(operator, Operator):
         raise UsageError(f"{operator!r} is no operator: give a name ({', '.join(OPERATORS)}) or an operator object")
     return operator
 
 
 def options_of(operator: Operator) -> dict[str, Any]:
-    """An operator's options, for a manifest."""
-    return {f.name: getattr(operator, f.name) for f in fields(operator)} if hasattr(operator, "__dict__") else {}  # type: ignore[arg-type]
+    """An operator's options, for a manifest; empty for an operator of your own that is no dataclass."""
+    return {f.name: getattr(operator, f.name) for f in fields(operator)} if is_dataclass(operator) else {}
 
 
 @_register
@@ -70,8 +74,8 @@ class Replace:
     equation: ClassVar[str] = "t + λ (s − t)"
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
-        # written so that equal models stay equal to the bit
-        return source if strength == 1 else target + strength * (source - target)
+        # written so that equal models stay equal to the bit, and in place, so that one part's numbers are held once
+        return source if strength == 1 else (source - target).mul_(strength).add_(target)
 
 
 @_register
@@ -83,7 +87,13 @@ class Linear:
     equation: ClassVar[str] = "(1 − λ) t + λ s"
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
-        return (1 - strength) * target + strength * source
+        import torch
+
+        weights = torch.tensor([1 - strength, strength]).to(target)
+        # one fused multiply-add, as the reference has it; far from 0 … 1 the rounded weights can miss a sum of 1
+        merged = torch.addcmul(weights[0] * target, source, weights[1])
+        total = weights.sum()
+        return merged if total == 1 else merged / total
 
 
 @_register
@@ -105,8 +115,8 @@ class Ties:
     arXiv 2306.01708).
 
     With an ancestor the changes of both models are merged, the target's at weight 1; without one only the source's
-    remains. ``density`` is the share of numbers kept; several that tie with the smallest kept are all kept.
-    ``normalize`` divides by the weights that agreed: by default where two changes meet.
+    remains. ``density`` is the share of numbers kept, rounded down but at least one; those that tie with the smallest
+    kept are all kept. ``normalize`` divides by the weights that agreed: by default (None) where two changes meet.
     """
 
     density: float = 0.2
@@ -116,6 +126,8 @@ class Ties:
 
     def __post_init__(self) -> None:
         _check_density(self.density)
+        if self.normalize is not None and not isinstance(self.normalize, bool):
+            raise UsageError(f"normalize must be True, False or None (where two changes meet), got {self.normalize!r}")
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
         import torch
@@ -196,21 +208,47 @@ class Slerp:
     #: above this |cos θ| the arc is taken for a line
     threshold: float = 0.9995
 
+    def __post_init__(self) -> None:
+        if not _is_number(self.threshold) or not 0 <= self.threshold < 1:
+            raise UsageError(
+                f"threshold is the |cos θ| above which the arc is a line, from 0 to below 1, got {self.threshold!r}"
+            )
+
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
         import torch
 
-        units = []
-        for tensor in (target, source):
-            norm = torch.linalg.vector_norm(tensor)
-            units.append(tensor / norm if norm > 1e-8 else tensor)
-        cosine = (units[0] * units[1]).sum().clamp(-1, 1)
-        if cosine.abs() > self.threshold:
-            return (1 - strength) * target + strength * source
-        angle = torch.acos(cosine)
-        ours, theirs = (torch.sin(part * angle) / torch.sin(angle) for part in (1 - strength, strength))
+        cosine = _cosine(target, source)
+        theirs = torch.tensor(strength).to(target)
+        ours = 1 - theirs
+        # compared as Python numbers: a threshold near 1 would round up to 1 in float32
+        if abs(float(cosine)) <= self.threshold:
+            angle = torch.acos(cosine)
+            ours, theirs = (torch.sin(part * angle) / torch.sin(angle) for part in (ours, theirs))
         return ours * target + theirs * source
 
 
-def _check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise UsageError(f"density is the share of numbers that is kept, above 0 and at most 1, got {density}")
+#: sums over a part go in pieces of so many numbers, as mergekit's do, for results that are equal to the bit
+PIECE = 1 << 20
+
+
+def _cosine(one: Tensor, other: Tensor) -> Tensor:
+    """cos of the angle between two parts, each as one vector; 0 where one of them is (nearly) zero."""
+    import torch
+
+    parts = [tensor.reshape(-1).split(PIECE) for tensor in (one, other)]
+    norms = []
+    for pieces in parts:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(piece) for piece in pieces]))
+        norms.append(torch.where(norm > 1e-8, norm, 1))
+    # divided before they are multiplied: the product of two long vectors could overflow
+    products = [(a / norms[0] * (b / norms[1])).sum() for a, b in zip(*parts, strict=True)]
+    return torch.stack(products).sum().clamp(-1, 1)
+
+
+def _check_density(density: object) -> None:
+    if not _is_number(density) or not 0 < density <= 1:  # type: ignore[operator]
+        raise UsageError(f"density is the share of numbers that is kept, above 0 and at most 1, got {density!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
