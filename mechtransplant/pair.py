@@ -7,13 +7,13 @@ shares the parameters: a write to either is seen by both, and ``hf`` keeps plain
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import CompatibilityError, UsageError
-from mechtransplant.modules import Kind, Layout, layout_of
+from mechtransplant.modules import Kind, Layout, Region, layout_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,8 @@ class LanguageModel:
     name: str
     hf: Any
     tokenizer: Any
+    #: called with the bridge when it is made: what acts on the model by then acts on the bridge too
+    when_bridged: list[Callable[[Any], None]] = field(default_factory=list, repr=False, compare=False)
 
     @cached_property
     def bridge(self) -> Any:
@@ -37,9 +39,17 @@ class LanguageModel:
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
         # a model that was built from a config does not say what it is, and the bridge asks
         twin.config.architectures = twin.config.architectures or [type(self.hf).__name__]
-        return TransformerBridge.boot_transformers(
+        bridge = TransformerBridge.boot_transformers(
             folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device)
         )
+        for act in self.when_bridged:
+            act(bridge)
+        return bridge
+
+    def weights_changed(self) -> None:
+        """Forget a bridge that holds copies: the next use makes one of the weights as they are then."""
+        if "bridge" in self.__dict__ and holds_copies(self.hf, self.bridge):
+            del self.__dict__["bridge"]
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +74,12 @@ class LanguageModel:
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
         return f"LanguageModel({self.name!r}, {type(self.hf).__name__}, {millions:.1f} M parameters)"
+
+
+def holds_copies(hf: Any, bridge: Any) -> bool:
+    """Whether a bridge has weights of its own (GPT-NeoX's Q, K and V are copied), which do not follow a graft."""
+    shared = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+    return any(p.untyped_storage().data_ptr() not in shared for p in bridge.original_model.parameters())
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,8 @@ class Pair:
     known_finite: set[str] = field(default_factory=set)
     #: grafts in place now, oldest first
     applied: list[Any] = field(default_factory=list)
+    #: what conditional grafts in place now may write
+    conditional: list[Iterable[Region]] = field(default_factory=list)
 
     @property
     def layout(self) -> Layout:
@@ -144,6 +162,17 @@ class Pair:
     def modules(self, kind: Kind) -> list[str]:
         """Every address of a kind: "linear", "head", "mlp", "attn", "block", "part", "norm" or "embedding"."""
         return self.layout.of_kind(kind)
+
+    def check_free(self, regions: Iterable[Region]) -> None:
+        """Raise UsageError if a conditional graft in place writes the same parameters."""
+        wanted = {region.parameter for region in regions}
+        for held in self.conditional:
+            both = sorted(wanted & {region.parameter for region in held})
+            if both:
+                raise UsageError(
+                    f"a conditional graft is in place and switches {both[0]}: enter its block inside of the other "
+                    "graft's, or graft modules that share no parameter"
+                )
 
     def reversed(self) -> Pair:
         """The same two models with their parts exchanged."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.evaluation.batches import PaddingSide, check_lengths, encode, length_sorted, pad
+from mechtransplant.evaluation.interventions import check_recordable
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
 
@@ -86,6 +87,7 @@ class Reading:
         import torch
 
         check_count("batch_size", batch_size)
+        check_recordable(model)
         if side not in get_args(PaddingSide):
             raise UsageError(f"unknown padding side {side!r}: expected left or right")
         lengths = [len(row) for row in self.rows]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mechtransplant.errors import TaskError
-from mechtransplant.tasks import Task
+from mechtransplant.evaluation.interventions import accepting, by_acceptance, interventions_on
+from mechtransplant.tasks import Example, Task
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ class Encoded:
     prompts: list[list[int]]
     completions: list[list[int]]
     prefix: list[int]
+    examples: tuple[Example, ...]
 
 
 def encode(task: Task, tokenizer: Any) -> Encoded:
@@ -48,7 +50,7 @@ def encode(task: Task, tokenizer: Any) -> Encoded:
             )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     completions = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) + end for text in task.completions()]
-    return Encoded(prompts, completions, _shared_prefix(prompts))
+    return Encoded(prompts, completions, _shared_prefix(prompts), tuple(task.examples))
 
 
 def _shared_prefix(prompts: list[list[int]]) -> list[int]:
@@ -68,6 +70,27 @@ def length_sorted(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def question_batches(model: Any, encoded: Encoded, lengths: list[int], batch_size: int) -> list[QuestionBatch]:
+    """Batches of similar lengths, each of questions about which all that acts on the model has one verdict."""
+    return [
+        QuestionBatch([group[i] for i in rows], verdicts)
+        for group, verdicts in by_acceptance(model, encoded.examples)
+        for rows in length_sorted([lengths[i] for i in group], batch_size)
+    ]
+
+
+@dataclass(frozen=True)
+class QuestionBatch:
+    """Row numbers, and the verdicts of what acts on the model (see ``interventions``)."""
+
+    rows: list[int]
+    verdicts: list[bool]
+
+    def running(self, model: Any) -> AbstractContextManager[None]:
+        """A block in which the model's forward passes are this batch's."""
+        return accepting(model, self.verdicts)
 
 
 @contextmanager
@@ -118,7 +141,9 @@ def check_lengths(model: Any, longest: int) -> None:
 
 
 def usable_prefix(model: Any, encoded: Encoded, longest: int) -> list[int]:
-    """The shared prefix, unless a sliding window would make padding inside the context count."""
+    """The shared prefix, unless padding inside a sliding window would count, or a pass of its own would mislead."""
+    if interventions_on(model):
+        return []
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return encoded.prefix if window is None or longest <= window else []
 

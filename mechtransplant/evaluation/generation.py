@@ -11,9 +11,9 @@ from mechtransplant.evaluation.batches import (
     Encoded,
     check_lengths,
     encode,
-    length_sorted,
     pad,
     prefix_cache,
+    question_batches,
     usable_prefix,
 )
 from mechtransplant.tasks import Task
@@ -93,19 +93,21 @@ def generation_batches(
     check_lengths(hf, max(lengths) + max_new_tokens)
     prefix = usable_prefix(hf, encoded, max(lengths) + max_new_tokens)
     ends = set(end_tokens(model))
-    batches = list(length_sorted(lengths, batch_size))
+    batches = question_batches(hf, encoded, lengths, batch_size)
     with torch.no_grad(), greedy_settings(model, max_new_tokens), prefix_cache(hf, prefix) as cache_for:
         filler = hf.generation_config.pad_token_id
-        for rows in track(batches, "generate", progress):
+        for batch in track(batches, "generate", progress):
+            rows = batch.rows
             rest, mask = pad([encoded.prompts[i][len(prefix) :] for i in rows], filler, "left")
             shared = torch.tensor([prefix] * len(rows), dtype=torch.long)
             ids = torch.cat([shared, rest], dim=1) if prefix else rest
             mask = torch.cat([torch.ones_like(shared), mask], dim=1) if prefix else mask
-            written = hf.generate(
-                input_ids=ids.to(hf.device),
-                attention_mask=mask.to(hf.device),
-                past_key_values=cache_for(len(rows)),
-            )[:, ids.shape[1] :]
+            with batch.running(hf):
+                written = hf.generate(
+                    input_ids=ids.to(hf.device),
+                    attention_mask=mask.to(hf.device),
+                    past_key_values=cache_for(len(rows)),
+                )[:, ids.shape[1] :]
             yield rows, [_until_end(row, ends) for row in written.tolist()]
 
 

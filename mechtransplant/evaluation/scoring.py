@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,13 @@ from mechtransplant.evaluation.batches import (
     PaddingSide,
     check_lengths,
     encode,
-    length_sorted,
     pad,
     prefix_cache,
+    question_batches,
     usable_prefix,
 )
 from mechtransplant.evaluation.generation import end_tokens, generate
+from mechtransplant.evaluation.interventions import is_phased
 from mechtransplant.significance import wilson_interval
 from mechtransplant.tasks import Task
 from mechtransplant.tasks.scorers import extract_boxed
@@ -96,13 +97,15 @@ def gold_scores(
     hf = model.hf
     totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
     check_lengths(hf, max(totals))
+    phased = is_phased(hf)
     # right padding stands after the gold tokens of every row, so the rows' gold positions are not aligned
-    aligned = padding_side == "left"
+    aligned = padding_side == "left" or phased
     prefix = usable_prefix(hf, encoded, max(totals)) if share_prefix else []
     correct = np.zeros(len(task), dtype=bool)
     log_probability = np.zeros(len(task))
     with torch.no_grad(), prefix_cache(hf, prefix) as cache_for:
-        for rows in length_sorted(totals, batch_size):
+        for batch in question_batches(hf, encoded, totals, batch_size):
+            rows = batch.rows
             prompts = [encoded.prompts[i][len(prefix) :] for i in rows]
             golds = [encoded.completions[i] for i in rows]
             gold, gold_mask = pad(golds, 0, "right")
@@ -113,20 +116,24 @@ def gold_scores(
             else:
                 ids, mask = pad([p + g for p, g in zip(prompts, golds, strict=True)], 0, "right")
                 keep = ids.shape[1]
-            # positions count real tokens only; a pad's own position never matters
-            positions = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
-            full_mask = torch.cat([torch.ones(len(rows), len(prefix), dtype=torch.long), mask], 1)
-            logits = hf(
-                input_ids=ids.to(hf.device),
-                attention_mask=full_mask.to(hf.device),
-                position_ids=positions.to(hf.device),
-                past_key_values=cache_for(len(rows)),
-                use_cache=bool(prefix),
-                logits_to_keep=keep,
-            ).logits
-            if aligned:
-                logits = logits[:, :-1]
-            else:
+            with batch.running(hf):
+                if phased:
+                    logits = _logits_in_phases(hf, ids, mask, gold.shape[1])
+                else:
+                    # positions count real tokens only; a pad's own position never matters
+                    positions = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
+                    full_mask = torch.cat([torch.ones(len(rows), len(prefix), dtype=torch.long), mask], 1)
+                    logits = hf(
+                        input_ids=ids.to(hf.device),
+                        attention_mask=full_mask.to(hf.device),
+                        position_ids=positions.to(hf.device),
+                        past_key_values=cache_for(len(rows)),
+                        use_cache=bool(prefix),
+                        logits_to_keep=keep,
+                    ).logits
+                    if aligned:
+                        logits = logits[:, :-1]
+            if not aligned:
                 starts = torch.tensor([len(p) - 1 for p in prompts])
                 index = (starts[:, None] + torch.arange(gold.shape[1])).clamp_max(ids.shape[1] - 1)
                 logits = logits[torch.arange(len(rows))[:, None], index.to(logits.device)]
@@ -140,6 +147,30 @@ def gold_scores(
             correct[rows] = hits.all(1).numpy()
             log_probability[rows] = chosen.masked_fill(~real, 0).double().sum(1).numpy()
     return correct, log_probability
+
+
+def _logits_in_phases(hf: Any, ids: Any, mask: Any, answer: int) -> Any:
+    """The logits of the last ``answer`` tokens, from a pass over the prompt and one over the answer, as generation
+    has them: what acts on one of the two sees it alone."""
+    import torch
+    from transformers import DynamicCache
+
+    ids, mask = ids.to(hf.device), mask.to(hf.device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, cut, last = DynamicCache(config=hf.config), ids.shape[1] - answer, ids.shape[1] - 1
+    logits = []
+    for start, stop in ((0, cut), (cut, last)):
+        if start < stop:
+            out = hf(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if start == 0 else stop - start,
+            )
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
 
 
 def evaluate(

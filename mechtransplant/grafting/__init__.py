@@ -1,7 +1,19 @@
-"""Weight grafts: ``graft`` (which modules, how strongly), ``operators`` (by which equation), ``applied`` (in place)."""
+"""Weight grafts: ``graft`` (which modules, how strongly), ``operators`` (by which equation), ``applied`` (in place),
+``conditional`` (for some passes or questions)."""
 
 from mechtransplant.grafting.applied import Applied
+from mechtransplant.grafting.conditional import ConditionalGraft
 from mechtransplant.grafting.graft import KV, Graft, depth_curve, layer_swap
 from mechtransplant.grafting.operators import OPERATORS, Operator, list_operators
 
-__all__ = ["KV", "OPERATORS", "Applied", "Graft", "Operator", "depth_curve", "layer_swap", "list_operators"]
+__all__ = [
+    "KV",
+    "OPERATORS",
+    "Applied",
+    "ConditionalGraft",
+    "Graft",
+    "Operator",
+    "depth_curve",
+    "layer_swap",
+    "list_operators",
+]

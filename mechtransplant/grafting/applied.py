@@ -42,6 +42,7 @@ class Applied:
 
     @guard.protect
     def __enter__(self) -> Graft:
+        self.pair.check_free(self.regions)
         guard.hold()
         entry = Entry()
         self.entries.append(entry)
@@ -52,6 +53,7 @@ class Applied:
                     write(self.graft.operator, self.pair, region, strength, entry.saved)
                 if guard.pending:
                     raise KeyboardInterrupt
+            self.pair.target.weights_changed()
         except BaseException:
             self._leave()
             raise
@@ -74,6 +76,7 @@ class Applied:
             while self.pair.applied and self.pair.applied[-1].left:
                 self.pair.applied[-1].restore()
                 self.pair.applied.pop()
+            self.pair.target.weights_changed()
         finally:
             guard.release()
 

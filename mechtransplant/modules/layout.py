@@ -97,6 +97,12 @@ class Layout:
             return inside
         return [a for a in inside if self.is_feed_forward(a) == (parsed.kind == "mlp")]
 
+    def block(self, layer: int) -> str:
+        """The qualified name of a transformer block."""
+        match = _BLOCK.match(self.linears[self.linears_of(f"L{layer}")[0]])
+        assert match is not None
+        return f"{match['stack']}.{layer}"
+
     def attention_output(self, layer: int) -> str:
         """The address of the attention block's last linear layer, whose input is every head's z, side by side."""
         return self._last(layer, "attn", _ATTENTION_OUTPUT)

@@ -1,0 +1,145 @@
+"""A patch in place: hooks on the Hugging Face model and on the bridge for the length of a ``with`` block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mechtransplant.evaluation.interventions import Intervention, interventions_on
+from mechtransplant.interrupts import guard
+from mechtransplant.patching.lockstep import Lockstep
+from mechtransplant.patching.passes import Pass, Where, read_pass
+from mechtransplant.patching.sites import Body, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechtransplant.pair import LanguageModel
+
+
+class Editing(Protocol):
+    """What a patch must give: the sites that it changes, and their new activations."""
+
+    positions: Where
+
+    def sites(self, model: LanguageModel) -> list[Site]:
+        """The sites that it changes."""
+        ...
+
+    def new(self, site: Site, tensor: Tensor, now: Pass, source: Lockstep | None) -> Tensor:
+        """The activations that a site gets at the chosen positions; ``tensor`` is what it has."""
+        ...
+
+
+class Installed:
+    """The hooks of a patch on one body of a model."""
+
+    def __init__(self, patch: Editing, target: Body, source: Body | None, watched: list[Site], remember: bool) -> None:
+        self.patch = patch
+        self.now: Pass | None = None
+        self.lockstep = Lockstep(source, watched, remember) if source is not None else None
+        self.ends: list[Callable[[], None]] = []
+        try:
+            self.ends.append(target.root.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            self.ends.append(target.root.register_forward_hook(self._end).remove)
+            for site in patch.sites(target.model):
+                self.ends.append(target.listen(site, self._editor(site)))
+        except BaseException:
+            self.remove()
+            raise
+
+    def _begin(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.lockstep is not None and self.lockstep.running:
+            return
+        self.now = read_pass(inputs, keywords)
+        if self.lockstep is not None:
+            self.lockstep.follow(self.now)
+
+    def _end(self, module: Any, inputs: Any, output: Any) -> None:
+        if self.lockstep is None:
+            self.now = None
+        elif not self.lockstep.running:
+            self.now = None
+            self.lockstep.claim(output)
+
+    def _editor(self, site: Site) -> Callable[[Tensor], Tensor | None]:
+        def edit(tensor: Tensor) -> Tensor | None:
+            import torch
+
+            if self.now is None or (self.lockstep is not None and self.lockstep.running):
+                return None
+            chosen = self.now.chosen(self.patch.positions)
+            if not chosen.any():
+                return None
+            # some layers see batch and positions as one axis
+            inner = tensor.shape[-2:] if site.place == "z" else tensor.shape[-1:]
+            shaped = tensor.reshape(*chosen.shape, *inner)
+            new = self.patch.new(site, shaped, self.now, self.lockstep).to(tensor.dtype)
+            at = chosen.reshape(*chosen.shape, *[1] * (shaped.dim() - 2)).to(tensor.device)
+            return torch.where(at, new, shaped).reshape(tensor.shape)
+
+        return edit
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        while self.ends:
+            self.ends.pop()()
+        if self.lockstep is not None:
+            self.lockstep.close()
+
+
+class AppliedPatch:
+    """A patch in place: the context manager that ``applied`` gives; it may be entered several times."""
+
+    def __init__(
+        self,
+        patch: Editing,
+        target: LanguageModel,
+        source: LanguageModel | None = None,
+        watched: Sequence[Site] = (),
+        remember: bool = False,
+    ) -> None:
+        self.remember = remember
+        self.patch, self.target, self.source, self.watched = patch, target, source, list(watched)
+        self.entries: list[tuple[list[Installed], Intervention, Callable[[Any], None]]] = []
+
+    @guard.protect
+    def __enter__(self) -> Any:
+        guard.hold()
+        installed: list[Installed] = []
+
+        def on_bridge(bridge: Any) -> None:
+            theirs = self.source
+            # in a pair of one model with itself this runs while the bridge is being made
+            source = None if theirs is None else Body(theirs, bridge if theirs is self.target else theirs.bridge)
+            installed.append(Installed(self.patch, Body(self.target, bridge), source, self.watched, self.remember))
+
+        intervention = Intervention(phased=self.patch.positions != "all")
+        self.entries.append((installed, intervention, on_bridge))
+        interventions_on(self.target.hf).append(intervention)
+        self.target.when_bridged.append(on_bridge)
+        try:
+            source = None if self.source is None else Body(self.source)
+            installed.append(Installed(self.patch, Body(self.target), source, self.watched, self.remember))
+            if "bridge" in self.target.__dict__:
+                on_bridge(self.target.bridge)
+            if guard.pending:
+                raise KeyboardInterrupt
+        except BaseException:
+            self._leave()
+            raise
+        return self.patch
+
+    @guard.protect
+    def __exit__(self, *error: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        installed, intervention, on_bridge = self.entries.pop()
+        try:
+            self.target.when_bridged.remove(on_bridge)
+            interventions_on(self.target.hf).remove(intervention)
+            for each in reversed(installed):
+                each.remove()
+        finally:
+            guard.release()

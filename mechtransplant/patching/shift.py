@@ -1,0 +1,171 @@
+"""Mean-shift patches: the mean difference between source and target is added, and no source is needed any more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.activations import Batch, Positions, Reading, plan_reading
+from mechtransplant.errors import UsageError
+from mechtransplant.patching.applied import AppliedPatch
+from mechtransplant.patching.lockstep import Lockstep
+from mechtransplant.patching.passes import Pass, Where, check_where
+from mechtransplant.patching.sites import Body, Module, Site, modules_of
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechtransplant.pair import LanguageModel, Pair
+
+
+@dataclass(frozen=True)
+class MeanShift:
+    """Vectors that are added to what modules write: output ← output + strength · vector, at some positions.
+
+    ``vectors`` maps address → (d_model,); a head's is the mean of z_source @ W_O,source − z_target @ W_O,target.
+    """
+
+    vectors: Mapping[str, Tensor] = field(repr=False)
+    positions: Where = "all"
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_where(self.positions)
+        if not isinstance(self.positions, str):
+            object.__setattr__(self, "positions", tuple(self.positions))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The addresses."""
+        return tuple(self.vectors)
+
+    def only(
+        self, modules: Iterable[str], *, positions: Where | None = None, strength: float | None = None
+    ) -> MeanShift:
+        """The same vectors for some of the modules, or at other positions, or another strength."""
+        names = [modules] if isinstance(modules, str) else list(modules)
+        absent = [m for m in names if m not in self.vectors]
+        if absent:
+            raise UsageError(f"there is no mean shift of {absent[0]}: measure it with mean_shift(…, modules=…)")
+        return replace(
+            self,
+            vectors={m: self.vectors[m] for m in names},
+            positions=self.positions if positions is None else positions,
+            strength=self.strength if strength is None else strength,
+        )
+
+    def applied(self, model: LanguageModel | Pair) -> AppliedPatch:
+        """A model (a pair's target) with the vectors added, for the length of a ``with`` block."""
+        target: Any = getattr(model, "target", model)
+        return AppliedPatch(_Adding(self, modules_of(target.layout, self.vectors)), target)
+
+    def save(self, path: str | Path) -> None:
+        """Write the vectors to a safetensors file, with positions and strength."""
+        from safetensors.torch import save_file
+
+        said = json.dumps({"positions": self.positions, "strength": self.strength})
+        try:
+            save_file({k: v.contiguous() for k, v in self.vectors.items()}, path, {"mean_shift": said})
+        except OSError as error:
+            raise UsageError(f"cannot write {path} ({error.strerror}): choose another path") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> MeanShift:
+        """Read what :meth:`save` wrote; raises UsageError for any other file."""
+        import safetensors
+
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                said = json.loads((file.metadata() or {})["mean_shift"])
+                vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+            raise UsageError(f"{path} holds no mean shift ({error}): give a file that MeanShift.save wrote") from error
+        where: Any = said["positions"]
+        return cls(vectors, where, said["strength"])
+
+
+class _Adding:
+    """A mean shift on one model."""
+
+    def __init__(self, patch: MeanShift, modules: list[Module]) -> None:
+        self.patch, self.positions = patch, patch.positions
+        self.at: dict[Site, list[str]] = {}
+        for module in modules:
+            # a head's write is part of what the attention block writes
+            site = Site("attn", module.site.layer) if module.head is not None else module.site
+            self.at.setdefault(site, []).append(module.address)
+
+    def sites(self, model: LanguageModel) -> list[Site]:
+        return list(self.at)
+
+    def new(self, site: Site, tensor: Tensor, now: Pass, source: Lockstep | None) -> Tensor:
+        total = sum(self.patch.vectors[name].to(tensor) for name in self.at[site])
+        return tensor + self.patch.strength * total
+
+
+def mean_shift(
+    pair: Pair,
+    task: Task,
+    modules: Iterable[str],
+    positions: Positions = "all",
+    *,
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> MeanShift:
+    """The mean difference source − target of what modules write, over a prompt's positions and then over prompts.
+
+    Arguments are those of :func:`cache_activations`; give prompts on which you choose, not those on which you report.
+    """
+    reading = plan_reading(pair.target, task, positions, max_new_tokens, batch_size, progress=progress)
+    places = modules_of(pair.layout, modules)
+    sites = list(dict.fromkeys(m.site for m in places))
+    theirs, ours = (_means(model, reading, sites, batch_size, progress) for model in (pair.source, pair.target))
+    vectors = {}
+    for module in places:
+        if module.head is None:
+            vectors[module.address] = theirs[module.site] - ours[module.site]
+        else:
+            vectors[module.address] = _write(pair.source, module, theirs) - _write(pair.target, module, ours)
+    return MeanShift(vectors)
+
+
+def _write(model: LanguageModel, module: Module, means: dict[Site, Tensor]) -> Tensor:
+    """A head's mean write: the mean of z, times W_O."""
+    head, z = module.head, means[module.site]
+    return z[head] @ model.output_weights(module.site.layer)[head].to(z)
+
+
+def _means(
+    model: LanguageModel, reading: Reading, sites: list[Site], batch_size: int, progress: bool
+) -> dict[Site, Tensor]:
+    """The mean activation of every site, in float32: over a prompt's counted positions, then over prompts."""
+    import torch
+
+    totals: dict[Site, Tensor] = {}
+    current: list[Batch] = []
+    body = Body(model)
+
+    def listener(site: Site) -> Any:
+        def add(tensor: Tensor) -> None:
+            inner = tensor.shape[-2:] if site.place == "z" else tensor.shape[-1:]
+            rows = current[-1].gather(tensor.detach()).float().reshape(-1, *inner)
+            sums = current[-1].mean(rows).sum(0).cpu()
+            totals[site] = totals.get(site, torch.zeros_like(sums)) + sums
+
+        return add
+
+    ends = [body.listen(site, listener(site)) for site in sites]
+    try:
+        with torch.no_grad():
+            for batch in reading.batches(model.hf, batch_size, "left", progress, "mean activations"):
+                current.append(batch)
+                model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+    finally:
+        for end in ends:
+            end()
+    return {site: total / len(reading) for site, total in totals.items()}
