@@ -44,6 +44,9 @@ _HOME = {
     "topk_stability": "localization",
     "evaluate": "evaluation",
     "compare": "evaluation",
+    "export_graft": "export",
+    "export_adapter": "export",
+    "verify_export": "export",
     "run_experiment": "experiment",
 }
 

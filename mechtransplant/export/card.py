@@ -29,7 +29,9 @@ def front_matter(pair: Pair, licence: str | None, library: str, relation: str) -
     import yaml
 
     content: dict[str, Any] = {
-        "base_model": [_hub_name(pair.target), _hub_name(pair.source)] if relation == "merge" else _hub_name(pair.target),
+        "base_model": [_hub_name(pair.target), _hub_name(pair.source)]
+        if relation == "merge"
+        else _hub_name(pair.target),
         "base_model_relation": relation,
         "library_name": library,
         "pipeline_tag": "text-generation",
@@ -57,8 +59,8 @@ def model_card(
         front_matter(pair, licence, "transformers", "merge"),
         f"# {name}",
         "",
-        f"`{readable(pair.target.name)}` with {len(graft)} modules of `{readable(pair.source.name)}` grafted in, without "
-        f"training, by mechtransplant {manifest['made_by']['mechtransplant']}.",
+        f"`{readable(pair.target.name)}` with {len(graft)} modules of `{readable(pair.source.name)}` grafted in, "
+        f"without training, by mechtransplant {manifest['made_by']['mechtransplant']}.",
         "",
         *graft_section(pair, graft, said),
         "",
@@ -81,9 +83,9 @@ def model_card(
         "",
         "## Check",
         "",
-        "`manifest.json` has the hash of every tensor here and in the target, and of every file. `mechtransplant verify "
-        "FOLDER` reads all of it again; with the two models (`--source SPEC --target SPEC`) it also shows that no number "
-        "outside the modules above moved, and that those inside are what the graft writes.",
+        "`manifest.json` has the hash of every tensor here and in the target, and of every file. "
+        "`mechtransplant verify FOLDER` reads all of it again; with the two models (`--source SPEC --target SPEC`) it "
+        "also shows that no number outside the modules above moved, and that those inside are what the graft writes.",
         "",
         _recipe_line(manifest),
         "",
@@ -123,7 +125,7 @@ def module_rows(layout: Layout, graft: Graft) -> list[tuple[str, str, float]]:
         linears = [a for a in layout.linears if parse_address(a).layer == layer]
         heads = sorted(h for m in modules if (h := layout.check(m).head) is not None)
         others = [m for m in modules if layout.check(m).head is None]
-        said = [f"heads {_ranges(heads)}"] if heads else []
+        said = [f"head{'s'[: len(heads) > 1]} {_ranges(heads)}"] if heads else []
         if linears and set(linears) <= set(others):
             said.append(f"all {len(linears)} linear layers")
             others = [m for m in others if m not in linears]
@@ -208,4 +210,3 @@ def _hub_name(model: LanguageModel) -> str:
     if HUB_NAME.fullmatch(model.name) and not Path(model.name).exists():
         return model.name.partition("@")[0]
     return readable(model.name)
-

@@ -85,7 +85,9 @@ def export_graft(
         what = task if isinstance(task, str) or task is None else task.name
         manifest |= {
             "task": what if isinstance(task, str) or task is None else {"name": what, "fingerprint": task.fingerprint},
-            "side_effects": None if table is None else strict_json([dict(zip(table[0], r, strict=True)) for r in table[1]]),
+            "side_effects": None
+            if table is None
+            else strict_json([dict(zip(table[0], r, strict=True)) for r in table[1]]),
             "fingerprint": model.fingerprint,
             "dtype": str(model.hf.dtype).removeprefix("torch."),
             "recipe": {"file": RECIPE if text else None, "reason": reason or None},

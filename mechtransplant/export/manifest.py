@@ -149,7 +149,9 @@ def file_hashes(folder: Path) -> dict[str, str]:
 def file_names(folder: Path) -> list[str]:
     """Every file of a folder but the manifest and hidden ones, by its path inside the folder."""
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
-    return sorted(p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts) and str(p) != MANIFEST)
+    return sorted(
+        p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts) and str(p) != MANIFEST
+    )
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -178,7 +180,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         files, tensors = manifest["files"], manifest["tensors"]
         good = all(isinstance(h, str) for h in files.values())
-        good = good and all(isinstance(e[k], str) for e in tensors.values() for k in ("dtype", "sha256", "target_sha256"))
+        good = good and all(
+            isinstance(e[k], str) for e in tensors.values() for k in ("dtype", "sha256", "target_sha256")
+        )
         good = good and all(isinstance(e["shape"], list) for e in tensors.values())
         good = good and isinstance(manifest["differs"], list)
     except (AttributeError, KeyError, TypeError):
@@ -195,7 +199,9 @@ def graft_of(manifest: dict[str, Any]) -> Graft:
         operator = OPERATORS[said["operator"]["name"]](**said["operator"]["options"])
         return Graft(said["modules"], said["strengths"], kv=said["kv"], operator=operator, strict=said["strict"])
     except (KeyError, TypeError) as error:
-        raise UsageError(f"the manifest's graft cannot be made again ({error!r}): its operator is not known here") from error
+        raise UsageError(
+            f"the manifest's graft cannot be made again ({error!r}): its operator is not known here"
+        ) from error
 
 
 def strict_json(value: Any) -> Any:

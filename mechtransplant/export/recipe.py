@@ -42,8 +42,20 @@ def recipe(pair: Pair, graft: Graft, regions: dict[Region, float], saved: Iterab
             "models": [{"model": models["target"]}, {"model": models["source"]}],
             "parameters": {"t": _setting(filters, lambda s: s, 0.0)},
         }
+    elif graft.operator.name == "ties":
+        operator: Any = graft.operator
+        settings = {
+            "weight": _setting(filters, lambda s: s, 0.0),
+            "density": _setting(filters, lambda s: operator.density, 1.0),
+        }
+        content = {
+            "merge_method": "ties",
+            "base_model": models["target"],
+            "models": [{"model": models["target"]}, {"model": models["source"], "parameters": settings}],
+            "parameters": {"normalize": False},
+        }
     else:
-        weights = {
+        weights: dict[str, Any] = {
             "target": _setting(filters, lambda s: 1 - s, 1.0),
             "source": _setting(filters, lambda s: s, 0.0),
         }
@@ -68,6 +80,9 @@ def _strengths(pair: Pair, graft: Graft, regions: dict[Region, float]) -> tuple[
     if operator.name == "slerp":
         if getattr(operator, "threshold", None) != type(operator)().threshold:  # type: ignore[attr-defined]
             return {}, "mergekit's slerp has its own threshold between arc and line"
+    elif operator.name == "ties":
+        if pair.base is not None or getattr(operator, "normalize", None):
+            return {}, "mergekit's ties with an ancestor would round every tensor of the model"
     elif operator.name not in ("replace", "linear", "task_arithmetic"):
         return {}, f"the operator {operator.name!r} is computed or drawn differently by mergekit"
     parts: dict[str, list[tuple[Region, float]]] = {}
@@ -79,7 +94,7 @@ def _strengths(pair: Pair, graft: Graft, regions: dict[Region, float]) -> tuple[
         tensor = pair.target_parameters[name]
         if first.axis is not None:
             covered = sum(r.stop - r.start for r, _ in members) == tensor.shape[first.axis]
-            same = len({s for _, s in members}) == 1 and operator.name != "slerp"
+            same = len({s for _, s in members}) == 1 and operator.name not in ("slerp", "ties")
             if not (covered and same):
                 return {}, f"{first} is part of a tensor, and mergekit merges whole ones"
         found[name] = members[0][1]

@@ -35,13 +35,18 @@ def new_folder(folder: str | Path, size: int = 0) -> Iterator[Path]:
         free = shutil.disk_usage(final.parent).free
         if free < size:
             raise UsageError(
-                f"{folder} needs about {size / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB: choose another folder"
+                f"{folder} needs about {size / 1e6:,.0f} MB and its disk has {free / 1e6:,.0f} MB free: choose "
+                "another folder"
             )
         with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as temporary:
             # made here, because a temporary folder can be read by its owner alone
             made = Path(temporary) / "made"
             made.mkdir()
             yield made
+            for path in made.rglob("*"):
+                # safetensors' files can be read by their owner alone
+                if path.is_file():
+                    path.chmod(made.stat().st_mode & 0o666)
             check_free(final)
             if os.name == "nt" and final.exists():
                 # Windows puts no folder in the place of another, not even of an empty one

@@ -44,9 +44,7 @@ class Verification:
         return "\n".join([*lines, f"  checked: {counts}"])
 
 
-def verify_export(
-    folder: str | Path, pair: Pair | None = None, *, target: LanguageModel | None = None
-) -> Verification:
+def verify_export(folder: str | Path, pair: Pair | None = None, *, target: LanguageModel | None = None) -> Verification:
     """Read an exported folder again and compare it with its manifest, and with the models where they are given.
 
     Without models: every file and every tensor has the manifest's hash, nothing is missing or added, and what is not in
@@ -79,7 +77,9 @@ def _files(folder: Path, manifest: dict[str, Any], found: Verification) -> None:
             found.problems.append(f"{name} is missing")
         elif file_sha256(folder / name) != sha256:
             found.problems.append(f"{name} is not the file that was exported (sha256)")
-    found.problems.extend(f"{name} was not exported, and may be loaded" for name in present if name not in manifest["files"])
+    found.problems.extend(
+        f"{name} was not exported, and may be loaded" for name in present if name not in manifest["files"]
+    )
     found.checked["files"] = len(present)
 
 
@@ -100,7 +100,9 @@ def _tensors(folder: Path, manifest: dict[str, Any], found: Verification) -> dic
         entry, tensor = entries[name], stored[name]
         sha256 = tensor.sha256
         if (tensor.dtype, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
-            found.problems.append(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {entry['dtype']} {entry['shape']}")
+            found.problems.append(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, not {entry['dtype']} {entry['shape']}"
+            )
         elif sha256 != entry["sha256"]:
             found.problems.append(f"{name} is not the tensor that was exported (sha256)")
         if sha256 != entry["target_sha256"]:
@@ -129,6 +131,9 @@ def _index(folder: Path, stored: dict[str, Stored], found: Verification) -> None
 
 def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, found: Verification, inside: bool) -> None:
     """Compare every tensor with the target's bytes outside the graft, and with what the graft writes inside."""
+    if inside and _exchanged(manifest, pair):
+        # a run with `direction: better` may have taken the named target for its source
+        pair = pair.reversed()
     if pair.applied:
         raise UsageError("a graft is in place on this pair's target: leave its `with` block first, then verify")
     dtype = dtype_name(next(iter(pair.target_parameters.values())))
@@ -136,7 +141,10 @@ def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, fou
         raise UsageError(f"the target is loaded in {dtype} and the export is {manifest['dtype']}: load it in that type")
     graft = graft_of(manifest)
     if inside and (pair.base is None) != (manifest["pair"].get("base") is None):
-        raise UsageError("the export was made with a common ancestor and the pair has none, or the other way round")
+        raise UsageError(
+            "the export was made with a common ancestor and the pair has none, or the other way round: load the pair "
+            "as it was then (base=, --base)"
+        )
     regions = checked(graft, pair)
     for role in ("source", "target", "base") if inside else ("target",):
         model, said = getattr(pair, role), manifest["pair"].get(role)
@@ -164,6 +172,12 @@ def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, fou
             numbers += target.numel()
             _bytes(name, stored[name], target, graft, pair, mine, found, inside)
     found.checked["numbers compared with the models"] = numbers
+
+
+def _exchanged(manifest: dict[str, Any], pair: Pair) -> bool:
+    """Whether the pair's source is the target of the export, and its target the source."""
+    said = [manifest["pair"][role]["fingerprint"] for role in ("target", "source")]
+    return said[0] != said[1] and said == [pair.source.fingerprint, pair.target.fingerprint]
 
 
 def _bytes(
