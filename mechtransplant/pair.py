@@ -34,8 +34,8 @@ class LanguageModel:
         """A raw TransformerBridge over the same parameters; made when first asked for (about 4 s of imports)."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        # booting replaces submodules, so it gets a twin; the memo makes the twin share every parameter
-        twin = copy.deepcopy(self.hf, memo={id(p): p for p in self.hf.parameters()})
+        # booting replaces submodules, so it gets a twin that shares every parameter
+        twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
         # a model that was built from a config does not say what it is, and the bridge asks
         twin.config.architectures = twin.config.architectures or [type(self.hf).__name__]
@@ -74,6 +74,21 @@ class LanguageModel:
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
         return f"LanguageModel({self.name!r}, {type(self.hf).__name__}, {millions:.1f} M parameters)"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def copy_without_hooks(hf: Any, share_parameters: bool = False) -> Any:
+    """A copy of a Hugging Face model without what acts on it now: a copied hook would act on nobody's behalf."""
+    kept = [(module, name, getattr(module, name)) for module in hf.modules() for name in _HOOKS]
+    try:
+        for module, name, hooks in kept:
+            setattr(module, name, type(hooks)())
+        return copy.deepcopy(hf, memo={id(p): p for p in hf.parameters()} if share_parameters else None)
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
 
 
 def holds_copies(hf: Any, bridge: Any) -> bool:

@@ -309,6 +309,9 @@ def test_a_bridge_made_inside_the_block_is_patched(random_model: Callable[..., L
     pair = make_pair(random_model(0), random_model(1), "new")
     with Patch(["L0H0", "L1.mlp"]).applied(pair):
         torch.testing.assert_close(bridged(pair.target), logits(pair.target), atol=1e-4, rtol=1e-4)
+    assert all(
+        not m._forward_pre_hooks for m in pair.target.bridge.original_model.modules() if "HookPoint" not in str(m)
+    )
     torch.testing.assert_close(bridged(pair.target), logits(pair.target), atol=1e-4, rtol=1e-4)
 
 

@@ -1,17 +1,20 @@
 """A config becomes a run: ``config``, ``cells`` (what is finished), ``run`` (the flow), ``summary`` (the page)."""
 
 from mechtransplant.experiment.config import RunConfig, parse_config, read_config
+from mechtransplant.experiment.effects_report import EffectsConfig, report_effects
 from mechtransplant.experiment.run import Run, run_experiment
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
 from mechtransplant.experiment.summary import RunResult
 
 __all__ = [
+    "EffectsConfig",
     "Run",
     "RunConfig",
     "RunResult",
     "ShiftConfig",
     "parse_config",
     "read_config",
+    "report_effects",
     "report_shifts",
     "run_experiment",
 ]

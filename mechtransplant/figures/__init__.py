@@ -1,10 +1,11 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
-``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``calibration`` (what
-the tests keep of what they promise), ``style``.
+``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``effects`` (patches
+beside grafts), ``calibration`` (what the tests keep of what they promise), ``style``.
 """
 
 from mechtransplant.figures.calibration import calibration_plot, power_plot
+from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, score_heatmap
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
 from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, save_figure, style
@@ -21,6 +22,7 @@ __all__ = [
     "k_curve",
     "lorenz",
     "own_against_inherited",
+    "patch_versus_graft_plot",
     "power_plot",
     "save_figure",
     "score_heatmap",

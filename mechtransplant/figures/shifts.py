@@ -151,7 +151,7 @@ def _scatter(axes: Any, rows: pd.DataFrame, x: Any, y: Any, strong: Any) -> None
         )
 
 
-def _name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
+def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
     """Write the names beside some points; neighbours in x get different heights, so that few overlap."""
     for place, at in enumerate(sorted(which, key=lambda i: np.asarray(x)[i])):
         axes.annotate(
@@ -186,7 +186,7 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
             floor = "smallest possible p"
             axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
-        _name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
+        name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
         against = "test" in frame.columns and frame.test.iloc[0] in ("control", "matched")
         axes.set_xlabel("Cohen's d, task − control" if against else "Cohen's d over prompts, source − target")
         axes.set_ylabel("−log₁₀ adjusted p")
@@ -219,7 +219,7 @@ def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "")
         _scatter(axes, frame, x, frame[share], (frame[f"{what}_p"] <= 0.05).to_numpy())
         null = float(frame[f"{what}_null"].mean())
         axes.axhline(null, color=ORANGE, linewidth=0.8, linestyle="--", label="null")
-        _name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
+        name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
         if (x > 0).any():
             axes.set_xscale("log")
         axes.set_xlabel("size of the shift, |mean|")
@@ -298,7 +298,7 @@ def own_against_inherited(
         _scatter(axes, frame, frame.inherited, frame.own, strong)
         top = 1.05 * float(np.nanmax(frame[["own", "inherited"]].to_numpy())) or 1.0
         axes.plot([0, top], [0, top], color=GREY, linewidth=0.6, linestyle=":")
-        _name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
+        name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
         axes.set_xlim(-0.02 * top, top)
         axes.set_ylim(-0.02 * top, top)
         axes.set_xlabel("inherited from changed inputs")

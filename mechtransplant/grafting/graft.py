@@ -179,12 +179,10 @@ class Graft:
 
     def copied(self, pair: Pair, name: str | None = None) -> LanguageModel:
         """A new model, the target with the graft in it; the pair is not touched."""
-        import copy
-
-        from mechtransplant.pair import LanguageModel
+        from mechtransplant.pair import LanguageModel, copy_without_hooks
 
         regions = checked(self, pair)
-        hf = copy.deepcopy(pair.target.hf)
+        hf = copy_without_hooks(pair.target.hf)
         new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
         parameters = dict(hf.named_parameters())
         for region, strength in regions.items():

@@ -1,0 +1,170 @@
+"""Patch against graft for every head and MLP of a pair, as one folder that a killed start continues.
+
+A folder holds ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished layers), ``effects.csv``, ``summary.md``
+and ``figures/``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
+from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.environment import versions
+from mechtransplant.figures import patch_versus_graft_plot, save_figure
+from mechtransplant.grafting import KV
+from mechtransplant.modules import parse_address
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.patching import HeadPoint, patch_versus_graft
+from mechtransplant.progress import track
+from mechtransplant.tasks import Task, load_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+KINDS = ("head", "mlp", "attn")
+
+
+@dataclass(frozen=True)
+class EffectsConfig:
+    """What is moved: a pair, its task (by default the pair's own), kinds of modules; see :func:`patch_versus_graft`."""
+
+    pair: str
+    task: str | None = None
+    prompts: int = 64
+    kinds: tuple[str, ...] = ("head", "mlp")
+    heads: HeadPoint = "result"
+    kv: KV = "never"
+    batch_size: int = 32
+    seed: int = 0
+
+
+def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = True) -> str:
+    """Measure and draw; writes the folder and returns its page.
+
+    Questions are the ``discover`` split. Raises UsageError for anything wrong in the config, for a folder that holds
+    something else, and for one that was begun with another config or other weights.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    check_seed(config.seed)
+    for key in ("prompts", "batch_size"):
+        check_count(key, getattr(config, key))
+    for kind in config.kinds:
+        if kind not in KINDS:
+            raise UnknownNameError("kind of module", kind, KINDS)
+    pair = load_pair(config.pair)
+    name = config.task or pair.default_task
+    if name is None:
+        raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
+    task = load_task(name).split(config.prompts, 1, 1, config.seed).discover
+    began = {"config": json.loads(json.dumps(asdict(config))), **_depends_on(pair, task)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            _begin(folder, began)
+            table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
+            write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
+            title = f"{pair.name}, n = {len(task)}"
+            figure, _ = patch_versus_graft_plot(table, pair.planted, title=title)
+            save_figure(figure, folder / "figures", "patch_versus_graft", table)
+            page = summarise(config, pair, task, table)
+            write_atomically(folder / "summary.md", page)
+    except Timeout as error:
+        raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+    return page
+
+
+def _depends_on(pair: Pair, task: Task) -> dict[str, Any]:
+    return {
+        "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
+        "questions": {"n": len(task), "fingerprint": task.fingerprint},
+    }
+
+
+def _begin(folder: Path, began: dict[str, Any]) -> None:
+    """Note what the numbers depend on; refuse a folder that holds something else."""
+    import yaml
+
+    path, now = folder / "environment.json", versions()
+    starts = [now]
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        for what, value in began.items():
+            if saved.get(what) != value:
+                raise UsageError(f"{folder} was begun with another {what}: choose another --out folder, or remove it")
+        starts = saved["starts"] + [now] * (now not in saved["starts"])
+    elif any(p.name != ".lock" for p in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no such analysis: choose another --out folder")
+    write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")
+    write_atomically(folder / "config.yaml", str(yaml.safe_dump(began["config"], sort_keys=False)))
+
+
+def _measure(config: EffectsConfig, pair: Pair, task: Task, store: CellStore, progress: bool) -> pd.DataFrame:
+    """Every module, layer by layer: a finished layer is a cell."""
+    import pandas as pd
+
+    modules = [m for kind in config.kinds for m in pair.modules(kind)]  # type: ignore[arg-type]
+    parts = []
+    said: dict[str, Any] = {}
+    for layer in track(range(pair.layout.layers), "layers", progress):
+        inside = [m for m in modules if parse_address(m).layer == layer]
+
+        def compute(inside: list[str] = inside) -> dict[str, Any]:
+            table = patch_versus_graft(
+                pair, task, inside, heads=config.heads, kv=config.kv, batch_size=config.batch_size, seed=config.seed
+            )
+            return {"rows": json.loads(table.to_json(orient="records", double_precision=15)), "models": table.attrs}
+
+        cell = store.get({**_depends_on(pair, task), **asdict(config), "modules": inside}, compute)
+        parts.append(pd.DataFrame(cell["rows"]))
+        said = cell["models"]
+    table = pd.concat(parts, ignore_index=True)
+    table.attrs.update(said)
+    return table
+
+
+def summarise(config: EffectsConfig, pair: Pair, task: Task, table: pd.DataFrame) -> str:
+    """The page, in Markdown."""
+    from scipy import stats
+
+    target, source = (table.attrs[role] for role in ("target", "source"))
+    gap = source["log_probability"] - target["log_probability"]
+    lines = [
+        f"# Patch against graft: {pair.name} on {task.name}",
+        "",
+        f"Source `{pair.source.name}`, target `{pair.target.name}`; {len(table)} modules ({', '.join(config.kinds)}), "
+        f"each moved alone, {len(task)} `discover` prompts; heads by `{config.heads}`, K/V `{config.kv}`. Effects are "
+        "changes of the gold answer's log-probability, in nats, with 95 % bootstrap intervals over prompts.",
+        "",
+        f"The source gives the gold answer {source['log_probability']:.2f} nats on average, the target "
+        f"{target['log_probability']:.2f}: a gap of {gap:.2f}.",
+        "",
+        "| kind | n | interval above 0: patch | graft | both | rank correlation of the two |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in dict.fromkeys(table.kind):
+        rows = table[table.kind == kind]
+        helps = {what: rows[f"{what}_low"] > 0 for what in ("patch", "graft")}
+        agree = stats.spearmanr(rows.patch_effect, rows.graft_effect).statistic if len(rows) > 2 else float("nan")
+        both = int((helps["patch"] & helps["graft"]).sum())
+        counts = f"{int(helps['patch'].sum())} | {int(helps['graft'].sum())} | {both}"
+        lines.append(f"| {kind} | {len(rows)} | {counts} | {agree:.2f} |")
+    lines += ["", "| module | patch | graft |", "|---|---|---|"]
+    order = table[["patch_effect", "graft_effect"]].abs().max(axis=1).sort_values(ascending=False).index
+    for row in table.loc[order[:12]].itertuples():
+        patch, graft = (
+            f"{getattr(row, f'{what}_effect'):+.3f} [{getattr(row, f'{what}_low'):+.3f}, "
+            f"{getattr(row, f'{what}_high'):+.3f}]"
+            for what in ("patch", "graft")
+        )
+        planted = " (planted)" if row.module in pair.planted else ""
+        lines.append(f"| {row.module}{planted} | {patch} | {graft} |")
+    lines += ["", "The twelve largest effects of either kind; `effects.csv` has all. Intervals are one module's own."]
+    return "\n".join(lines) + "\n"
