@@ -1,4 +1,4 @@
-"""The command line: ``mechtransplant demo | run | shifts | export | verify | pairs | tasks | rules``."""
+"""The command line: ``mechtransplant demo | run | shifts | effects | export | verify | pairs | tasks | rules``."""
 
 from __future__ import annotations
 
@@ -96,6 +96,32 @@ def shifts(
     typer.echo(f"Tables and figures are in {folder}")
 
 
+@app.command()
+def effects(
+    pair: Annotated[str, typer.Argument(help="A pair's name.")],
+    task: Annotated[str | None, typer.Option(help="A task's name or a JSONL file; the pair's own by default.")] = None,
+    prompts: Annotated[int, typer.Option(help="How many prompts.")] = 64,
+    kinds: Annotated[str, typer.Option(help="head, mlp, attn; several with commas.")] = "head,mlp",
+    heads: Annotated[str, typer.Option(help="What a patch moves of a head: result (its write) or z.")] = "result",
+    kv: Annotated[str, typer.Option(help="K and V under the graft of a head: never, group, whole-group.")] = "never",
+    batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the split and the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder (runs/effects-PAIR by default). Started again, it continues.")
+    ] = None,
+) -> None:
+    """Move every head and MLP alone, once its activations and once its weights, and compare the effects."""
+    from mechtransplant.experiment import EffectsConfig, report_effects
+
+    # the library checks the names, and says which there are
+    point: Any = heads
+    policy: Any = kv
+    parts = tuple(part.strip() for part in kinds.split(","))
+    folder = out or Path("runs") / f"effects-{pair.replace('/', '-')}"
+    typer.echo(report_effects(EffectsConfig(pair, task, prompts, parts, point, policy, batch_size, seed), folder))
+    typer.echo(f"Tables and figures are in {folder}")
+
+
 Spec = Annotated[str | None, typer.Option(help="A model spec, where the pair has no name.")]
 
 
@@ -130,9 +156,10 @@ def export(
     # before any weights are loaded
     check_free(out)
     outcome = task = None
+    given = (1.0, "never", "replace", "float32")
     if run is not None:
-        if pair or source or target or base or modules:
-            raise UsageError("--run takes the pair and the modules from the run: give --run, or --pair and --modules")
+        if pair or source or target or base or modules or (strength, kv, operator, dtype) != given:
+            raise UsageError("--run takes the pair and the graft from the run: give --run, or --pair and --modules")
         found = finished_run(run)
         models, graft, outcome, task = found.pair, found.graft, found.outcome, found.task
     else:
@@ -143,7 +170,17 @@ def export(
         graft = Graft(chosen, strength, kv=policy, operator=operator)
         models = load_pair(pair, source=source, target=target, base=base, dtype=dtype)
     if adapter:
-        made: Any = export_adapter(models, graft, out, max_rank=max_rank, tolerance=tolerance, licence=licence)
+        made: Any = export_adapter(
+            models,
+            graft,
+            out,
+            max_rank=max_rank,
+            tolerance=tolerance,
+            outcome=outcome,
+            task=task,
+            name=name,
+            licence=licence,
+        )
     else:
         made = export_graft(
             models, graft, out, outcome=outcome, task=task, name=name, licence=licence, shard_size=shard_size

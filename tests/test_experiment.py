@@ -301,3 +301,31 @@ def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Pat
     result = run_experiment(small, tmp_path / "out", progress=False)
     assert result.outcomes[4].target_accuracy == 0 and result.outcomes[4].tir is None
     assert "TIR is undefined: the target answers none" in result.summary
+
+
+def test_heads_with_their_kv_and_an_operator(tmp_path: Path) -> None:
+    changes = {"rule": "weight_delta", "kind": "head", "kv": "group", "operator": "slerp", "strengths": [0.5]}
+    small = config(**changes, k=[3], random_sets=2)
+    result = run_experiment(small, tmp_path / "out", progress=False)
+    assert result.graft.kv == "group" and result.graft.operator.name == "slerp"
+    assert "operator slerp" in result.summary and "moves K/V of heads" in result.summary
+    written = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert {(o["kv"], o["operator"]) for o in written.values()} == {("group", "slerp")}
+    # K and V that follow are other weights, and another cell
+    run_experiment(config(**{**changes, "kv": "never"}, k=[3], random_sets=2), tmp_path / "b", progress=False)
+    cells = [(tmp_path / name / "cells.jsonl").read_text().splitlines() for name in ("out", "b")]
+    keys = [{c["key"] for c in map(json.loads, lines) if c["role"] == "graft"} for lines in cells]
+    assert len(keys[0]) == len(keys[1]) == 2 and not keys[0] & keys[1]
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished: Any, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
+    old = "".join(line for line in lines if not line.startswith(("kv:", "operator:")))
+    assert len(old) < sum(map(len, lines))
+    (folder / "config.yaml").write_text(old)
+    run = Run(config(), folder, progress=False)
+    run.execute()
+    assert run.store.computed == 0

@@ -69,7 +69,8 @@ class RunConfig(_Strict):
     """One run: a pair, a task, a rule, a sweep over K and strength, and its random controls.
 
     ``k`` holds numbers of modules (whole) or shares of all candidates (up to 1.0); ``budgets`` token budgets, of which
-    the largest decides the choice; ``random_sets`` how many matched sets each K is compared with.
+    the largest decides the choice; ``random_sets`` how many matched sets each K is compared with. ``kv`` and
+    ``operator`` are a graft's (see ``grafting``).
     """
 
     name: str = "run"
@@ -78,9 +79,11 @@ class RunConfig(_Strict):
     split: SplitSpec = SplitSpec()
     rule: str = "lae"
     rule_options: dict[str, Any] = {}
-    kind: Literal["linear", "head", "mlp", "attn", "block"] = "linear"
+    kind: Literal["linear", "head", "mlp", "attn", "block", "part"] = "linear"
     k: tuple[int | float, ...] = PAPER_SHARES
     strengths: tuple[float, ...] = (1.0,)
+    kv: Literal["never", "group", "whole-group"] = "never"
+    operator: str = "replace"
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=20, ge=0)
     direction: Literal["named", "better"] = "named"

@@ -15,10 +15,10 @@ from mechtransplant.errors import UnknownNameError, UsageError, check_count, che
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.environment import versions
 from mechtransplant.figures import patch_versus_graft_plot, save_figure
-from mechtransplant.grafting import KV
+from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
 from mechtransplant.pair import Pair, load_pair
-from mechtransplant.patching import HeadPoint, patch_versus_graft
+from mechtransplant.patching import HeadPoint, Patch, patch_versus_graft
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task, load_task
 
@@ -57,6 +57,9 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
     for kind in config.kinds:
         if kind not in KINDS:
             raise UnknownNameError("kind of module", kind, KINDS)
+    # before any weights are loaded
+    Patch([], heads=config.heads)
+    Graft([], kv=config.kv)
     pair = load_pair(config.pair)
     name = config.task or pair.default_task
     if name is None:

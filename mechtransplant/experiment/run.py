@@ -20,10 +20,10 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets
 from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.config import RunConfig, read_config
 from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.summary import RunResult, write_report
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import Graft, get_operator
 from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import get_rule, rank_modules
@@ -58,6 +58,7 @@ class Run:
     def __init__(self, config: RunConfig, folder: Path, progress: bool = True) -> None:
         # before any weights are loaded, and before anything is written
         get_rule(config.rule).check(config.kind, config.rule_options)
+        get_operator(config.operator)
         self.config, self.folder, self.progress = config, folder, progress
         if config.threads:
             import torch
@@ -111,7 +112,8 @@ class Run:
             raise UsageError(f"{self.folder} is a file: choose another --out folder")
         path = self.folder / "config.yaml"
         if path.exists():
-            if path.read_text(encoding="utf-8") != self._config_text:
+            # parsed, so that a run from before a key existed has that key's default
+            if read_config(path) != self.config:
                 raise UsageError(
                     f"{self.folder} holds another run (its config.yaml differs): choose another --out folder, "
                     "or remove it"
@@ -136,8 +138,11 @@ class Run:
             "batch_size": self.config.batch_size,
         }
 
+        # named where they are not the default, so that runs from before they were options go on
+        content |= {key: getattr(self.config, key) for key in ("kv", "operator") if not self._is_default(key)}
+
         def compute() -> dict[str, Any]:
-            with Graft(modules, strength).applied(self.pair):
+            with self._graft(modules, strength).applied(self.pair):
                 found = self._evaluate(model, split)
             return {
                 "split": split.role,
@@ -150,6 +155,12 @@ class Run:
 
         stored = self.store.get(content, compute)["budgets"]
         return {b: _unpacked(split, b, stored[str(b)]) for b in self.budgets}
+
+    def _is_default(self, key: str) -> bool:
+        return bool(getattr(self.config, key) == RunConfig.model_fields[key].default)
+
+    def _graft(self, modules: Sequence[str], strength: float) -> Graft:
+        return Graft(modules, strength, kv=self.config.kv, operator=self.config.operator)
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
         if split.short_answer:
@@ -221,7 +232,7 @@ class Run:
 
         # as in the paper, every token budget has its own best K
         chosen = {budget: self._choose(rows, budget) for budget in self.budgets}
-        grafts = {b: Graft(self.ranking.module[:k], strength) for b, (k, strength) in chosen.items()}
+        grafts = {b: self._graft(list(self.ranking.module[:k]), strength) for b, (k, strength) in chosen.items()}
         jobs = []
         for k, strength in dict.fromkeys(chosen.values()):
             controls = self.random_sets(k)

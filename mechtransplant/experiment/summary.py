@@ -53,6 +53,8 @@ def write_report(
         str(budget): {
             "modules": list(graft.modules),
             "strength": graft.strengths[0],
+            "kv": graft.kv,
+            "operator": graft.operator.name,
             "parameter_share": parameter_share(run, graft),
             **asdict(outcomes[budget]),
         }
@@ -226,6 +228,13 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
         paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
         lines += ["", "## Feed-forward / attention layers among the K highest, at the paper's five shares", ""]
         lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
+    consequences = graft.consequences(pair)
+    if graft.operator.name != "replace":
+        consequences.insert(0, f"operator {graft.operator.name}: {graft.operator.equation}")
+    if graft.kv != "never" and len(random):
+        consequences.append("random sets have as many heads, but K/V that follow them may be more or fewer")
+    if consequences:
+        lines += ["", "## What the graft does to the model", "", *(f"- {text}" for text in consequences)]
     lines += ["", "## What stays the target's", ""]
     lines += [f"- {text}" for text in pair.compatibility.stays] or ["- nothing differs outside the linear layers"]
     return "\n".join(lines) + "\n"

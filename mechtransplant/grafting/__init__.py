@@ -4,7 +4,7 @@
 from mechtransplant.grafting.applied import Applied
 from mechtransplant.grafting.conditional import ConditionalGraft
 from mechtransplant.grafting.graft import KV, Graft, depth_curve, layer_swap
-from mechtransplant.grafting.operators import OPERATORS, Operator, list_operators
+from mechtransplant.grafting.operators import OPERATORS, Operator, get_operator, list_operators
 
 __all__ = [
     "KV",
@@ -14,6 +14,7 @@ __all__ = [
     "Graft",
     "Operator",
     "depth_curve",
+    "get_operator",
     "layer_swap",
     "list_operators",
 ]
