@@ -38,11 +38,13 @@ notebooks: install  ## run every notebook from top to bottom; the copies go to a
 		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir "$$out" "$$notebook" || exit 1; \
 	done
 
-benchmarks: install  ## error rates, power and speed of the statistics: about two hours; finished cells are kept
+benchmarks: install  ## error rates, power, speed, and operators beside mergekit (fetched): about two and a half hours
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/real_null.py
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/grafting_speed.py
+	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/report.py
 
 lab: install  ## open the notebooks
