@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 import yaml
-from architectures import ARCHITECTURES, random_pair_of
+from architectures import ARCHITECTURES, LLAMA, build, random_pair_of
 
 from mechtransplant import cli
 from mechtransplant.errors import UsageError, WeightsError
@@ -115,6 +115,27 @@ def test_every_architecture(generations: Pair, tmp_path: Path, architecture: str
     ids = torch.randint(3, 57, (1, 16), generator=torch.Generator().manual_seed(0))
     assert torch.equal(logits(loaded(made.folder), ids), grafted_logits(pair, graft, ids))
     assert bool(made.manifest["tied"]) == tied
+    found = verify_export(made.folder, pair)
+    assert found.ok, str(found)
+
+
+def test_a_multimodal_model_whose_tensors_are_saved_under_other_names(generations: Pair, tmp_path: Path) -> None:
+    def multimodal(seed: int) -> LanguageModel:
+        text = transformers.Gemma3TextConfig(**LLAMA, head_dim=8).to_dict()
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**sizes, "image_size": 28, "patch_size": 14}
+        torch.manual_seed(seed)
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+        return LanguageModel(f"model-{seed}", model, generations.target.tokenizer)
+
+    pair, graft = make_pair(multimodal(0), multimodal(1)), Graft(["L0.mlp", "L1H0"])
+    made = export_graft(pair, graft, tmp_path / "out")
+    entry = made.manifest["tensors"]["language_model.model.layers.1.input_layernorm.weight"]
+    assert entry["parameter"] == "model.language_model.layers.1.input_layernorm.weight"
+    assert made.manifest["tied"] == {"lm_head.weight": "language_model.model.embed_tokens.weight"}
+    ids = torch.randint(3, 57, (1, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(logits(loaded(made.folder), ids), grafted_logits(pair, graft, ids))
     found = verify_export(made.folder, pair)
     assert found.ok, str(found)
 
@@ -537,8 +558,6 @@ def test_mergekit_makes_the_same_model(generations: Pair, tmp_path: Path, graft:
 
 def low_rank_pair(architecture: str, tokenizer: Any, rank: int = 3) -> Pair:
     """Two models whose linear layers differ by random matrices of a rank."""
-    from architectures import build
-
     config, _ = ARCHITECTURES[architecture]
     target = LanguageModel("target", build(config(), 0), tokenizer)
     source = LanguageModel("source", build(config(), 0), tokenizer)
@@ -638,6 +657,10 @@ def test_a_run_exports_its_graft_with_its_statistics(
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "TIR (this model / target): 1.222" in card and "512 questions of boxed, at most 16 new tokens" in card
     assert command("verify", str(tmp_path / "out"), "--pair", "family/instruct")[0] == 0
+    adapter = ("--run", str(run), "--adapter", "--max-rank", "128", "--name", "Mine")
+    assert command("export", str(tmp_path / "adapter"), *adapter)[0] == 0
+    card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "# Mine" in card and "TIR (this model / target): 1.222" in card
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     environment = json.loads((copy / "environment.json").read_text())
     exchanged = {"source": environment["weights"]["target"], "target": environment["weights"]["source"]}
@@ -663,6 +686,7 @@ def test_a_run_exports_its_graft_with_its_statistics(
         (("--pair", "family/generations"), "nothing to export"),
         (("--modules", "L0.mlp"), "a pair needs a name"),
         (("--pair", "family/generations", "--modules", "L0.mlp", "--run", "runs/x"), "give --run, or --pair"),
+        (("--run", "runs/x", "--strength", "0.5"), "give --run, or --pair"),
         (("--pair", "family/generation", "--modules", "L0.mlp"), "did you mean"),
         (("--pair", "family/generations", "--modules", "L0.mpl"), "unknown module"),
         (("--pair", "family/generations", "--modules", "L0.mlp", "--kv", "some"), "K/V policy"),
@@ -765,5 +789,5 @@ def test_lm_eval_runs_on_an_export(
     theirs = torch.tensor([float(s["filtered_resps"][0][0]) for s in samples])
     assert ours.log_probability is not None
     torch.testing.assert_close(theirs, torch.tensor(ours.log_probability).float(), atol=1e-4, rtol=0)
-    assert [bool(s["acc"]) for s in samples] == ours.correct.tolist()
+    assert [bool(s["acc"]) for s in samples] == ours.correct.tolist() and 0 < ours.accuracy < 1
     assert found["results"]["sums"]["acc,none"] == pytest.approx(ours.accuracy)

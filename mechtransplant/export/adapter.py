@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError, check_count
-from mechtransplant.export.card import METHOD, front_matter, graft_section
+from mechtransplant.export.card import METHOD, NOT_MEASURED, front_matter, graft_section, outcome_lines
 from mechtransplant.export.grafted import with_tensors, written_tensors
 from mechtransplant.export.manifest import describe
 from mechtransplant.export.staging import check_free, new_folder, readable
@@ -21,6 +21,7 @@ from mechtransplant.progress import track
 from mechtransplant.weights import write_hashes
 
 if TYPE_CHECKING:
+    from mechtransplant.evaluation import Outcome
     from mechtransplant.grafting import Graft
     from mechtransplant.pair import Pair
 
@@ -66,6 +67,9 @@ def export_adapter(
     *,
     max_rank: int = 64,
     tolerance: float = 1e-3,
+    outcome: Outcome | None = None,
+    task: str | None = None,
+    name: str | None = None,
     licence: str | None = None,
 ) -> AdapterExport:
     """Write the difference that a graft makes as a LoRA for the target, for ``PeftModel.from_pretrained``.
@@ -74,6 +78,8 @@ def export_adapter(
         folder: where; it must not exist yet, or be empty. It appears whole or not at all.
         max_rank: the largest rank of a layer.
         tolerance: the largest relative error of a layer (Frobenius norm).
+        outcome: what the graft itself did, for the model card, and ``task``, what that was measured on.
+        name: the model card's title.
         licence: an identifier of the hub, such as "apache-2.0".
 
     Raises:
@@ -102,7 +108,9 @@ def export_adapter(
 
         safetensors.torch.save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_config(pair, layers, temporary)
-        card = _card(pair, graft, made, tolerance, licence)
+        title = name or Path(folder).expanduser().resolve().name
+        measured = outcome_lines(outcome, task or "") if outcome else [NOT_MEASURED]
+        card = _card(pair, graft, made, tolerance, title, measured, licence)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_hashes(temporary)
     return made
@@ -184,11 +192,19 @@ def _write_config(pair: Pair, layers: list[Factors], folder: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _card(pair: Pair, graft: Graft, made: AdapterExport, tolerance: float, licence: str | None) -> str:
+def _card(
+    pair: Pair,
+    graft: Graft,
+    made: AdapterExport,
+    tolerance: float,
+    title: str,
+    measured: list[str],
+    licence: str | None,
+) -> str:
     said = describe(pair, graft, None)
     lines = [
         front_matter(pair, licence, "peft", "adapter"),
-        f"# {made.folder.name}",
+        f"# {title}",
         "",
         f"A LoRA for `{readable(pair.target.name)}` that stands for {len(graft)} modules of "
         f"`{readable(pair.source.name)}` grafted in, without training, by mechtransplant "
@@ -206,6 +222,10 @@ def _card(pair: Pair, graft: Graft, made: AdapterExport, tolerance: float, licen
         *(f"| {address} | {rank} | {made.errors[address]:.2g} |" for address, rank in made.ranks.items()),
         "",
         *graft_section(pair, graft, said["graft"]),
+        "",
+        "## What the graft does",
+        "",
+        *measured,
         "",
         "## Load",
         "",

@@ -12,6 +12,7 @@ import math
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,8 @@ def tensor_entries(
     entries = {}
     for saved, (stored, name) in names.items():
         sha256, before = stored.sha256, tensor_sha256(theirs[name])
-        if sha256 != tensor_sha256(ours[name]):
+        # a tensor that the graft leaves alone is the target's own
+        if sha256 != (before if ours[name] is theirs[name] else tensor_sha256(ours[name])):
             raise UsageError(f"{stored.path.name}: {saved} is not what was written: the disk is full or broken")
         entry: dict[str, Any] = {
             "dtype": stored.dtype,
@@ -109,7 +111,8 @@ def tensor_entries(
 def saved_names(folder: Path, state: dict[str, Any]) -> dict[str, tuple[Stored, str]]:
     """Saved name → (where it lies, its name in the model); transformers renames some tensors when it saves.
 
-    A tensor under another name is recognised by its bytes. Raises UsageError where none has them, or several do.
+    A tensor under another name is recognised by its bytes, and among equal ones (norms that are all ones) by how its
+    name ends. Raises UsageError where that does not decide, or where a tensor was not saved.
     """
     stored = {n: t for path in sorted(folder.glob("*.safetensors")) for n, t in stored_tensors(path).items()}
     found = {name: (tensor, name) for name, tensor in stored.items() if name in state}
@@ -119,18 +122,27 @@ def saved_names(folder: Path, state: dict[str, Any]) -> dict[str, tuple[Stored, 
         if name in found:
             continue
         alike = [n for n, t in left.items() if tuple(t.shape) == tensor.shape and dtype_name(t) == tensor.dtype]
-        same = {id(left[n]): n for n in alike if tensor_sha256(left[n]) == tensor.sha256}
-        if len(same) != 1:
+        sha256 = tensor.sha256
+        same = {n: _alike_at_the_end(n, name) for n in alike if tensor_sha256(left[n]) == sha256}
+        nearest = [n for n, length in same.items() if length == max(same.values())]
+        # a tied tensor has several names
+        if len({id(left[n]) for n in nearest}) != 1:
             raise UsageError(
                 f"transformers saves a tensor as {name}, and {len(same)} tensors of the model have its bytes: the "
                 "export could not be checked, and nothing was written"
             )
-        found[name] = (tensor, next(iter(same.values())))
+        found[name] = (tensor, nearest[0])
     lost = {id(t) for t in left.values()} - {id(state[name]) for _, name in found.values()}
     if lost:
         first = next(n for n, t in left.items() if id(t) in lost)
         raise UsageError(f"transformers did not save {first}: the export would not be whole, and nothing was written")
     return found
+
+
+def _alike_at_the_end(one: str, other: str) -> int:
+    """How many dotted parts, counted from the end, two names share."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def tied_names(model: LanguageModel, entries: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -83,8 +83,8 @@ def _files(folder: Path, manifest: dict[str, Any], found: Verification) -> None:
     found.checked["files"] = len(present)
 
 
-def _tensors(folder: Path, manifest: dict[str, Any], found: Verification) -> dict[str, Stored]:
-    """Compare every tensor with the manifest; returns where they lie."""
+def _tensors(folder: Path, manifest: dict[str, Any], found: Verification) -> dict[str, tuple[Stored, str]]:
+    """Compare every tensor with the manifest; returns where they lie and their hashes."""
     stored: dict[str, Stored] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, tensor in stored_tensors(path).items():
@@ -96,9 +96,10 @@ def _tensors(folder: Path, manifest: dict[str, Any], found: Verification) -> dic
     found.problems.extend(f"{name} is missing" for name in entries if name not in stored)
     found.problems.extend(f"{name} was not exported" for name in stored if name not in entries)
     changed = []
+    hashes = {name: tensor.sha256 for name, tensor in stored.items()}
     for name in entries.keys() & stored.keys():
         entry, tensor = entries[name], stored[name]
-        sha256 = tensor.sha256
+        sha256 = hashes[name]
         if (tensor.dtype, list(tensor.shape)) != (entry["dtype"], entry["shape"]):
             found.problems.append(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, not {entry['dtype']} {entry['shape']}"
@@ -113,7 +114,7 @@ def _tensors(folder: Path, manifest: dict[str, Any], found: Verification) -> dic
         found.problems.append("the tensors that differ from the target's are not those that the manifest lists")
     found.checked["tensors"] = len(stored)
     found.checked["of them not the target's"] = len(changed)
-    return stored
+    return {name: (tensor, hashes[name]) for name, tensor in stored.items()}
 
 
 def _index(folder: Path, stored: dict[str, Stored], found: Verification) -> None:
@@ -129,7 +130,9 @@ def _index(folder: Path, stored: dict[str, Stored], found: Verification) -> None
         found.problems.append(f"{path.name} does not say where the tensors are")
 
 
-def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, found: Verification, inside: bool) -> None:
+def _models(
+    manifest: dict[str, Any], stored: dict[str, tuple[Stored, str]], pair: Pair, found: Verification, inside: bool
+) -> None:
     """Compare every tensor with the target's bytes outside the graft, and with what the graft writes inside."""
     if inside and _exchanged(manifest, pair):
         # a run with `direction: better` may have taken the named target for its source
@@ -162,7 +165,8 @@ def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, fou
             found.problems.append(f"{name} is no tensor of the target given")
             continue
         target = state[parameter]
-        if tensor_sha256(target) != entry["target_sha256"]:
+        before = tensor_sha256(target)
+        if before != entry["target_sha256"]:
             found.problems.append(f"{name}: the manifest's hash of the target is not that of the target given")
         mine = by_tensor.get(id(target), {})
         said = {(r["axis"], r["start"], r["stop"], r["strength"]) for r in entry.get("regions", [])}
@@ -170,7 +174,11 @@ def _models(manifest: dict[str, Any], stored: dict[str, Stored], pair: Pair, fou
             found.problems.append(f"{name}: the manifest's regions are not those of its graft")
         if name in stored:
             numbers += target.numel()
-            _bytes(name, stored[name], target, graft, pair, mine, found, inside)
+            tensor, sha256 = stored[name]
+            if mine:
+                _bytes(name, tensor, target, graft, pair, mine, found, inside)
+            elif sha256 != before:
+                found.problems.append(f"{name}: numbers outside the graft are not the target's")
     found.checked["numbers compared with the models"] = numbers
 
 
