@@ -74,6 +74,8 @@ def main() -> None:
     shutil.copy(ROOT / "runs" / RUNS[0] / "figures" / "k_curve.png", ROOT / "figures" / "k_curve.png")
     shifts = ROOT / "runs" / "smollm2-shifts" / "figures" / "heatmap_magnitude.png"
     shutil.copy(shifts, ROOT / "figures" / "shift_heatmap_smollm2.png")
+    effects = ROOT / "runs" / "family-effects" / "figures" / "patch_versus_graft.png"
+    shutil.copy(effects, ROOT / "figures" / "patch_versus_graft.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,135 @@ def test_overlap_at_equal_strength_is_applied_once(random_pair: Pair) -> None:
         grafted = random_pair.target_parameters[name].clone()
     with Graft(["L0"], 0.5).applied(random_pair):
         assert torch.equal(random_pair.target_parameters[name], grafted)
+
+
+@pytest.mark.parametrize(
+    ("modules", "kv", "said"),
+    [
+        (["L1H0"], "never", ["L1: K/V of head 0 stay the target's (kv='never')"]),
+        (["L1H0"], "group", ["L1: moves K/V of heads 0–1, read by head 1 outside the graft as well"]),
+        (["L1H0", "L1H1"], "group", ["L1: moves K/V of heads 0–1"]),
+        (
+            ["L1H0", "L1H1", "L1H3"],
+            "whole-group",
+            ["L1: moves K/V of heads 0–1", "L1: K/V of head 3 stay the target's (kv='whole-group')"],
+        ),
+        (["L0.mlp"], "group", []),
+        (["L0.input_layernorm"], "never", ["moves L0.input_layernorm, which belongs to no block's linear layers"]),
+    ],
+)
+def test_consequences_are_spelled_out(random_pair: Pair, modules: list[str], kv: Any, said: list[str]) -> None:
+    graft = Graft(modules, kv=kv)
+    assert graft.consequences(random_pair) == said
+    assert all(line in graft.describe(random_pair) for line in said)
+
+
+@pytest.mark.parametrize(
+    ("strength", "mode"),
+    [
+        (0, "nothing"),
+        (1, "replacement"),
+        (0.3, "interpolation"),
+        (2, "extrapolation"),
+        (-1, "subtraction"),
+        ([1, 2], "replacement and extrapolation"),
+    ],
+)
+def test_the_mode_of_a_strength(strength: Any, mode: str) -> None:
+    assert Graft(["L0", "L1"], strength).mode == mode
+
+
+def test_strengths_by_mapping_function_and_curve(random_pair: Pair) -> None:
+    from mechtransplant.grafting import depth_curve
+
+    modules = ["L0.mlp", "L1.mlp"]
+    expected = Graft(modules, [0.25, 1.0])
+    curve = depth_curve([0.25, 1.0], random_pair.layout.layers)
+    for strength in ({"L0.mlp": 0.25, "L1.mlp": 1.0}, lambda a: 0.25 + 0.75 * a.layer, curve):
+        assert Graft(modules, strength) == expected
+    for strength, message in (
+        ({"L0.mlp": 1.0}, "L1.mlp has a strength or is in the graft, not both"),
+        (depth_curve([1], 1), "L1.mlp is in none of 1 layers"),
+        ("strong", "one number, or one a module"),
+        (None, "one number, or one a module"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Graft(modules, strength)  # type: ignore[arg-type]
+
+
+def test_strict_refuses_every_overlap_and_nothing_else(random_pair: Pair) -> None:
+    before = snapshot(random_pair.target)
+    for modules in (["L0", "L0H1"], ["L0.attn", "L0.q_proj"], ["L1.mlp", "L1"]):
+        with pytest.raises(UsageError, match="overlap"), Graft(modules, strict=True).applied(random_pair):
+            pass
+        assert same(random_pair.target, before)
+    for modules in (["L0H0", "L0H1", "L0.mlp", "L1"], ["L0H0", "L0H1"]):
+        with Graft(modules, strict=True, kv="group").applied(random_pair):
+            pass
+
+
+def test_heads_that_share_kv_need_one_strength(random_pair: Pair) -> None:
+    with pytest.raises(UsageError, match="L0H0 at 1, L0H1 at 2 share K and V"):
+        Graft(["L0H0", "L0H1"], [1, 2], kv="group").regions(random_pair)
+    Graft(["L0H0", "L0H1"], [1, 2]).regions(random_pair)
+    with pytest.raises(UsageError, match="did you mean group"):
+        Graft(["L0H0"], kv="groups")  # type: ignore[arg-type]
+
+
+def test_norms_and_embeddings_move_only_when_named(random_model: Callable[..., LanguageModel]) -> None:
+    random_pair = make_pair(random_model(0), random_model(1), "norms")
+    kept = snapshot(random_pair.target)
+    named = {
+        "L0.input_layernorm": "model.layers.0.input_layernorm.weight",
+        "norm": "model.norm.weight",
+        "embed_tokens": "model.embed_tokens.weight",
+        "lm_head": "lm_head.weight",
+    }
+    for p in random_pair.source.hf.model.modules():
+        if "RMSNorm" in type(p).__name__:
+            p.weight.mul_(1.5)
+    for address, parameter in named.items():
+        with Graft([address]).applied(random_pair):
+            moved = {n for n, p in random_pair.target.hf.named_parameters() if not torch.equal(p, kept[n])}
+        assert moved == {parameter}
+    with Graft(random_pair.modules("block")).applied(random_pair):
+        assert all(torch.equal(random_pair.target_parameters[p], kept[p]) for p in named.values())
+
+
+def test_the_same_block_may_be_entered_while_it_is_in_use(random_pair: Pair) -> None:
+    kept = snapshot(random_pair.target)
+    applied = Graft(["L0"], 0.5).applied(random_pair)
+    with applied:
+        once = snapshot(random_pair.target)
+        with applied:
+            assert not same(random_pair.target, once)
+        assert same(random_pair.target, once)
+    assert same(random_pair.target, kept)
+
+
+def test_models_of_unlike_shape_or_dtype_are_refused(random_model: Callable[..., LanguageModel]) -> None:
+    source, target = random_model(0), random_model(1)
+    pair = make_pair(source, target, "unlike")
+    kept = snapshot(target)
+    source.hf.model.layers[1].mlp.up_proj.to(torch.bfloat16)
+    with (
+        pytest.raises(CompatibilityError, match="bfloat16 and the target's float32"),
+        Graft(["L0", "L1"]).applied(pair),
+    ):
+        pass
+    other = make_pair(random_model(0), target, "unlike")
+    other.source_parameters["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    with pytest.raises(CompatibilityError, match=r"of shape \(3, 3\)"), Graft(["L1", "L0"]).applied(other):
+        pass
+    assert same(target, kept)
+
+
+def test_a_copy_is_the_graft_and_leaves_the_pair_alone(random_pair: Pair) -> None:
+    kept = snapshot(random_pair.target)
+    graft = Graft(["L0H1", "L1.mlp"], 0.7)
+    model = graft.copied(random_pair)
+    assert same(random_pair.target, kept)
+    with graft.applied(random_pair):
+        assert all(torch.equal(p, random_pair.target_parameters[n]) for n, p in model.hf.named_parameters())
+    model.hf.model.layers[1].mlp.up_proj.weight.zero_()
+    assert same(random_pair.target, kept)

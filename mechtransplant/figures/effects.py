@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechtransplant.errors import UsageError
-from mechtransplant.figures.shifts import MARKERS, NAMES, name_points
+from mechtransplant.figures.labels import name_points
+from mechtransplant.figures.shifts import MARKERS, NAMES
 from mechtransplant.figures.style import BLUE, COLUMN, GREY, ORANGE, new_figure, style
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def patch_versus_graft_plot(
                     x[rows], y[rows], **spread, fmt=MARKERS[kind], color=colour, markersize=3, linewidth=0.4, alpha=0.8,
                     label=label,
                 )  # fmt: skip
-        name_points(axes, frame, x, y, np.argsort(-np.maximum(np.abs(x), np.abs(y)))[:names])
         axes.set_xlabel("graft: weights moved, Δ log p of the answer (nats)")
         axes.set_ylabel("patch: activations moved (nats)")
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
+        name_points(axes, frame, x, y, np.argsort(-np.maximum(np.abs(x), np.abs(y)))[:names])
     return figure, axes

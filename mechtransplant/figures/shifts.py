@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechtransplant.errors import UsageError
+from mechtransplant.figures.labels import name_points
 from mechtransplant.figures.style import BLUE, COLUMN, GREY, ORANGE, new_figure, style
 from mechtransplant.modules import module_frame
 
@@ -151,18 +152,6 @@ def _scatter(axes: Any, rows: pd.DataFrame, x: Any, y: Any, strong: Any) -> None
         )
 
 
-def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
-    """Write the names beside some points; neighbours in x get different heights, so that few overlap."""
-    for place, at in enumerate(sorted(which, key=lambda i: np.asarray(x)[i])):
-        axes.annotate(
-            rows.module.iloc[at],
-            (np.asarray(x)[at], np.asarray(y)[at]),
-            xytext=(2.5, (2.5, -7.5, 8.5)[place % 3]),
-            textcoords="offset points",
-            fontsize=6,
-        )
-
-
 def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str = "") -> tuple[Figure, Any]:
     """Effect size against −log₁₀ of the adjusted p-value; filled: adjusted p ≤ alpha.
 
@@ -186,7 +175,6 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
             floor = "smallest possible p"
             axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
-        name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
         against = "test" in frame.columns and frame.test.iloc[0] in ("control", "matched")
         axes.set_xlabel("Cohen's d, task − control" if against else "Cohen's d over prompts, source − target")
         axes.set_ylabel("−log₁₀ adjusted p")
@@ -194,6 +182,7 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
         axes.set_ylim(-0.05, 1.15 * max(float(y.max()), -np.log10(alpha)))
         axes.set_title(title or f"{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts")
         figure.legend(loc="outside lower center", ncols=2)
+        name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
     return figure, axes
 
 
@@ -219,13 +208,13 @@ def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "")
         _scatter(axes, frame, x, frame[share], (frame[f"{what}_p"] <= 0.05).to_numpy())
         null = float(frame[f"{what}_null"].mean())
         axes.axhline(null, color=ORANGE, linewidth=0.8, linestyle="--", label="null")
-        name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
         if (x > 0).any():
             axes.set_xscale("log")
         axes.set_xlabel("size of the shift, |mean|")
         axes.set_ylabel("alignment with other prompts" if what == "alignment" else "share of the more frequent sign")
         axes.set_title(title or f"{len(frame)} modules, n = {int(frame.n.max())} prompts, 95 % intervals")
         figure.legend(loc="outside lower center", ncols=3)
+        name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
     return figure, axes
 
 
@@ -298,11 +287,11 @@ def own_against_inherited(
         _scatter(axes, frame, frame.inherited, frame.own, strong)
         top = 1.05 * float(np.nanmax(frame[["own", "inherited"]].to_numpy())) or 1.0
         axes.plot([0, top], [0, top], color=GREY, linewidth=0.6, linestyle=":")
-        name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
         axes.set_xlim(-0.02 * top, top)
         axes.set_ylim(-0.02 * top, top)
         axes.set_xlabel("inherited from changed inputs")
         axes.set_ylabel("own: what its weights change")
         axes.set_title(title or ("filled: " + ("marked modules" if given else "more own than inherited")))
         figure.legend(loc="outside lower center", ncols=3)
+        name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
     return figure, axes

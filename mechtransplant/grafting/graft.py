@@ -147,11 +147,11 @@ class Graft:
                     moved += sorted(members)
                     touched |= members - ours
             if moved:
-                others = f", read by heads {_ranges(sorted(touched))} outside the graft as well" if touched else ""
-                said.append(f"L{layer}: moves K/V of heads {_ranges(moved)}{others}")
+                others = f", read by {_heads(sorted(touched))} outside the graft as well" if touched else ""
+                said.append(f"L{layer}: moves K/V of {_heads(moved)}{others}")
             still = [h for h in sorted(ours) if h not in moved]
             if still:
-                said.append(f"L{layer}: K/V of heads {_ranges(still)} stay the target's (kv={self.kv!r})")
+                said.append(f"L{layer}: K/V of {_heads(still)} stay the target's (kv={self.kv!r})")
             norms = [n for n in ("q_norm", "k_norm") if f"L{layer}.{n}" in layout.others]
             norms = [n for n in norms if f"L{layer}.{n}" not in self.modules]
             if norms:
@@ -163,8 +163,8 @@ class Graft:
         count = self.parameter_count(pair)
         share = count / sum(p.numel() for p in pair.target_parameters.values())
         lines = [
-            f"{len(self)} modules, {count:,} numbers ({share:.1%} of the model), {self.mode} by "
-            f"{self.operator.name}: {self.operator.equation}",
+            f"{len(self)} modules, {count:,} numbers ({share:.1%} of the model), by {self.operator.name}: "
+            f"{self.operator.equation}",
             *self.consequences(pair),
         ]
         return "\n".join(lines)
@@ -271,12 +271,13 @@ def _mode(strength: float) -> str:
     return {0.0: "nothing", 1.0: "replacement"}.get(strength, "interpolation")
 
 
-def _ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` → "0–2, 5"."""
+def _heads(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` → "heads 0–2, 5"; ``[5]`` → "head 5"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
             parts[-1].append(number)
         else:
             parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+    said = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+    return f"head {said}" if len(numbers) == 1 else f"heads {said}"
