@@ -657,11 +657,16 @@ def test_a_run_exports_its_graft_with_its_statistics(
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "TIR (this model / target): 1.222" in card and "512 questions of boxed, at most 16 new tokens" in card
     assert command("verify", str(tmp_path / "out"), "--pair", "family/instruct")[0] == 0
-    adapter = ("--run", str(run), "--adapter", "--max-rank", "128", "--name", "Mine")
-    assert command("export", str(tmp_path / "adapter"), *adapter)[0] == 0
+    found = finished_run(run)
+    export_adapter(found.pair, Graft(["L3H2"]), tmp_path / "adapter", outcome=found.outcome, name="Mine")
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "# Mine" in card and "TIR (this model / target): 1.222" in card
     copy = Path(shutil.copytree(run, tmp_path / "run"))
+    assert (finished_run(copy).graft.kv, finished_run(copy).graft.operator.name) == ("never", "replace")
+    chosen = json.loads((copy / "outcome.json").read_text())
+    chosen["16"] |= {"kv": "group", "operator": "linear"}
+    (copy / "outcome.json").write_text(json.dumps(chosen))
+    assert (finished_run(copy).graft.kv, finished_run(copy).graft.operator.name) == ("group", "linear")
     environment = json.loads((copy / "environment.json").read_text())
     exchanged = {"source": environment["weights"]["target"], "target": environment["weights"]["source"]}
     (copy / "environment.json").write_text(json.dumps({**environment, "weights": exchanged}))

@@ -40,7 +40,9 @@ def finished_run(folder: str | Path) -> FinishedRun:
         environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
         budget = max(found, key=int)
         chosen = found[budget]
-        graft = Graft(chosen["modules"], float(chosen["strength"]))
+        # runs of before these could be chosen had the defaults
+        options = {"kv": chosen.get("kv", "never"), "operator": chosen.get("operator", "replace")}
+        graft = Graft(chosen["modules"], float(chosen["strength"]), **options)
         outcome = _outcome(chosen)
         named, dtype = config["pair"], str(config["dtype"])
         weights = dict(environment["weights"])
