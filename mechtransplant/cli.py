@@ -283,7 +283,7 @@ def main() -> None:
         print(f"mechtransplant: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("mechtransplant: interrupted; what was finished is kept, start it again to go on", file=sys.stderr)
+        print("mechtransplant: interrupted; nothing half-written is left, and a run that is started again goes on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -449,7 +449,10 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         # batches need padding; what is padded is always masked
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        model = model.to(device=device, dtype=final)
+        # parameters alone: rotary frequencies stay float32 buffers, as from_pretrained keeps them
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(final)
+        model = model.to(device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device {device!r}: {_one_line(error)}") from error
     return model.eval().requires_grad_(False), tokenizer

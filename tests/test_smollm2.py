@@ -14,7 +14,8 @@ from mechtransplant.errors import WeightsError
 from mechtransplant.evaluation import evaluate, generate, gold_scores
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.grafting import Graft
-from mechtransplant.pair import Pair, load_pair
+from mechtransplant.pair import Pair, load_pair, make_pair
+from mechtransplant.patching import Patch
 from mechtransplant.shifts import measure_shifts
 from mechtransplant.tasks import Task, load_task
 from mechtransplant.weights import fetch
@@ -123,3 +124,45 @@ def test_batches_and_padding_do_not_change_shifts(pair: Pair, short: Task) -> No
     for side in ("left", "right"):
         other = measure_shifts(pair, task, positions="last", batch_size=3, padding_side=side)  # type: ignore[arg-type]
         np.testing.assert_allclose(other.value, one.value, atol=1e-5)
+
+
+def test_a_self_patch_is_the_identity_to_the_bit(pair: Pair, short: Task) -> None:
+    own, one = make_pair(pair.target, pair.target, "self"), short.subset([0])
+    modules = ["L3H1", "L17H8", "L20.mlp", "L9.attn", "L12.resid_pre", "L29"]
+    plain = gold_scores(pair.target, one)[1]
+    for heads in ("z", "result"):
+        with Patch(modules, heads=heads).applied(own):  # type: ignore[arg-type]
+            assert np.array_equal(gold_scores(pair.target, one)[1], plain)
+
+
+def test_a_patch_in_generation_equals_whole_passes_without_the_cache(pair: Pair, short: Task) -> None:
+    patch = Patch(["L3H1", "L17H8", "L20.mlp", "L25.attn"])
+    prompt = encode(short, pair.target.tokenizer).prompts[0]
+    one = short.subset([0])
+    plain = gold_scores(pair.target, one)[1]
+    with patch.applied(pair):
+        written = generate(pair.target, one, 4)[0]
+        ids = list(prompt)
+        for token in written.tokens:
+            with torch.no_grad():
+                step = pair.target.hf(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            assert int(step.argmax()) == token
+            ids.append(token)
+        patched = gold_scores(pair.target, one)[1]
+    assert len(written.tokens) > 1 and abs(patched - plain).max() > 0.01
+
+
+def test_a_head_with_its_group_moves_just_those_rows(pair: Pair) -> None:
+    kept = {n: p.clone() for n, p in pair.target.hf.named_parameters() if ".layers.5.self_attn." in n}
+    graft = Graft(["L5H4"], kv="group")
+    assert graft.consequences(pair) == ["L5: moves K/V of heads 3–5, read by heads 3, 5 outside the graft as well"]
+    with graft.applied(pair):
+        for name, old in kept.items():
+            new, source = pair.target_parameters[name], pair.source_parameters[name]
+            expected = old.clone()
+            rows = slice(4 * 64, 5 * 64) if "q_proj" in name else slice(64, 128)
+            if "o_proj" in name:
+                expected[:, 4 * 64 : 5 * 64] = source[:, 4 * 64 : 5 * 64]
+            else:
+                expected[rows] = source[rows]
+            assert torch.equal(new, expected)

@@ -85,7 +85,13 @@ def test_local_folder(tiny: Path) -> None:
     assert not model.training
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert tokenizer.pad_token == "<eos>"
-    assert weights.load_model(str(tiny), dtype="bfloat16")[0].dtype == torch.bfloat16
+    half = weights.load_model(str(tiny), dtype="bfloat16")[0]
+    assert half.dtype == torch.bfloat16
+    # rotary frequencies in bfloat16 would give other logits than transformers gives for the same folder
+    plain = type(half).from_pretrained(tiny, dtype=torch.bfloat16)
+    assert {n: b.dtype for n, b in half.named_buffers()} == {n: b.dtype for n, b in plain.named_buffers()}
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(half(ids).logits, plain(ids).logits)
     assert weights.fetch(str(tiny)) == [tiny]
 
 
