@@ -62,6 +62,8 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
         ("pair: family/generations\nrule_options: {batch_size: 2.5}\n", "at least 1, got 2.5"),
         ("pair: family/generations\ndevice: meta\n", "device"),
         ("pair: family/generations\nseed: -1\n", "seed"),
+        ("pair: family/generations\nkv: always\n", "kv"),
+        ("pair: family/generations\noperator: slrep\n", "did you mean slerp"),
         ("pair: [\n", "not valid YAML"),
         ("- 1\n", "expected keys"),
         ("task: addition\n", "pair"),
@@ -182,4 +184,28 @@ def test_interrupt_exits_with_130(command: Run, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(cli, "app", interrupted)
     code, _, error = command("tasks")
-    assert code == 130 and "start it again" in error
+    assert code == 130 and "nothing half-written is left" in error and "goes on" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("family/planted-mixd",), "did you mean family/planted-mixed"),
+        (("family/generations", "--kinds", "head,neuron"), "unknown kind of module 'neuron'"),
+        (("family/generations", "--heads", "q"), "expected z or result"),
+        (("family/generations", "--kv", "grouped"), "did you mean group"),
+        (("family/generations", "--prompts", "0"), "prompts must be a whole number"),
+        (("family/generations", "--task", "adition"), "did you mean addition"),
+    ],
+)
+def test_wrong_effects(command: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    code, _, error = command("effects", *arguments, "--out", str(tmp_path / "out"))
+    assert code == 2 and message in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_effects_prints_its_page(command: Run, tmp_path: Path) -> None:
+    arguments = ("family/generations", "--prompts", "4", "--kinds", "mlp", "--out", str(tmp_path / "out"))
+    code, out, _ = command("effects", *arguments)
+    assert code == 0 and "| mlp | 4 |" in out and (tmp_path / "out" / "effects.csv").is_file()
+    assert command("effects", *arguments)[1] == out
