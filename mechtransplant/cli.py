@@ -283,7 +283,8 @@ def main() -> None:
         print(f"mechtransplant: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("mechtransplant: interrupted; nothing half-written is left, and a run that is started again goes on", file=sys.stderr)
+        said = "interrupted; nothing half-written is left, and a run that is started again goes on"
+        print(f"mechtransplant: {said}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -7,7 +7,8 @@ shares the parameters: a write to either is seen by both, and ``hf`` keeps plain
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,9 @@ class LanguageModel:
         linear = self.hf.get_submodule(self.layout.linears[self.layout.attention_output(layer)])
         weight = linear.weight.detach()
         # GPT-2's Conv1D keeps its weight the other way round
+        heads, d_head = self.layout.heads, self.layout.d_head
+        if weight.shape[0 if self.layout.attention_output(layer) in self.layout.transposed else 1] != heads * d_head:
+            raise UsageError(f"the output projection of L{layer} does not read {heads} heads of {d_head} numbers each")
         inward = weight if self.layout.attention_output(layer) in self.layout.transposed else weight.T
         return inward.reshape(self.layout.heads, self.layout.d_head, -1)
 
@@ -135,6 +139,33 @@ class Compatibility:
         return "\n".join(lines)
 
 
+class Parameters(Mapping[str, Any]):
+    """A model's parameters by name, looked up when they are asked for: a model may be given new ones."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.hf.get_parameter(name)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.hf.named_parameters())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+#: what is in place belongs to the weights, not to a pair: two pairs may share a target
+_IN_PLACE: weakref.WeakKeyDictionary[Any, tuple[list[Any], list[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _in_place(hf: Any) -> tuple[list[Any], list[Any]]:
+    return _IN_PLACE.setdefault(hf, ([], []))
+
+
 @dataclass
 class Pair:
     """A source that gives modules and a target that receives them."""
@@ -148,31 +179,38 @@ class Pair:
     planted: tuple[str, ...] = ()
     #: the common ancestor of both, where one was named: merge operators take changes from it
     base: LanguageModel | None = None
-    known_finite: set[str] = field(default_factory=set)
-    #: grafts in place now, oldest first
-    applied: list[Any] = field(default_factory=list)
-    #: what conditional grafts in place now may write
-    conditional: list[Iterable[Region]] = field(default_factory=list)
+    #: the state of a parameter that was seen to be finite (see ``grafting``)
+    known_finite: dict[str, Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         """The layout that both models share."""
         return self.target.layout
 
-    @cached_property
-    def source_parameters(self) -> dict[str, Any]:
+    @property
+    def source_parameters(self) -> Mapping[str, Any]:
         """The source's parameters by name."""
-        return dict(self.source.hf.named_parameters())
+        return Parameters(self.source.hf)
 
-    @cached_property
-    def target_parameters(self) -> dict[str, Any]:
+    @property
+    def target_parameters(self) -> Mapping[str, Any]:
         """The target's parameters by name: the tensors that grafts write."""
-        return dict(self.target.hf.named_parameters())
+        return Parameters(self.target.hf)
 
-    @cached_property
-    def base_parameters(self) -> dict[str, Any]:
+    @property
+    def base_parameters(self) -> Mapping[str, Any]:
         """The ancestor's parameters by name; empty without one."""
-        return {} if self.base is None else dict(self.base.hf.named_parameters())
+        return {} if self.base is None else Parameters(self.base.hf)
+
+    @property
+    def applied(self) -> list[Any]:
+        """What grafts of any pair have written into the target now, oldest first."""
+        return _in_place(self.target.hf)[0]
+
+    @property
+    def conditional(self) -> list[Iterable[Region]]:
+        """What conditional grafts in place now may write into the target."""
+        return _in_place(self.target.hf)[1]
 
     def modules(self, kind: Kind) -> list[str]:
         """Every address of a kind: "linear", "head", "mlp", "attn", "block", "part", "norm" or "embedding"."""
@@ -189,10 +227,18 @@ class Pair:
                     "graft's, or graft modules that share no parameter"
                 )
 
+    def check_plain(self, what: str) -> None:
+        """Raise UsageError if a graft is in place: ``what`` would not be of the target that it seems to be of."""
+        if self.conditional:
+            raise UsageError(
+                f"a conditional graft is in place on this pair's target: leave its block first, then {what}"
+            )
+
     def reversed(self) -> Pair:
         """The same two models with their parts exchanged."""
         swapped = compare_models(self.target, self.source)
-        return Pair(self.target, self.source, swapped, f"{self.name} reversed", self.default_task)
+        name = f"{self.name} reversed"
+        return Pair(self.target, self.source, swapped, name, self.default_task, self.planted, self.base)
 
     def __repr__(self) -> str:
         return f"Pair({self.name!r}, source={self.source!r}, target={self.target!r})"

@@ -203,3 +203,111 @@ def test_refusals(random_pair: Pair, task: Task) -> None:
     for count in (0, 3):
         with pytest.raises(UsageError, match="count must be a whole number"):
             ablate_heads_and_mlps(target, task, (count,))
+
+
+def outputs(model: LanguageModel, layer: int) -> dict[str, torch.Tensor]:
+    """z, the attention block's and the MLP's output of a layer on IDS, as the model has them under what acts on it."""
+    found: dict[str, torch.Tensor] = {}
+    layout = model.layout
+    attention = model.hf.get_submodule(layout.linears[layout.attention_output(layer)])
+    mlp = model.hf.get_submodule(layout.linears[layout.mlp_output(layer)])
+    handles = [
+        attention.register_forward_pre_hook(lambda m, i: found.update(z=i[0].unflatten(-1, (4, 8))[0].clone())),
+        attention.register_forward_hook(lambda m, i, o: found.update(attn=o.reshape(5, -1).clone())),
+        mlp.register_forward_hook(lambda m, i, o: found.update(mlp=o.reshape(5, -1).clone())),
+    ]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+WHERE: list[tuple[Any, list[int]]] = [
+    ("all", [0, 1, 2, 3, 4]),
+    ("prompt", [0, 1, 2, 3, 4]),
+    ("last", [4]),
+    ([0, -2], [0, 3]),
+]
+
+
+@pytest.mark.parametrize(("positions", "at"), WHERE)
+@pytest.mark.parametrize("method", ["zero", "mean", "resample"])
+def test_every_kind_of_module_at_every_choice_of_positions(
+    random_pair: Pair, task: Task, method: Any, positions: Any, at: list[int]
+) -> None:
+    modules = ["L0H1", "L0H2", "L0.mlp", "L0.attn"]
+    target = random_pair.target
+    names = {"z": "attn.hook_z", "mlp": "mlp.hook_out", "attn": "attn.hook_out"}
+    reference = reference_activations(target, task, modules)
+    bank = {k: torch.cat([reference.prompt(i, f"blocks.0.{n}") for i in range(len(task))]) for k, n in names.items()}
+    means = {
+        k: torch.stack([reference.prompt(i, f"blocks.0.{n}").mean(0) for i in range(len(task))]).mean(0)
+        for k, n in names.items()
+    }
+    for chosen in (["L0H1", "L0H2"], ["L0.mlp"], ["L0.attn"]):
+        plain = outputs(target, 0)
+        with Ablation(chosen, method, None if method == "zero" else reference, positions).applied(target):
+            found = outputs(target, 0)
+        key = {"L0.mlp": "mlp", "L0.attn": "attn"}.get(chosen[0], "z")
+        part: Any = slice(1, 3) if key == "z" else slice(None)
+        untouched = [p for p in range(5) if p not in at]
+        # an MLP reads what the heads before it said
+        if key != "attn":
+            assert torch.equal(found[key][untouched], plain[key][untouched])
+        rows = []
+        for position in at:
+            new = found[key][position][part]
+            if method == "zero":
+                assert (new == 0).all()
+            elif method == "mean":
+                torch.testing.assert_close(new, means[key][part], atol=1e-5, rtol=1e-5)
+            else:
+                # both heads at once, so one draw for all modules of a position
+                same = (bank[key][:, part] == new).flatten(1).all(1).nonzero().flatten().tolist()
+                assert same
+                rows.append(same[0])
+        if method == "resample" and len(at) > 2:
+            assert len(set(rows)) > 1 and rows != list(range(rows[0], rows[0] + len(rows)))
+
+
+def test_a_draw_depends_on_the_token_and_its_place(random_pair: Pair, task: Task) -> None:
+    target = random_pair.target
+    reference = reference_activations(target, task, ["L0.mlp"])
+    with Ablation(["L0.mlp"], "resample", reference).applied(target):
+        first = outputs(target, 0)["mlp"]
+        other = IDS.clone()
+        other[0, 2] = 33
+        found: list[torch.Tensor] = []
+        mlp = target.hf.model.layers[0].mlp.down_proj
+        handle = mlp.register_forward_hook(lambda m, i, o: found.append(o[0].clone()))
+        with torch.no_grad():
+            target.hf(other)
+        handle.remove()
+    same = (found[0] == first).all(-1).tolist()
+    assert same == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize(("positions", "at"), WHERE)
+def test_a_mean_shift_is_added_where_it_should_be(random_pair: Pair, task: Task, positions: Any, at: list[int]) -> None:
+    shift = mean_shift(random_pair, task, ["L0H1", "L0.mlp", "L0.attn", "L1"])
+    target = random_pair.target
+    assert shift.modules == ("L0H1", "L0.mlp", "L0.attn", "L1.resid_post")
+    for name, key in (("L0H1", "attn"), ("L0.attn", "attn"), ("L0.mlp", "mlp")):
+        plain = outputs(target, 0)
+        with shift.only(name, positions=positions, strength=2).applied(target):
+            found = outputs(target, 0)
+        expected = plain[key].clone()
+        expected[at] += 2 * shift.vectors[name]
+        torch.testing.assert_close(found[key], expected, atol=1e-5, rtol=1e-5)
+        assert shift.vectors[name].abs().max() > 1e-4
+    stream: list[torch.Tensor] = []
+    norm = target.hf.model.norm
+    for block in (shift.only("L0H1", strength=0), shift.only("L1", positions=positions)):
+        with block.applied(target):
+            handle = norm.register_forward_pre_hook(lambda m, i: stream.append(i[0][0].clone()))
+            logits(target)
+            handle.remove()
+    stream[0][at] += shift.vectors["L1.resid_post"]
+    torch.testing.assert_close(stream[1], stream[0], atol=1e-5, rtol=1e-5)
+    with pytest.raises(UsageError, match="other model"):
+        MeanShift({"L0.mlp": torch.zeros(3)}).applied(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,21 @@ def test_a_mixture_of_experts_is_refused_not_half_addressed() -> None:
     model = build(transformers.MixtralConfig(**LLAMA, num_local_experts=2), 0)
     with pytest.raises(UsageError, match="mixture of experts"):
         layout_of(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.Qwen2MoeConfig(
+            **LLAMA, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16
+        ),
+        transformers.Lfm2Config(**LLAMA, layer_types=["full_attention", "conv"]),
+    ],
+    ids=["experts beside a shared one", "convolutions beside attention"],
+)
+def test_blocks_with_weights_in_no_linear_layer_are_refused(config: Any) -> None:
+    with pytest.raises(UsageError, match="is in no linear layer"):
+        layout_of(build(config, 0))
 
 
 def test_only_the_text_of_a_multimodal_model_is_addressed() -> None:

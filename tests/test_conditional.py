@@ -13,9 +13,9 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate, gold_scores
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.evaluation.interventions import interventions_on
-from mechtransplant.grafting import ConditionalGraft, Graft
+from mechtransplant.grafting import ConditionalGraft, Graft, conditional
 from mechtransplant.interrupts import guard
-from mechtransplant.pair import Pair
+from mechtransplant.pair import Pair, make_pair
 from mechtransplant.shifts import measure_shifts
 from mechtransplant.tasks import Example, Task
 
@@ -81,8 +81,8 @@ def test_only_for_questions_that_are_accepted(unchanged: Pair, test: Task) -> No
         assert (written.correct == correct).all()
     everywhere = ConditionalGraft(Graft(MODULES), accepts=lambda example: True)
     nowhere = ConditionalGraft(Graft(MODULES), accepts=lambda example: False)
-    for conditional, expected in ((everywhere, grafted), (nowhere, plain)):
-        with conditional.applied(pair):
+    for each, expected in ((everywhere, grafted), (nowhere, plain)):
+        with each.applied(pair):
             np.testing.assert_allclose(gold_scores(pair.target, test)[1], expected[1], atol=1e-3)
 
 
@@ -106,8 +106,9 @@ def test_the_bridge_is_under_the_condition_too(unchanged: Pair) -> None:
     pair.target.__dict__.pop("bridge", None)
     with ConditionalGraft(Graft(MODULES), "prompt").applied(pair):
         on = pair.target.bridge(ids)
-        copied = Graft([]).copied(pair)
-    assert all(not m._forward_pre_hooks for m in copied.hf.modules())
+        # the weights are the graft's or not, depending on the last pass
+        with pytest.raises(UsageError, match="conditional graft is in place"):
+            Graft([]).copied(pair)
     with ConditionalGraft(Graft(MODULES), "decoding").applied(pair):
         off = pair.target.bridge(ids)
     assert torch.equal(off, pair.target.bridge(ids))
@@ -171,6 +172,84 @@ def test_a_bridge_of_copies_cannot_be_switched(generations: Pair) -> None:
         # a plain graft shows in the bridge: it is made again
         torch.testing.assert_close(pair.target.bridge(ids), pair.target.hf(ids).logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(pair.target.bridge(ids), pair.target.hf(ids).logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(UsageError, match="holds copies"), ConditionalGraft(Graft(["L0"]), "prompt").applied(pair):
-        pass
+    plain = pair.target.hf(ids).logits
+    with ConditionalGraft(Graft(["L0"]), "prompt").applied(pair):
+        assert not torch.equal(pair.target.hf(ids).logits, plain)
+        with pytest.raises(UsageError, match="holds copies"):
+            pair.target.bridge(ids)
+    torch.testing.assert_close(pair.target.bridge(ids), plain, atol=1e-4, rtol=1e-4)
     assert interventions_on(pair.target.hf) == []
+
+
+def test_two_pairs_that_share_a_target(random_model: Any) -> None:
+    target = random_model(1)
+    one, other = make_pair(random_model(0), target, "one"), make_pair(random_model(2), target, "other")
+    before, ids = target.fingerprint, torch.tensor([[1, 20, 21]])
+    with ConditionalGraft(Graft(["L0.mlp"]), "prompt").applied(one):
+        target.hf(ids)
+        with pytest.raises(UsageError, match="enter its block inside"), Graft(["L0.mlp"]).applied(other):
+            pass
+    assert target.fingerprint == before
+    first, second = Graft(["L0"]).applied(one), Graft(["L0"]).applied(other)
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(UsageError, match="nest"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert target.fingerprint == before
+
+
+def test_a_switch_that_fails_midway_leaves_nothing_half_written(
+    random_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, ids = random_pair.target.fingerprint, torch.tensor([[1, 20, 21]])
+    plain, calls = random_pair.target.hf(ids).logits, []
+    with Graft(["L0"]).applied(random_pair):
+        grafted = random_pair.target.hf(ids).logits
+    write = conditional.write
+
+    def failing(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        write(*arguments)
+
+    monkeypatch.setattr(conditional, "write", failing)
+    with ConditionalGraft(Graft(["L0"]), "prompt").applied(random_pair):
+        with pytest.raises(MemoryError):
+            random_pair.target.hf(ids)
+        assert random_pair.target.fingerprint == before
+        assert torch.equal(random_pair.target.hf(ids).logits, grafted)
+    assert torch.equal(random_pair.target.hf(ids).logits, plain)
+
+
+def test_a_ctrl_c_during_a_switch_is_raised_once(random_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    before, ids, calls = random_pair.target.fingerprint, torch.tensor([[1, 20, 21]]), []
+    write = conditional.write
+
+    def interrupted(*arguments: Any) -> None:
+        write(*arguments)
+        calls.append(1)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(conditional, "write", interrupted)
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ConditionalGraft(Graft(["L0"]), "prompt").applied(random_pair):
+            with pytest.raises(KeyboardInterrupt):
+                random_pair.target.hf(ids)
+            random_pair.target.hf(ids)
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    assert random_pair.target.fingerprint == before and guard.depth == 0 and not guard.pending
+
+
+def test_without_a_cache_the_prompt_cannot_be_told(random_pair: Pair) -> None:
+    with (
+        ConditionalGraft(Graft(["L0"]), "decoding").applied(random_pair),
+        pytest.raises(UsageError, match="cannot be told"),
+    ):
+        random_pair.target.hf.generate(torch.tensor([[1, 20]]), use_cache=False, max_new_tokens=2)

@@ -238,6 +238,13 @@ def test_overlap_at_equal_strength_is_applied_once(random_pair: Pair) -> None:
             ["L1: moves K/V of heads 0–1", "L1: K/V of head 3 stay the target's (kv='whole-group')"],
         ),
         (["L0.mlp"], "group", []),
+        # K and V that come with another module of the graft are moved all the same
+        (
+            ["L1H0", "L1.k_proj", "L1.v_proj"],
+            "never",
+            ["L1: moves K/V of heads 0–1, read by head 1 outside the graft as well"],
+        ),
+        (["L1H0", "L1H1", "L1.attn"], "never", ["L1: moves K/V of heads 0–1"]),
         (["L0.input_layernorm"], "never", ["moves L0.input_layernorm, which belongs to no block's linear layers"]),
     ],
 )
@@ -341,7 +348,7 @@ def test_models_of_unlike_shape_or_dtype_are_refused(random_model: Callable[...,
     ):
         pass
     other = make_pair(random_model(0), target, "unlike")
-    other.source_parameters["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    other.source.hf.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(CompatibilityError, match=r"of shape \(3, 3\)"), Graft(["L1", "L0"]).applied(other):
         pass
     assert same(target, kept)
@@ -356,3 +363,33 @@ def test_a_copy_is_the_graft_and_leaves_the_pair_alone(random_pair: Pair) -> Non
         assert all(torch.equal(p, random_pair.target_parameters[n]) for n, p in model.hf.named_parameters())
     model.hf.model.layers[1].mlp.up_proj.weight.zero_()
     assert same(random_pair.target, kept)
+
+
+def test_a_graft_of_strength_0_claims_to_move_nothing(random_pair: Pair) -> None:
+    assert Graft(["L1H0", "L0.input_layernorm"], 0.0, kv="group").consequences(random_pair) == []
+
+
+def test_a_model_that_is_given_new_parameters_is_grafted_all_the_same(
+    random_model: Callable[..., LanguageModel],
+) -> None:
+    pair, ids = make_pair(random_model(0), random_model(1), "new"), torch.tensor([[1, 20, 21]])
+    with Graft(["L0"]).applied(pair):
+        expected = pair.target.hf(ids).logits
+    pair.target.hf.load_state_dict({n: p.clone() for n, p in pair.target.hf.state_dict().items()}, assign=True)
+    with Graft(["L0"]).applied(pair):
+        assert torch.equal(pair.target.hf(ids).logits, expected)
+
+
+def test_a_source_that_becomes_nan_after_a_first_graft_is_refused(random_model: Callable[..., LanguageModel]) -> None:
+    pair = make_pair(random_model(0), random_model(1), "nan")
+    with Graft(["L0.mlp"]).applied(pair):
+        pass
+    pair.source.hf.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CompatibilityError, match="NaN"), Graft(["L0.mlp"]).applied(pair):
+        pass
+
+
+def test_a_reversed_pair_keeps_its_ancestor(random_model: Callable[..., LanguageModel]) -> None:
+    pair = make_pair(random_model(0), random_model(1), "ancestor")
+    pair.base = random_model(2)
+    assert pair.reversed().base is pair.base

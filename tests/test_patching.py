@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, random_pair_of
+import transformers
+from architectures import ARCHITECTURES, build, random_pair_of
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate, generate, gold_scores
@@ -18,7 +19,7 @@ from mechtransplant.evaluation.batches import encode
 from mechtransplant.evaluation.interventions import interventions_on
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import LanguageModel, Pair, make_pair
-from mechtransplant.patching import Patch, patch_versus_graft
+from mechtransplant.patching import Ablation, Patch, patch_versus_graft
 from mechtransplant.tasks import PromptFormat, Task, load_task
 
 IDS = torch.tensor([[1, 20, 21, 22, 9], [0, 0, 1, 20, 9]])
@@ -351,7 +352,164 @@ def test_a_cache_filled_outside_the_patch_is_refused(random_pair: Pair) -> None:
     with torch.no_grad():
         past = hf(IDS, attention_mask=MASK, use_cache=True).past_key_values
         mask = torch.cat([MASK, torch.ones(2, 1, dtype=torch.long)], 1)
-        with pytest.raises(UsageError, match="filled outside"), Patch(["L0H0"]).applied(random_pair):
+        with pytest.raises(UsageError, match="outside the patch"), Patch(["L0H0"]).applied(random_pair):
             hf(torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=past)
         with pytest.raises(UsageError, match="token ids"), Patch(["L0H0"]).applied(random_pair):
             hf(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+# --- what a second reader found ------------------------------------------------------------------------------------
+
+
+def twin_of(model: LanguageModel) -> LanguageModel:
+    return LanguageModel("twin", copy.deepcopy(model.hf), model.tokenizer)
+
+
+@pytest.mark.parametrize("positions", ["all", "decoding", "last"])
+def test_a_self_patch_is_the_identity_in_beam_search_too(pair: Pair, positions: Any) -> None:
+    own = make_pair(twin_of(pair.target), pair.target, "self")
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        plain = pair.target.hf.generate(IDS[:1], **options)
+        with Patch(["L0H1", "L0.mlp", "L1.attn"], positions).applied(own):
+            assert torch.equal(pair.target.hf.generate(IDS[:1], **options), plain)
+
+
+def test_a_cache_that_is_cropped_or_changed_outside(random_pair: Pair) -> None:
+    hf = random_pair.target.hf
+    own = make_pair(twin_of(random_pair.target), random_pair.target, "self")
+
+    def cropped() -> torch.Tensor:
+        with torch.no_grad():
+            past = hf(IDS[:1], use_cache=True).past_key_values
+            past.crop(-2)
+            return hf(torch.tensor([[7, 8]]), past_key_values=past).logits
+
+    plain = cropped()
+    with Patch(["L0H1", "L0.mlp"]).applied(own):
+        assert torch.equal(cropped(), plain)
+        with torch.no_grad():
+            past = hf(IDS[:1], use_cache=True).past_key_values
+        with pytest.raises(UsageError, match="static"), torch.no_grad():
+            hf.generate(IDS[:1], max_new_tokens=3, cache_implementation="static")
+    with torch.no_grad():
+        hf(torch.tensor([[7]]), past_key_values=past)
+        with Patch(["L0H1"]).applied(own), pytest.raises(UsageError, match="outside the patch"):
+            hf(torch.tensor([[8]]), past_key_values=past)
+
+
+def test_without_a_cache_only_patches_of_every_position_are_possible(random_pair: Pair) -> None:
+    hf, options = random_pair.target.hf, {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad(), Patch(["L0H1", "L0.mlp"]).applied(random_pair):
+        assert torch.equal(hf.generate(IDS[:1], **options), hf.generate(IDS[:1], use_cache=False, **options))
+    for positions in ("prompt", "decoding", "last", [0]):
+        with (
+            Patch(["L0H1"], positions).applied(random_pair),  # type: ignore[arg-type]
+            pytest.raises(UsageError, match="cannot be told"),
+        ):
+            hf.generate(IDS[:1], use_cache=False, **options)
+
+
+def test_the_bridges_reset_hooks_leaves_the_patch_and_its_end_takes_it_away(random_pair: Pair) -> None:
+    plain, bridge = logits(random_pair.target), bridged(random_pair.target)
+    for everything in (False, True):
+        with Patch(["L0H1", "L0.mlp"]).applied(random_pair):
+            patched = bridged(random_pair.target)
+            random_pair.target.bridge.reset_hooks(including_permanent=everything)
+            if not everything:
+                assert torch.equal(bridged(random_pair.target), patched)
+        assert torch.equal(logits(random_pair.target), plain) and torch.equal(bridged(random_pair.target), bridge)
+
+
+def test_heads_whose_writes_are_exchanged_are_named_in_one_patch(random_pair: Pair) -> None:
+    outer = Patch(["L0H0", "L0H1"], heads="result")
+    inner = (Patch(["L0H1", "L0H2"], heads="result"), Patch(["L0H0"]), Ablation(["L0H1"]))
+    plain = logits(random_pair.target)
+    for patch in inner:
+        with outer.applied(random_pair), pytest.raises(UsageError, match="patched by its result in an outer"):
+            patch.applied(random_pair).__enter__()
+        assert torch.equal(logits(random_pair.target), plain)
+    with outer.applied(random_pair):
+        alone = logits(random_pair.target)
+        with Patch(["L1H0", "L0.mlp"]).applied(random_pair):
+            pass
+    with Patch(["L0H0"]).applied(random_pair), outer.applied(random_pair):
+        torch.testing.assert_close(logits(random_pair.target), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_that_adds_to_its_mlps_output_in_place(tokenizer: Any) -> None:
+    config = transformers.FalconConfig(
+        vocab_size=57, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+    )
+    target = LanguageModel("falcon", build(config, 0), tokenizer)
+    plain = logits(target)
+    with Patch(["L0.mlp", "L1.mlp", "L0.attn"]).applied(make_pair(twin_of(target), target, "self")):
+        assert torch.equal(logits(target), plain)
+
+
+def test_what_acts_on_the_source_acts_where_it_should(unchanged: Pair, addition: Task) -> None:
+    some = addition.split(8, 8, 16).test
+    with (
+        Ablation(["L0.mlp"], positions="prompt").applied(unchanged.source),
+        Patch(["L1.resid_pre"]).applied(unchanged),
+    ):
+        forced, written = evaluate(unchanged.target, some), evaluate(unchanged.target, some, "generate")
+        assert (forced.correct == written.correct).all()
+        both = gold_scores(unchanged.target, some)[1]
+    # by hand: the target's first block out, the ablated source's in
+    with Ablation(["L0.mlp"], positions="prompt").applied(unchanged.source), Graft([]).applied(unchanged):
+        alone = gold_scores(unchanged.source, some)[1]
+    assert np.abs(both - alone).max() > 0.01
+    assert interventions_on(unchanged.source.hf) == []
+
+
+def test_a_bridge_of_copies_follows_a_graft_into_the_source(tokenizer: Any) -> None:
+    pair = random_pair_of("neox", tokenizer)
+    with Patch(["L0.attn", "L1H2"]).applied(pair):
+        bridged(pair.target)
+        with Graft(["L0", "L1"]).applied(pair.reversed()):
+            torch.testing.assert_close(bridged(pair.target), logits(pair.target), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(bridged(pair.target), logits(pair.target), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.3, -1.0, 2.0])
+def test_strength_is_linear_where_the_patch_is(random_pair: Pair, strength: float) -> None:
+    """At its site a patch of strength λ moves λ times as far as one of strength 1."""
+    layout, hf = random_pair.layout, random_pair.target.hf
+    out = hf.get_submodule(layout.linears[layout.attention_output(0)])
+    for modules, heads, at in ((["L0H1", "L0H3"], "result", out), (["L0.mlp"], "z", hf.model.layers[0])):
+
+        def seen(value: float, modules: Any = modules, heads: Any = heads, at: Any = at) -> torch.Tensor:
+            found: list[torch.Tensor] = []
+            with Patch(modules, heads=heads, strength=value).applied(random_pair):
+                handle = at.register_forward_hook(lambda m, i, o: found.append(o.clone()))
+                logits(random_pair.target)
+                handle.remove()
+            return found[0][MASK.bool()]
+
+        none, one = seen(0), seen(1)
+        torch.testing.assert_close(seen(strength) - none, strength * (one - none), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", ["strong", float("nan"), None])
+def test_strengths_that_are_none(strength: Any) -> None:
+    with pytest.raises(UsageError, match="strength"):
+        Patch(["L0H0"], strength=strength)
+
+
+def test_patch_versus_graft_takes_one_name_and_refuses_none(random_pair: Pair, task: Task) -> None:
+    assert patch_versus_graft(random_pair, task, "L0H1", resamples=10).module.to_list() == ["L0H1"]
+    for modules, message in (
+        ([], "no modules were named"),
+        (["L0H1", "L0H1"], "each named once"),
+        (["L0"], "compares"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            patch_versus_graft(random_pair, task, modules)
+
+
+def test_effects_of_a_pair_of_equals_are_0_with_a_shared_prefix_too(random_pair: Pair, task: Task) -> None:
+    prompt = PromptFormat(system="what is the sum of these two numbers " * 2, shot_separator=" ")
+    own = make_pair(twin_of(random_pair.target), random_pair.target, "self")
+    table = patch_versus_graft(own, replace(task, format=prompt), ["L0H1", "L1.mlp"], resamples=10)
+    assert (table[["patch_effect", "graft_effect"]] == 0).all().all()

@@ -23,12 +23,17 @@ Predicate = Callable[[Example], bool]
 class Intervention:
     """One thing that acts on a model; ``accepted`` is set while questions that ``accepts`` was asked about run.
 
-    ``phased``: whether it tells the prompt from the answer.
+    ``phased``: whether it tells the prompt from the answer. ``follows``: a model that runs beside this one, and on
+    which something may act too. ``heads``: (layer, head) of the heads that it changes, and ``exchanges`` of those whose
+    writes it exchanges where the block's output comes out, so that nothing inside may change them.
     """
 
     phased: bool = False
     accepts: Predicate | None = None
     accepted: bool | None = None
+    follows: Any = None
+    heads: frozenset[tuple[int, int]] = frozenset()
+    exchanges: frozenset[tuple[int, int]] = frozenset()
 
     def wanted(self) -> bool:
         """Whether it should act now; raises UsageError for a forward pass whose question is not known."""
@@ -50,14 +55,34 @@ def interventions_on(hf: Any) -> list[Intervention]:
     return _ON.setdefault(hf, [])
 
 
+def _all_on(hf: Any) -> list[Intervention]:
+    """What acts on a model or on those that run beside it."""
+    found, models = [], [hf]
+    for model in models:
+        for intervention in interventions_on(model):
+            found.append(intervention)
+            if intervention.follows is not None and all(intervention.follows is not m for m in models):
+                models.append(intervention.follows)
+    return found
+
+
 def is_phased(hf: Any) -> bool:
     """Whether anything that acts on the model tells the prompt from the answer."""
-    return any(i.phased for i in interventions_on(hf))
+    return any(i.phased for i in _all_on(hf))
+
+
+def check_phases(keywords: dict[str, Any]) -> None:
+    """Raise UsageError for a pass without a key-value cache: every step of a text would be taken for the prompt."""
+    if keywords.get("use_cache") is False:
+        raise UsageError(
+            "use_cache=False: without a key-value cache the prompt cannot be told from what is written after it; leave "
+            "it out, or patch positions='all'"
+        )
 
 
 def by_acceptance(hf: Any, examples: Sequence[Example]) -> list[tuple[list[int], list[bool]]]:
     """Questions in groups for which every intervention gives one verdict: (row numbers, a verdict an intervention)."""
-    asked = [i for i in interventions_on(hf) if i.accepts is not None]
+    asked = [i for i in _all_on(hf) if i.accepts is not None]
     groups: dict[tuple[bool, ...], list[int]] = {}
     for row, example in enumerate(examples):
         groups.setdefault(tuple(bool(i.accepts(example)) for i in asked if i.accepts), []).append(row)
@@ -67,7 +92,7 @@ def by_acceptance(hf: Any, examples: Sequence[Example]) -> list[tuple[list[int],
 @contextmanager
 def accepting(hf: Any, verdicts: Sequence[bool]) -> Iterator[None]:
     """Forward passes in this block belong to questions with these verdicts."""
-    asked = [i for i in interventions_on(hf) if i.accepts is not None]
+    asked = [i for i in _all_on(hf) if i.accepts is not None]
     for intervention, verdict in zip(asked, verdicts, strict=True):
         intervention.accepted = verdict
     try:
@@ -79,7 +104,7 @@ def accepting(hf: Any, verdicts: Sequence[bool]) -> Iterator[None]:
 
 def check_recordable(hf: Any) -> None:
     """Raise UsageError where activations cannot be read: a pass over prompt and answer at once has no phases."""
-    if any(i.phased or i.accepts is not None for i in interventions_on(hf)):
+    if any(i.phased or i.accepts is not None for i in _all_on(hf)):
         raise UsageError(
             "activations are read in one pass over prompt and answer, which a graft or patch for some positions or "
             "questions alone does not allow: leave that block first"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import TaskError, UsageError
+from mechtransplant.errors import TaskError, UsageError, check_count
 from mechtransplant.evaluation.batches import (
     PaddingSide,
     check_lengths,
@@ -90,6 +90,7 @@ def gold_scores(
     """
     import torch
 
+    check_count("batch_size", batch_size)
     if model.tokenizer.eos_token_id is None:
         raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
     ends = torch.tensor(end_tokens(model))

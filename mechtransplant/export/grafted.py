@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from mechtransplant.errors import UsageError
@@ -10,7 +9,7 @@ from mechtransplant.grafting import Graft
 from mechtransplant.grafting.applied import written
 from mechtransplant.grafting.graft import checked
 from mechtransplant.modules import Region
-from mechtransplant.pair import LanguageModel, Pair
+from mechtransplant.pair import LanguageModel, Pair, copy_without_hooks
 
 
 def written_tensors(pair: Pair, graft: Graft) -> tuple[dict[Region, float], dict[str, Any]]:
@@ -22,6 +21,7 @@ def written_tensors(pair: Pair, graft: Graft) -> tuple[dict[Region, float], dict
         raise UsageError(f"expected a mechtransplant.Graft, got {type(graft).__name__}")
     if pair.applied:
         raise UsageError("a graft is in place on this pair's target: leave its `with` block first, then export")
+    pair.check_plain("export")
     regions = checked(graft, pair)
     changed: dict[str, Any] = {}
     for region, strength in regions.items():
@@ -41,7 +41,7 @@ def with_tensors(model: LanguageModel, changed: dict[str, Any], name: str) -> La
     import torch
 
     parameters = dict(model.hf.named_parameters())
-    twin = copy.deepcopy(model.hf, memo={id(p): p for p in parameters.values()})
+    twin = copy_without_hooks(model.hf, share_parameters=True)
     new = {id(parameters[n]): torch.nn.Parameter(tensor, requires_grad=False) for n, tensor in changed.items()}
     for module in twin.modules():
         for attribute, parameter in list(module.named_parameters(recurse=False)):

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.errors import UnknownNameError, UsageError
-from mechtransplant.evaluation.interventions import Intervention, Predicate, interventions_on
+from mechtransplant.evaluation.interventions import (
+    Intervention,
+    Predicate,
+    check_phases,
+    interventions_on,
+)
 from mechtransplant.grafting.applied import Entry, write
 from mechtransplant.grafting.graft import Graft, checked
 from mechtransplant.interrupts import guard
@@ -106,18 +111,25 @@ class AppliedConditional:
             guard.release()
 
     def _on_bridge(self, bridge: Any) -> None:
+        root = bridge.original_model
         if holds_copies(self.pair.target.hf, bridge):
-            raise UsageError(
-                f"the bridge of {type(self.pair.target.hf).__name__} holds copies of weights, which cannot be switched "
-                "while it runs: use the Hugging Face model (evaluate, generate, pair.target.hf)"
-            )
-        self._listen(bridge.original_model)
+            self.ends.append(root.register_forward_pre_hook(self._refuse).remove)
+        else:
+            self._listen(root)
+
+    def _refuse(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        raise UsageError(
+            f"the bridge of {type(self.pair.target.hf).__name__} holds copies of weights, which cannot be switched "
+            "while it runs: use the Hugging Face model (evaluate, generate, pair.target.hf) under a conditional graft"
+        )
 
     def _listen(self, root: Any) -> None:
         self.ends.append(root.register_forward_pre_hook(self._before, with_kwargs=True).remove)
 
     def _before(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         past = keywords.get("past_key_values")
+        if self.intervention.phased:
+            check_phases(keywords)
         phase = "prompt" if past is None or past.get_seq_length() == 0 else "decoding"
         wanted = self.conditional.when in ("always", phase)
         # asked in any case: a pass of an unknown question is refused whatever its phase
@@ -126,10 +138,16 @@ class AppliedConditional:
     @guard.protect
     def _switch(self, on: bool) -> None:
         if on and not self.entry.saved:
-            for region, strength in self.regions.items():
-                if strength != 0:
-                    write(self.conditional.graft.operator, self.pair, region, strength, self.entry.saved)
+            try:
+                for region, strength in self.regions.items():
+                    if strength != 0:
+                        write(self.conditional.graft.operator, self.pair, region, strength, self.entry.saved)
+            except BaseException:
+                # half of a graft would be taken for the whole by the next pass
+                self.entry.restore()
+                raise
         elif not on:
             self.entry.restore()
         if guard.pending:
+            guard.pending = False
             raise KeyboardInterrupt

@@ -67,7 +67,7 @@ class Graft:
         strict: bool = False,
     ) -> None:
         # a string is an iterable of letters
-        names = [modules] if isinstance(modules, str) else [str(m) for m in modules]
+        names = [modules.strip()] if isinstance(modules, str) else [str(m).strip() for m in modules]
         if kv not in get_args(KV):
             raise UnknownNameError("K/V policy", kv, get_args(KV))
         values = _strengths(names, strength)
@@ -129,27 +129,31 @@ class Graft:
 
     def consequences(self, pair: Pair) -> list[str]:
         """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""
-        layout, said = pair.layout, []
+        layout, parameters, said = pair.layout, pair.target_parameters, []
         if self.mode not in ("replacement", "nothing"):
             said.append(f"strength: {self.mode}")
         heads: dict[int, set[int]] = {}
-        for address in map(layout.check, self.modules):
+        for address, strength in zip(map(layout.check, self.modules), self.strengths, strict=True):
+            if strength == 0:
+                continue
             if address.head is not None:
                 heads.setdefault(address.layer, set()).add(address.head)
             elif address.kind in ("norm", "embedding"):
                 said.append(f"moves {address}, which belongs to no block's linear layers")
+        written = self.regions(pair)
         for layer, ours in heads.items():
-            groups = sorted({layout.group(h) for h in ours})
-            moved, touched = [], set()
-            for group in groups:
+            # what is moved, by whichever module: a head's K and V may come with the whole layer
+            moved, touched, still = [], set(), []
+            for group in sorted({layout.group(h) for h in ours}):
                 members = set(range(group * layout.group_size, (group + 1) * layout.group_size))
-                if self.kv == "group" or (self.kv == "whole-group" and members <= ours):
+                if all(_covered(region, written) for region in layout.kv_regions(layer, group, parameters)):
                     moved += sorted(members)
                     touched |= members - ours
+                else:
+                    still += sorted(members & ours)
             if moved:
                 others = f", read by {_heads(sorted(touched))} outside the graft as well" if touched else ""
                 said.append(f"L{layer}: moves K/V of {_heads(moved)}{others}")
-            still = [h for h in sorted(ours) if h not in moved]
             if still:
                 said.append(f"L{layer}: K/V of {_heads(still)} stay the target's (kv={self.kv!r})")
             norms = [n for n in ("q_norm", "k_norm") if f"L{layer}.{n}" in layout.others]
@@ -178,9 +182,13 @@ class Graft:
         return Applied(self, pair, checked(self, pair))
 
     def copied(self, pair: Pair, name: str | None = None) -> LanguageModel:
-        """A new model, the target with the graft in it; the pair is not touched."""
+        """A new model, the target with the graft in it; the pair is not touched.
+
+        Plain grafts that are in place are in the copy as well; a conditional one is refused.
+        """
         from mechtransplant.pair import LanguageModel, copy_without_hooks
 
+        pair.check_plain("copy")
         regions = checked(self, pair)
         hf = copy_without_hooks(pair.target.hf)
         new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
@@ -235,13 +243,14 @@ def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
                 f"the source's {name} is {types[0]} and the target's {types[1]}: nothing was grafted; load both with "
                 "one dtype"
             )
-        # looked at once per pair
-        if name not in pair.known_finite:
+        # looked at once, and again when the source's numbers have changed
+        state = (id(source), source._version)
+        if pair.known_finite.get(name) != state:
             if not source.isfinite().all():
                 raise CompatibilityError(
                     f"the source's {name} holds NaN or Inf: nothing was grafted; use intact weights"
                 )
-            pair.known_finite.add(name)
+            pair.known_finite[name] = state
     return regions
 
 
@@ -269,6 +278,16 @@ def _mode(strength: float) -> str:
     if strength > 1:
         return "extrapolation"
     return {0.0: "nothing", 1.0: "replacement"}.get(strength, "interpolation")
+
+
+def _covered(region: Region, written: Mapping[Region, float]) -> bool:
+    """Whether a region lies inside one that is written at a strength other than 0."""
+    for other, strength in written.items():
+        if strength != 0 and other.parameter == region.parameter:
+            inside = other.axis == region.axis and other.start <= region.start and region.stop <= other.stop
+            if other.axis is None or inside:
+                return True
+    return False
 
 
 def _heads(numbers: list[int]) -> str:

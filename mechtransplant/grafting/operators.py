@@ -89,7 +89,7 @@ class Linear:
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
         import torch
 
-        weights = torch.tensor([1 - strength, strength]).to(target)
+        weights = torch.tensor([1 - strength, strength], dtype=target.dtype, device=target.device)
         # one fused multiply-add, as the reference has it; far from 0 … 1 the rounded weights can miss a sum of 1
         merged = torch.addcmul(weights[0] * target, source, weights[1])
         total = weights.sum()
@@ -221,7 +221,7 @@ class Slerp:
         import torch
 
         cosine = _cosine(target, source)
-        theirs = torch.tensor(strength).to(target)
+        theirs = torch.tensor(strength, dtype=target.dtype, device=target.device)
         ours = 1 - theirs
         # compared as Python numbers: a threshold near 1 would round up to 1 in float32
         if abs(float(cosine)) <= self.threshold:

@@ -8,7 +8,7 @@ query_key_value, Phi-3's qkv_proj and gate_up_proj) has one address as a layer a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,7 @@ class Layout:
 
     # --- parts of parameters ---------------------------------------------------------------------------------------
 
-    def regions(self, address: str, parameters: dict[str, Any]) -> list[Region]:
+    def regions(self, address: str, parameters: Mapping[str, Any]) -> list[Region]:
         """The parts of parameters that an address stands for; a head is its Q rows and O columns, with Q's bias.
 
         ``parameters`` maps names to tensors. K and V belong to a head's group (:meth:`kv_regions`); the bias of the
@@ -145,9 +145,12 @@ class Layout:
         modules = [self.others[str(parsed)]] if str(parsed) in self.others else []
         modules = modules or [self.linears[a] for a in self.linears_of(address)]
         names = [f"{module}.{suffix}" for module in modules for suffix in ("weight", "bias")]
-        return [Region(name) for name in names if name in parameters]
+        found = [Region(name) for name in names if name in parameters]
+        if not found:
+            raise UsageError(f"{address} has no weights in this model: name another module")
+        return found
 
-    def kv_regions(self, layer: int, group: int, parameters: dict[str, Any]) -> list[Region]:
+    def kv_regions(self, layer: int, group: int, parameters: Mapping[str, Any]) -> list[Region]:
         """K and V of one group of heads: the rows of the K and V projections, with their biases."""
         span = group * self.d_head, (group + 1) * self.d_head
         return [r for name in ("k_proj", "v_proj") for r in self._projected(layer, name, span, parameters)]
@@ -156,7 +159,7 @@ class Layout:
         """The K/V head that a query head reads."""
         return head // self.group_size
 
-    def _projected(self, layer: int, name: str, span: tuple[int, int], parameters: dict[str, Any]) -> list[Region]:
+    def _projected(self, layer: int, name: str, span: tuple[int, int], parameters: Mapping[str, Any]) -> list[Region]:
         address = f"L{layer}.{name}"
         projection = self.parts.get(address)
         if projection is None:
@@ -176,7 +179,7 @@ class Layout:
             projection = Projection(address, ((0, heads * self.d_head),))
         return self._outputs(projection, span, parameters)
 
-    def _outputs(self, projection: Projection, span: tuple[int, int], parameters: dict[str, Any]) -> list[Region]:
+    def _outputs(self, projection: Projection, span: tuple[int, int], parameters: Mapping[str, Any]) -> list[Region]:
         """Weights and biases of some outputs of a projection."""
         name, found = self.linears[projection.linear], []
         axis = 1 if projection.linear in self.transposed else 0
@@ -229,6 +232,8 @@ def layout_of(model: Any) -> Layout:
                 f"L{layer} of {type(model).__name__} has no feed-forward linear layer (a mixture of experts has it in "
                 "one tensor): such models cannot be addressed yet"
             )
+    others = _others(model, prefix, set(linears.values()))
+    _check_complete(model, others)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     heads = int(config.num_attention_heads)
     sizes = {
@@ -241,7 +246,7 @@ def layout_of(model: Any) -> Layout:
         layers=max(layer for layer, _, _ in found) + 1,
         **sizes,
         parts=_parts(model, linears, str(config.model_type), sizes),
-        others=_others(model, prefix, set(linears.values())),
+        others=others,
         transposed=frozenset(a for a, name in linears.items() if is_transposed(model.get_submodule(name))),
     )
 
@@ -285,6 +290,18 @@ def _others(model: Any, prefix: str, linears: set[str]) -> dict[str, str]:
         names = _short_names([rest for rest, _ in members])
         found.update({f"L{layer}.{names[rest]}": path for rest, path in members})
     return found
+
+
+def _check_complete(model: Any, others: dict[str, str]) -> None:
+    """Raise UsageError for a block with matrices that are in no linear layer: experts in one tensor, convolutions."""
+    for address, path in others.items():
+        for name, parameter in model.get_submodule(path).named_parameters(recurse=False):
+            if address.startswith("L") and parameter.dim() > 1:
+                shape = " × ".join(map(str, parameter.shape))
+                raise UsageError(
+                    f"{path}.{name} of {type(model).__name__} ({shape}) is in no linear layer (experts in one tensor, "
+                    "a convolution, a state-space layer): such models cannot be addressed yet"
+                )
 
 
 def _short_names(paths: Iterable[str]) -> dict[str, str]:

@@ -117,6 +117,8 @@ class _Ablating:
                 self.whole.append(module.site)
             else:
                 self.heads.setdefault(module.site, []).append(module.head)
+        self.heads_changed = frozenset((site.layer, head) for site, heads in self.heads.items() for head in heads)
+        self.heads_exchanged: frozenset[tuple[int, int]] = frozenset()
         self.known: dict[Site, Tensor] = {}
 
     def sites(self, model: LanguageModel) -> list[Site]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mechtransplant.evaluation.interventions import Intervention, interventions_on
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.interventions import Intervention, check_phases, interventions_on
 from mechtransplant.interrupts import guard
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, read_pass
@@ -21,6 +23,9 @@ class Editing(Protocol):
     """What a patch must give: the sites that it changes, and their new activations."""
 
     positions: Where
+    #: (layer, head) of the heads that it changes, and of those whose writes it exchanges at the block's output
+    heads_changed: frozenset[tuple[int, int]]
+    heads_exchanged: frozenset[tuple[int, int]]
 
     def sites(self, model: LanguageModel) -> list[Site]:
         """The sites that it changes."""
@@ -38,6 +43,8 @@ class Installed:
         self.patch = patch
         self.now: Pass | None = None
         self.lockstep = Lockstep(source, watched, remember) if source is not None else None
+        if self.lockstep is not None:
+            self.lockstep.own = source is None or source.model is not target.model
         self.ends: list[Callable[[], None]] = []
         try:
             self.ends.append(target.root.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -51,6 +58,8 @@ class Installed:
     def _begin(self, module: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self.lockstep is not None and self.lockstep.running:
             return
+        if self.patch.positions != "all":
+            check_phases(keywords)
         self.now = read_pass(inputs, keywords)
         if self.lockstep is not None:
             self.lockstep.follow(self.now)
@@ -82,10 +91,12 @@ class Installed:
 
     def remove(self) -> None:
         """Take the hooks away."""
-        while self.ends:
-            self.ends.pop()()
         if self.lockstep is not None:
-            self.lockstep.close()
+            self.ends.append(self.lockstep.close)
+        with ExitStack() as stack:
+            # every one is taken away, also where one fails
+            while self.ends:
+                stack.callback(self.ends.pop(0))
 
 
 class AppliedPatch:
@@ -103,9 +114,18 @@ class AppliedPatch:
         self.patch, self.target, self.source, self.watched = patch, target, source, list(watched)
         self.entries: list[tuple[list[Installed], Intervention, Callable[[Any], None]]] = []
 
+    def _check_heads(self, mine: Intervention) -> None:
+        for other in interventions_on(self.target.hf):
+            both = sorted((mine.heads & other.exchanges) | (mine.exchanges & other.exchanges))
+            if both:
+                name = f"L{both[0][0]}H{both[0][1]}"
+                raise UsageError(
+                    f"{name} is patched by its result in an outer block, which would be added to what this block says: "
+                    "name all heads in one patch, or patch heads='z' outside"
+                )
+
     @guard.protect
     def __enter__(self) -> Any:
-        guard.hold()
         installed: list[Installed] = []
 
         def on_bridge(bridge: Any) -> None:
@@ -114,7 +134,15 @@ class AppliedPatch:
             source = None if theirs is None else Body(theirs, bridge if theirs is self.target else theirs.bridge)
             installed.append(Installed(self.patch, Body(self.target, bridge), source, self.watched, self.remember))
 
-        intervention = Intervention(phased=self.patch.positions != "all")
+        follows = None if self.source is None else self.source.hf
+        intervention = Intervention(
+            phased=self.patch.positions != "all",
+            follows=follows,
+            heads=self.patch.heads_changed,
+            exchanges=self.patch.heads_exchanged,
+        )
+        self._check_heads(intervention)
+        guard.hold()
         self.entries.append((installed, intervention, on_bridge))
         interventions_on(self.target.hf).append(intervention)
         self.target.when_bridged.append(on_bridge)
@@ -136,10 +164,9 @@ class AppliedPatch:
 
     def _leave(self) -> None:
         installed, intervention, on_bridge = self.entries.pop()
-        try:
-            self.target.when_bridged.remove(on_bridge)
-            interventions_on(self.target.hf).remove(intervention)
-            for each in reversed(installed):
-                each.remove()
-        finally:
-            guard.release()
+        with ExitStack() as stack:
+            stack.callback(guard.release)
+            stack.callback(interventions_on(self.target.hf).remove, intervention)
+            stack.callback(self.target.when_bridged.remove, on_bridge)
+            for each in installed:
+                stack.callback(each.remove)

@@ -57,11 +57,17 @@ def patch_versus_graft(
         ``…_high`` (95 % bootstrap interval over prompts) and ``…_accuracy`` (share answered rightly). ``attrs`` holds
         the log-probabilities and accuracies of "target" and "source".
     """
-    names = list(modules) if modules is not None else [*pair.modules("head"), *pair.modules("mlp")]
+    if modules is None:
+        modules = [*pair.modules("head"), *pair.modules("mlp")]
+    names = [modules] if isinstance(modules, str) else [str(m) for m in modules]
+    if not names:
+        raise UsageError("no modules were named: leave modules out for all heads and MLPs")
     places = modules_of(pair.layout, names)
     if [m.address for m in places] != names or any(m.site.place not in ("z", "mlp", "attn") for m in places):
         raise UsageError("patch_versus_graft compares heads, MLPs and attention blocks, each named once")
     base, best = (gold_scores(model, task, batch_size) for model in (pair.target, pair.source))
+    # patches read no shared prefix apart: neither does what they are compared with
+    plain = gold_scores(pair.target, task, batch_size, share_prefix=False)
     patched = _patched(pair, task, names, heads, batch_size, progress)
     picks = bootstrap_indices(len(task), resamples, seed)
     rows = []
@@ -69,8 +75,8 @@ def patch_versus_graft(
         with Graft([name], kv=kv).applied(pair):
             grafted = gold_scores(pair.target, task, batch_size)
         row: dict[str, float] = {}
-        for what, (correct, log_probability) in (("patch", patched[at]), ("graft", grafted)):
-            gain = log_probability - base[1]
+        for what, (correct, log_probability), before in (("patch", patched[at], plain), ("graft", grafted, base)):
+            gain = log_probability - before[1]
             low, high = percentile_interval(gain[picks].mean(1))
             row |= {f"{what}_effect": gain.mean(), f"{what}_low": low, f"{what}_high": high}
             row[f"{what}_accuracy"] = correct.mean()
@@ -113,6 +119,8 @@ class _OneByOne:
         self.each = {name: Copying(Patch([name], heads=heads), pair, modules_of(pair.layout, [name])) for name in names}
         self.watched = list(dict.fromkeys(m.site for m in modules_of(pair.layout, names)))
         self.active: Copying | None = None
+        self.heads_changed = frozenset(h for one in self.each.values() for h in one.heads_changed)
+        self.heads_exchanged = frozenset(h for one in self.each.values() for h in one.heads_exchanged)
 
     def sites(self, model: LanguageModel) -> list[Site]:
         return list(dict.fromkeys(site for one in self.each.values() for site in one.sites(model)))

@@ -72,7 +72,8 @@ def ablate_heads_and_mlps(
     each_head, each_mlp = (parameter_count(target, [kind[0]]) for kind in (heads, mlps))
     whole = sum(p.numel() for p in target.hf.parameters())
     rng = np.random.default_rng(seed)
-    base = gold_scores(target, task, batch_size)
+    # ablations read no shared prefix apart: neither does what they are compared with
+    base = gold_scores(target, task, batch_size, share_prefix=False)
     plans: list[dict[str, Any]] = []
     for count in counts:
         alike = min(len(heads), max(1, round(count * each_mlp / each_head)))

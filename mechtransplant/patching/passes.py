@@ -80,6 +80,8 @@ def read_pass(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Pass:
     mask = keywords.get("attention_mask")
     if mask is None:
         mask = torch.ones(ids.shape[0], before + ids.shape[1], dtype=torch.long, device=ids.device)
+    if past is not None and mask.dim() == 4:
+        raise UsageError("a patched model needs a dynamic key-value cache: leave out cache_implementation='static'")
     if mask.dim() != 2 or mask.shape[1] != before + ids.shape[1]:
         wanted = f"(batch, {before + ids.shape[1]})"
         raise UsageError(f"a patched model needs an attention mask of shape {wanted}, got {tuple(mask.shape)}")

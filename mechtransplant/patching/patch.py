@@ -6,6 +6,7 @@ its own, so a patch acts alike while prompts are scored and while text is writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ class Patch:
         object.__setattr__(self, "modules", tuple(dict.fromkeys(names)))
         object.__setattr__(self, "positions", positions if isinstance(positions, str) else tuple(positions))
         object.__setattr__(self, "heads", heads)
-        object.__setattr__(self, "strength", float(strength))
+        object.__setattr__(self, "strength", _finite(strength))
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -76,6 +77,16 @@ class Patch:
         return AppliedPatch(editing, pair.target, pair.source, list(dict.fromkeys(m.site for m in modules)))
 
 
+def _finite(strength: object) -> float:
+    try:
+        value = float(strength)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"a patch's strength is one number, got {strength!r}") from error
+    if not math.isfinite(value):
+        raise UsageError(f"a patch's strength must be a finite number, got {strength!r}")
+    return value
+
+
 class Copying:
     """A patch on one pair: which sites change, and to what."""
 
@@ -88,6 +99,9 @@ class Copying:
                 self.whole.append(module.site)
             else:
                 self.heads.setdefault(module.site.layer, []).append(module.head)
+        pairs = frozenset((layer, head) for layer, heads in self.heads.items() for head in heads)
+        self.heads_changed = pairs
+        self.heads_exchanged = pairs if patch.heads == "result" else frozenset()
         #: the target's z of this pass, for writes that are exchanged where the heads' sum comes out
         self.z: dict[int, Tensor] = {}
 

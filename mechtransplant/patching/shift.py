@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel, Pair
 
 
+#: a whole block's name stands for the residual stream after it
+_BLOCK = re.compile(r"^L\d+$")
+
+
 @dataclass(frozen=True)
 class MeanShift:
     """Vectors that are added to what modules write: output ← output + strength · vector, at some positions.
@@ -37,6 +42,8 @@ class MeanShift:
         check_where(self.positions)
         if not isinstance(self.positions, str):
             object.__setattr__(self, "positions", tuple(self.positions))
+        named = {f"{m}.resid_post" if _BLOCK.match(m) else m: v for m, v in self.vectors.items()}
+        object.__setattr__(self, "vectors", named)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -47,7 +54,8 @@ class MeanShift:
         self, modules: Iterable[str], *, positions: Where | None = None, strength: float | None = None
     ) -> MeanShift:
         """The same vectors for some of the modules, or at other positions, or another strength."""
-        names = [modules] if isinstance(modules, str) else list(modules)
+        given = [modules] if isinstance(modules, str) else list(modules)
+        names = [f"{m}.resid_post" if _BLOCK.match(m) else m for m in given]
         absent = [m for m in names if m not in self.vectors]
         if absent:
             raise UsageError(f"there is no mean shift of {absent[0]}: measure it with mean_shift(…, modules=…)")
@@ -61,6 +69,10 @@ class MeanShift:
     def applied(self, model: LanguageModel | Pair) -> AppliedPatch:
         """A model (a pair's target) with the vectors added, for the length of a ``with`` block."""
         target: Any = getattr(model, "target", model)
+        width = target.hf.config.get_text_config().hidden_size
+        for name, vector in self.vectors.items():
+            if tuple(vector.shape) != (width,):
+                raise UsageError(f"the vector of {name} has shape {tuple(vector.shape)}, not ({width},): other model?")
         return AppliedPatch(_Adding(self, modules_of(target.layout, self.vectors)), target)
 
     def save(self, path: str | Path) -> None:
@@ -93,6 +105,8 @@ class _Adding:
 
     def __init__(self, patch: MeanShift, modules: list[Module]) -> None:
         self.patch, self.positions = patch, patch.positions
+        # what is added to a block's output changes no head
+        self.heads_changed = self.heads_exchanged = frozenset[tuple[int, int]]()
         self.at: dict[Site, list[str]] = {}
         for module in modules:
             # a head's write is part of what the attention block writes

@@ -106,12 +106,14 @@ class Body:
         point = self.bridge.hook_dict.get(site.hook)  # type: ignore[union-attr]
         if point is None:
             raise UsageError(f"TransformerLens has no {site.hook} for {type(self.model.hf).__name__}")
-        point.add_hook(lambda tensor, hook: edit(tensor))
+        # permanent, so that the bridge's reset_hooks leaves it: this block's end takes it away
+        point.add_hook(lambda tensor, hook: edit(tensor), is_permanent=True)
         handle = point.fwd_hooks[-1]
 
         def end() -> None:
             handle.hook.remove()
-            point.fwd_hooks.remove(handle)
+            if handle in point.fwd_hooks:
+                point.fwd_hooks.remove(handle)
 
         return end
 
