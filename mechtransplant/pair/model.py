@@ -1,0 +1,116 @@
+"""One model: the clean Hugging Face model, its tokenizer, and a bridge with hook points over the same parameters.
+
+The clean Hugging Face model is the truth. ``LanguageModel.bridge`` is a TransformerLens bridge, raw, on a twin that
+shares the parameters: a write to either is seen by both, and ``hf`` keeps plain Hugging Face speed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mechtransplant.errors import UsageError
+from mechtransplant.modules import Layout, layout_of
+
+
+@dataclass
+class LanguageModel:
+    """A causal model with its tokenizer: ``hf`` (clean), ``bridge`` (hook points), ``name``, ``fingerprint``."""
+
+    name: str
+    hf: Any
+    tokenizer: Any
+    #: called with the bridge when it is made: what acts on the model by then acts on the bridge too
+    when_bridged: list[Callable[[Any], None]] = field(default_factory=list, repr=False, compare=False)
+
+    @cached_property
+    def bridge(self) -> Any:
+        """A raw TransformerBridge over the same parameters; made when first asked for (about 4 s of imports)."""
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # booting replaces submodules, so it gets a twin that shares every parameter
+        twin = copy_without_hooks(self.hf, share_parameters=True)
+        folder = getattr(self.hf.config, "_name_or_path", "") or self.name
+        # a model that was built from a config does not say what it is, and the bridge asks
+        twin.config.architectures = twin.config.architectures or [type(self.hf).__name__]
+        bridge = TransformerBridge.boot_transformers(
+            folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device)
+        )
+        for act in self.when_bridged:
+            act(bridge)
+        return bridge
+
+    def weights_changed(self) -> None:
+        """Forget a bridge that holds copies: the next use makes one of the weights as they are then."""
+        if "bridge" in self.__dict__ and holds_copies(self.hf, self.bridge):
+            del self.__dict__["bridge"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of all parameters as they are now (a graft in place changes it)."""
+        from mechtransplant.weights import fingerprint
+
+        return fingerprint(self.hf)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the model's modules are."""
+        return layout_of(self.hf)
+
+    def output_weights(self, layer: int) -> Any:
+        """W_O of every head of a layer, shape (head, d_head, d_model): a head's write is z @ W_O[head]."""
+        linear = self.hf.get_submodule(self.layout.linears[self.layout.attention_output(layer)])
+        weight = linear.weight.detach()
+        # GPT-2's Conv1D keeps its weight the other way round
+        heads, d_head = self.layout.heads, self.layout.d_head
+        if weight.shape[0 if self.layout.attention_output(layer) in self.layout.transposed else 1] != heads * d_head:
+            raise UsageError(f"the output projection of L{layer} does not read {heads} heads of {d_head} numbers each")
+        inward = weight if self.layout.attention_output(layer) in self.layout.transposed else weight.T
+        return inward.reshape(self.layout.heads, self.layout.d_head, -1)
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
+        return f"LanguageModel({self.name!r}, {type(self.hf).__name__}, {millions:.1f} M parameters)"
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def copy_without_hooks(hf: Any, share_parameters: bool = False) -> Any:
+    """A copy of a Hugging Face model without what acts on it now: a copied hook would act on nobody's behalf."""
+    kept = [(module, name, getattr(module, name)) for module in hf.modules() for name in _HOOKS]
+    try:
+        for module, name, hooks in kept:
+            setattr(module, name, type(hooks)())
+        return copy.deepcopy(hf, memo={id(p): p for p in hf.parameters()} if share_parameters else None)
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
+
+
+def holds_copies(hf: Any, bridge: Any) -> bool:
+    """Whether a bridge has weights of its own (GPT-NeoX's Q, K and V are copied), which do not follow a graft."""
+    shared = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+    return any(p.untyped_storage().data_ptr() not in shared for p in bridge.original_model.parameters())
+
+
+class Parameters(Mapping[str, Any]):
+    """A model's parameters by name, looked up when they are asked for: a model may be given new ones."""
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.hf.get_parameter(name)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self.hf.named_parameters())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
