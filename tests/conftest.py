@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,47 @@ def unchanged(generations: Pair) -> Iterator[Pair]:
     before = [p.fingerprint for p in (generations.source, generations.target)]
     yield generations
     assert [p.fingerprint for p in (generations.source, generations.target)] == before
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """A function that runs the command in this process and returns (exit code, output, error output)."""
+    from mechtransplant import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mechtransplant", *arguments])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(generations: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graft of an MLP, a head and a linear layer, in three shards; tests that break it copy it first."""
+    from exports import MIXED
+
+    from mechtransplant.export import export_graft
+    from mechtransplant.grafting import Graft
+
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export_graft(generations, Graft(MIXED), folder, shard_size="1500KB")
+    return folder
+
+
+@pytest.fixture
+def broken(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the export that a test may break."""
+    return Path(shutil.copytree(exported, tmp_path / "broken"))
 
 
 @pytest.fixture
