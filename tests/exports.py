@@ -13,6 +13,7 @@ from mechtransplant.pair import Pair
 
 ROOT = Path(__file__).resolve().parents[1]
 MIXED = ("L0.mlp", "L3H2", "L1.q_proj")
+MLP = "model.layers.0.mlp.up_proj.weight"
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -27,3 +28,8 @@ def grafted_logits(pair: Pair, graft: Graft, ids: torch.Tensor) -> torch.Tensor:
 
 def loaded(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def edited_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))

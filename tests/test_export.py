@@ -17,7 +17,7 @@ import torch
 import transformers
 import yaml
 from architectures import ARCHITECTURES, LLAMA, random_pair_of
-from exports import MIXED, ROOT, grafted_logits, loaded, logits
+from exports import MIXED, ROOT, edited_config, grafted_logits, loaded, logits
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Outcome, compare, evaluate

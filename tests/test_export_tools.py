@@ -16,7 +16,7 @@ import torch
 import transformers
 import yaml
 from architectures import ARCHITECTURES, build
-from exports import MIXED, grafted_logits, loaded, logits
+from exports import MIXED, MLP, grafted_logits, loaded, logits
 
 from mechtransplant.errors import UsageError, WeightsError
 from mechtransplant.evaluation import evaluate

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from exports import MLP, edited_config
 
 from mechtransplant.errors import UsageError, WeightsError
 from mechtransplant.export import verify_export
@@ -38,7 +39,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(bytes(content))
 
 
-NORM, MLP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
 OTHER = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -64,11 +65,6 @@ def extra(folder: Path) -> None:
 
 def other_type(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({NORM: tensors[NORM].bfloat16()}), NORM)
-
-
-def edited_config(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
 
 
 def removed_file(folder: Path) -> None:
