@@ -58,10 +58,25 @@ _HOME = {
     "run_experiment": "experiment",
 }
 
-__all__ = [*_HOME, "__version__"]
+#: whole packages, for their other names: mt.figures.volcano, mt.grafting.operators.Ties
+_PACKAGES = (
+    "errors",
+    "evaluation",
+    "export",
+    "figures",
+    "grafting",
+    "localization",
+    "patching",
+    "significance",
+    "tasks",
+)
+
+__all__ = [*_HOME, *_PACKAGES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"mechtransplant.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'mechtransplant' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"mechtransplant.{_HOME[name]}"), name)

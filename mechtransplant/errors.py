@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
@@ -22,6 +23,16 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
         raise UsageError(f"{name} must be a whole number of at least {least}{upper}, got {value!r}")
 
 
+def finite_number(name: str, value: object) -> float:
+    """The value as a float; raises UsageError unless it is one finite number (numpy's and torch's 0-d ones too)."""
+    plain = value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        raise UsageError(f"{name} is one number, got {value!r}")
+    if not math.isfinite(plain):
+        raise UsageError(f"{name} must be a finite number, got {value!r}")
+    return float(plain)
+
+
 def check_seed(value: object) -> None:
     """Raise UsageError unless ``value`` can seed a generator: a whole number from 0 on."""
     check_count("seed", value, least=0)
@@ -38,7 +49,8 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: object, known: Iterable[str], advice: str = "") -> None:
         known = sorted(known)
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+        lower = {k.lower(): k for k in known}
+        near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, n=3, cutoff=0.4)]
         if near:
             hint = f"did you mean {' or '.join(near)}?"
         else:

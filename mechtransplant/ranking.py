@@ -48,7 +48,10 @@ class Rule:
         if kind not in KINDS:
             raise UnknownNameError("kind of module", kind, KINDS)
         if kind not in self.kinds:
-            raise UsageError(f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {kind!r}: choose another")
+            others = ", ".join(sorted(name for name, rule in RULES.items() if kind in rule.kinds))
+            raise UsageError(
+                f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {kind!r}: for {kind!r} use {others}"
+            )
         parameters = inspect.signature(self.score).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
@@ -88,8 +91,9 @@ def register_rule(
 
 
 def list_rules() -> dict[str, str]:
-    """Every rule with its equation and what it needs."""
-    return {r.name: f"{r.description} {r.equation} (needs {r.needs})" for r in RULES.values()}
+    """Every rule with its equation, what it needs and the kinds that it scores."""
+    kinds = {r.name: "all" if r.kinds == KINDS else ", ".join(r.kinds) for r in RULES.values()}
+    return {r.name: f"{r.description} {r.equation} (needs {r.needs}; kinds: {kinds[r.name]})" for r in RULES.values()}
 
 
 def get_rule(name: str) -> Rule:
@@ -100,7 +104,7 @@ def get_rule(name: str) -> Rule:
 
 
 def rank_modules(
-    pair: Pair, task: Task | None, rule: str = "lae", kind: Kind = "linear", *, seed: int = 0, **options: Any
+    pair: Pair, task: Task | None = None, rule: str = "lae", kind: Kind = "linear", *, seed: int = 0, **options: Any
 ) -> pd.DataFrame:
     """Every module of a kind with its score and rank (1 is the highest score; ties go to the earlier module).
 

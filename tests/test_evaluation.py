@@ -199,3 +199,18 @@ def test_a_prompt_without_tokens_is_refused(random_model: Build) -> None:
     task = Task("empty", (Example("1+1=", "2"),), format=PromptFormat(chat=True))
     with pytest.raises(TaskError, match="becomes no token"):
         encode(task, tokenizer)
+
+
+def test_what_is_no_model_or_no_task_is_named(generations: Pair, addition: Task) -> None:
+    splits = addition.split(8, 8, 8)
+    for call in (evaluate, gold_scores, generate):
+        with pytest.raises(UsageError, match=r"expected a task, such as .*, got Splits"):
+            call(generations.target, splits)  # type: ignore[operator]
+        with pytest.raises(UsageError, match=r"expected a model, such as pair\.target, got Pair"):
+            call(generations, splits.test)  # type: ignore[operator]
+    found = evaluate(generations.target, splits.test)
+    with pytest.raises(UsageError, match=r"three evaluations .*, got NoneType"):
+        compare(found, found, None)  # type: ignore[arg-type]
+    outcome = compare(found, found, found)
+    assert (outcome.task, outcome.role, outcome.questions) == ("addition", "test", splits.test.fingerprint)
+    assert len(repr(splits)) < 200 and len(repr(splits.test)) < 200 and splits.test[0].answer

@@ -108,14 +108,13 @@ def test_bfloat16(generations: Pair, tmp_path: Path, architecture: str) -> None:
 @pytest.mark.parametrize(
     "graft",
     [
-        Graft([]),
         Graft(["L0", "L1.mlp"], [0.0, 2.0]),
         Graft(["L0H0", "L0H1", "L2.attn"], [0.25, 0.25, -1.0], kv="whole-group"),
         Graft(["L0.mlp"], 0.5, operator=Slerp()),
         Graft(["L0.mlp", "L1H3"], 0.8, operator=Dare(density=0.3, seed=5)),
         Graft(["L0.mlp"], 0.8, operator="ties"),
     ],
-    ids=["nothing", "strengths", "heads", "slerp", "dare", "ties"],
+    ids=["strengths", "heads", "slerp", "dare", "ties"],
 )
 def test_verification_makes_every_kind_of_graft_again(unchanged: Pair, tmp_path: Path, graft: Graft) -> None:
     made = export_graft(unchanged, graft, tmp_path / "out")
@@ -211,7 +210,7 @@ def test_a_graft_in_place_and_other_things_are_refused(unchanged: Pair, tmp_path
             export_graft(unchanged, Graft(["L0.mlp"]), tmp_path / "out")
         with pytest.raises(UsageError, match="a graft is in place"):
             verify_export(exported, unchanged)
-    with pytest.raises(UsageError, match=r"expected a mechtransplant\.Graft"):
+    with pytest.raises(UsageError, match="graft is a Graft, got list"):
         export_graft(unchanged, ["L0.mlp"], tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="side effects are"):
         export_graft(unchanged, Graft(["L0.mlp"]), tmp_path / "out", side_effects=3)
@@ -303,7 +302,10 @@ def test_a_run_exports_its_graft_with_its_statistics(
     code, _, error = command("export", str(tmp_path / "out"), "--run", str(run))
     assert code == 0, error
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "TIR (this model / target): 1.222" in card and "512 questions of boxed, at most 16 new tokens" in card
+    assert (
+        "TIR (this model / target): 1.222" in card
+        and "512 questions of boxed (the run's test split, which chose nothing; at most 16 new tokens)" in card
+    )
     assert command("verify", str(tmp_path / "out"), "--pair", "family/instruct")[0] == 0
     found = finished_run(run)
     export_adapter(found.pair, Graft(["L3H2"]), tmp_path / "adapter", outcome=found.outcome, name="Mine")
@@ -355,3 +357,28 @@ def test_wrong_commands(
     code, _, error = command("export", str(tmp_path / "out"), *arguments)
     assert code == 2 and said in error and len(error.strip().splitlines()) == 1, error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_export_is_given_belongs_together(generations: Pair, addition: Task, tmp_path: Path) -> None:
+    splits = addition.split(8, 8, 32)
+    found = evaluate(generations.target, splits.test)
+    outcome = compare(found, found, found)
+    graft, out = Graft(["L0.mlp"]), tmp_path / "out"
+    for given, options, message in (
+        (generations.target, {}, "pair is a Pair, got LanguageModel"),
+        (generations, {"outcome": found}, "outcome is a Outcome, got Evaluation"),
+        (generations, {"task": splits}, "task is a Task, got Splits"),
+        (generations, {"outcome": outcome, "task": splits.choose}, "outcome is of other questions"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export_graft(given, graft, out, **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="there is nothing to export"):
+        export_graft(generations, Graft([]), out)
+    assert not out.exists()
+    effects = {"addition": outcome, "sort": "not measured"}
+    made = export_graft(generations, graft, out, outcome=outcome, task=splits.test, side_effects=effects)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    # whether they chose the graft, the outcome cannot know
+    assert "On 32 questions of addition (split `test`):" in card and "did not serve" not in card
+    assert "| addition |" in card and "+0.0 [0, 0]" in card and "| not measured |" in card
+    assert len(repr(made)) < 500

@@ -147,7 +147,7 @@ def test_what_no_adapter_can_say_is_refused(generations: Pair, tmp_path: Path) -
         (generations, Graft(["L0.input_layernorm"]), {}, "input_layernorm.weight differs, and a LoRA holds only"),
         (generations, Graft(["embed_tokens"]), {}, "embed_tokens.weight differs"),
         (fused, Graft(["L0.attn"]), {}, r"c_attn\.bias differs"),
-        (generations, Graft(["L0.mlp"], 0.0), {}, "changes no number"),
+        (generations, Graft(["L0.mlp"], 0.0), {}, "moves nothing"),
         (generations, Graft(["L0.mlp"]), {"tolerance": 0}, "tolerance is a relative error"),
         (generations, Graft(["L0.mlp"]), {"max_rank": 0}, "max_rank must be a whole number"),
     ):

@@ -245,7 +245,7 @@ def test_overlap_at_equal_strength_is_applied_once(random_pair: Pair) -> None:
             ["L1: moves K/V of heads 0–1, read by head 1 outside the graft as well"],
         ),
         (["L1H0", "L1H1", "L1.attn"], "never", ["L1: moves K/V of heads 0–1"]),
-        (["L0.input_layernorm"], "never", ["moves L0.input_layernorm, which belongs to no block's linear layers"]),
+        (["L0.input_layernorm"], "never", ["moves L0.input_layernorm, which stay the target's unless they are named"]),
     ],
 )
 def test_consequences_are_spelled_out(random_pair: Pair, modules: list[str], kv: Any, said: list[str]) -> None:
@@ -275,13 +275,28 @@ def test_strengths_by_mapping_function_and_curve(random_pair: Pair) -> None:
     modules = ["L0.mlp", "L1.mlp"]
     expected = Graft(modules, [0.25, 1.0])
     curve = depth_curve([0.25, 1.0], random_pair.layout.layers)
-    for strength in ({"L0.mlp": 0.25, "L1.mlp": 1.0}, lambda a: 0.25 + 0.75 * a.layer, curve):
+    import pandas as pd
+
+    # a Series says whose each number is, whatever the order
+    keyed = pd.Series({"L1.mlp": 1.0, "L0.mlp": 0.25})
+    for strength in (
+        keyed,
+        torch.tensor([0.25, 1.0]),
+        {"L0.mlp": 0.25, "L1.mlp": 1.0},
+        lambda a: 0.25 + 0.75 * a.layer,
+        curve,
+    ):
         assert Graft(modules, strength) == expected
     for strength, message in (
         ({"L0.mlp": 1.0}, "L1.mlp has a strength or is in the graft, not both"),
         (depth_curve([1], 1), "L1.mlp is in none of 1 layers"),
-        ("strong", "one number, or one a module"),
-        (None, "one number, or one a module"),
+        ("strong", "is one number, got 'strong'"),
+        # digits are no list of numbers
+        ("12", "is one number, got '12'"),
+        (b"12", "is one number"),
+        (["0.5", 1], "is one number, got '0.5'"),
+        (True, "is one number, got True"),
+        (None, "is one number, got None"),
     ):
         with pytest.raises(UsageError, match=message):
             Graft(modules, strength)  # type: ignore[arg-type]
@@ -393,3 +408,31 @@ def test_a_reversed_pair_keeps_its_ancestor(random_model: Callable[..., Language
     pair = make_pair(random_model(0), random_model(1), "ancestor")
     pair.base = random_model(2)
     assert pair.reversed().base is pair.base
+
+
+def test_modules_that_are_none_and_sets_without_an_order(random_pair: Pair) -> None:
+    for modules in (None, 3):
+        with pytest.raises(UsageError, match="modules are addresses"):
+            Graft(modules)  # type: ignore[arg-type]
+    assert len(Graft({"L0", "L1"}, 0.5)) == 2
+    with pytest.raises(UsageError, match="has no order"):
+        Graft({"L0", "L1"}, [0.5, 1.0])
+    for method in ("applied", "describe", "copied"):
+        with pytest.raises(UsageError, match="pass the pair, got LanguageModel"):
+            getattr(Graft(["L0"]), method)(random_pair.target)
+
+
+def test_hints_for_near_addresses(random_pair: Pair) -> None:
+    for address, hint in (("L1.MLP", "L1.mlp"), ("L7H0", "Layers are 0 to 1, heads 0 to 3"), ("L1.q_prj", "L1.q_proj")):
+        with pytest.raises(UsageError, match=hint):
+            Graft([address]).regions(random_pair)
+
+
+def test_a_description_says_what_varies(random_pair: Pair) -> None:
+    from mechtransplant.grafting.operators import Ties
+
+    said = Graft(["L0", "L1.mlp"], [0.5, 0.0], operator=Ties(density=0.1)).describe(random_pair)
+    assert "density = 0.1" in said and "strengths: L0 0.5, L1.mlp 0" in said
+    # what has strength 0 is not counted as written
+    assert f"{Graft(['L0']).parameter_count(random_pair):,} numbers" in said
+    assert "not in place" in repr(Graft(["L0"]).applied(random_pair))

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mechtransplant.errors import TaskError
+from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.interventions import accepting, by_acceptance, interventions_on
 from mechtransplant.tasks import Example, Task
 
@@ -34,11 +34,24 @@ class Encoded:
     examples: tuple[Example, ...]
 
 
+def check_model(model: Any) -> None:
+    """Raise UsageError for what is no language model (a pair, a Hugging Face model)."""
+    if not hasattr(model, "hf") or not hasattr(model, "tokenizer"):
+        raise UsageError(f"expected a model, such as pair.target, got {type(model).__name__}")
+
+
+def check_task(task: Any) -> None:
+    """Raise UsageError for what is no task (splits, a task's name)."""
+    if not isinstance(task, Task):
+        raise UsageError(f"expected a task, such as load_task(…) or splits.test, got {type(task).__name__}")
+
+
 def encode(task: Task, tokenizer: Any) -> Encoded:
     """The task's prompts and completions as token ids; raises TaskError for a prompt that becomes no token.
 
     A completion ends with the tokenizer's end token, if it has one.
     """
+    check_task(task)
     # a chat template writes its own begin token
     templated = task.format.chat is not False and bool(getattr(tokenizer, "chat_template", None))
     prompts = [list(tokenizer(text, add_special_tokens=not templated)["input_ids"]) for text in task.prompts(tokenizer)]

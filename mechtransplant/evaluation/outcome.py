@@ -44,10 +44,14 @@ class Outcome:
     recovery_interval: Interval | None
     gap_interval: Interval
     notes: tuple[str, ...]
+    #: the questions: the task's name, the split's role, and the fingerprint
+    task: str = ""
+    role: str = ""
+    questions: str = ""
 
     def __str__(self) -> str:
         tir = "undefined" if self.tir is None else f"{self.tir:.2f}"
-        recovery = "withheld" if self.recovery is None else f"{self.recovery:.0f} %"
+        recovery = "withheld" if self.recovery is None else f"{self.recovery + 0.0:.0f} %".replace("-0 %", "0 %")
         return (
             f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, "
             f"n = {self.n}), TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}"
@@ -63,6 +67,9 @@ def compare(
     gap between source and target covers 0. Raises UsageError when the questions differ, or served to select modules.
     """
     three = (target, source, after)
+    strange = [type(e).__name__ for e in three if not isinstance(e, Evaluation)]
+    if strange:
+        raise UsageError(f"compare needs three evaluations (see evaluate), got {strange[0]}")
     if len({e.fingerprint for e in three}) > 1:
         raise UsageError("compare needs three evaluations of the same questions, format and scorer: use one split")
     if len({e.budget for e in three}) > 1:
@@ -124,4 +131,7 @@ def compare(
         recovery_interval,
         gap_interval,
         tuple(notes),
+        target.task,
+        target.role,
+        target.fingerprint,
     )

@@ -19,6 +19,8 @@ from mechtransplant.errors import TaskError, UsageError, check_count
 from mechtransplant.evaluation.batches import (
     PaddingSide,
     check_lengths,
+    check_model,
+    check_task,
     encode,
     pad,
     prefix_cache,
@@ -90,6 +92,7 @@ def gold_scores(
     """
     import torch
 
+    check_model(model)
     check_count("batch_size", batch_size)
     if model.tokenizer.eos_token_id is None:
         raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
@@ -193,6 +196,8 @@ def evaluate(
     Raises:
         TaskError: teacher-forcing asked of a task whose answers are free-form.
     """
+    check_model(model)
+    check_task(task)
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     if method == "auto":
         decided = task.short_answer and model.tokenizer.eos_token_id is not None
@@ -214,6 +219,8 @@ def evaluate_budgets(
     model: LanguageModel, task: Task, budgets: Sequence[int], batch_size: int = 64, progress: bool = False
 ) -> dict[int, Evaluation]:
     """Accuracy at several token budgets from one generation: greedy text at a smaller budget is a prefix of it."""
+    check_model(model)
+    check_task(task)
     if not budgets or min(budgets) < 1:
         raise UsageError(f"token budgets must be positive whole numbers, got {list(budgets)}")
     generations = generate(model, task, max(budgets), batch_size, progress)

@@ -231,7 +231,7 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
     consequences = graft.consequences(pair)
     if graft.operator.name != "replace":
         consequences.insert(0, f"operator {graft.operator.name}: {graft.operator.equation}")
-    if graft.kv != "never" and len(random):
+    if graft.kv != "never" and config.kind == "head" and len(random):
         consequences.append("random sets have as many heads, but K/V that follow them may be more or fewer")
     if consequences:
         lines += ["", "## What the graft does to the model", "", *(f"- {text}" for text in consequences)]

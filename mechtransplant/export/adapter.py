@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.errors import UsageError, check_count
+from mechtransplant.errors import UsageError, check_count, finite_number
 from mechtransplant.export.card import METHOD, NOT_MEASURED, front_matter, graft_section, outcome_lines
+from mechtransplant.export.given import check_given
 from mechtransplant.export.grafted import with_tensors, written_tensors
 from mechtransplant.export.manifest import describe
 from mechtransplant.export.staging import check_free, new_folder, readable
@@ -86,9 +87,10 @@ def export_adapter(
         UsageError: a layer that needs a higher rank, a difference outside the weights of linear layers, a graft that
         changes nothing, or a folder that cannot be written.
     """
+    check_given(pair, graft, folder, outcome, task)
     check_free(Path(folder).expanduser())
     check_count("max_rank", max_rank)
-    if not 0 < tolerance < 1:
+    if not 0 < finite_number("tolerance", tolerance) < 1:
         raise UsageError(f"tolerance is a relative error above 0 and below 1, got {tolerance}")
     _, changed = written_tensors(pair, graft)
     layers = factors(pair, changed, max_rank, tolerance)

@@ -135,8 +135,10 @@ def module_rows(layout: Layout, graft: Graft) -> list[tuple[str, str, float]]:
 
 def outcome_lines(outcome: Outcome, task: str) -> list[str]:
     """The statistics of an outcome, as a table and a list."""
+    # only what the outcome itself knows: whether its questions chose the graft, nobody else can say
+    split = f" (split `{outcome.role}`)" if outcome.role else ""
     lines = [
-        f"On {outcome.n} questions{f' of {task}' if task else ''} that did not serve to choose the graft:",
+        f"On {outcome.n} questions{f' of {task or outcome.task}' if task or outcome.task else ''}{split}:",
         "",
         "| | accuracy |",
         "|---|---|",
@@ -173,12 +175,29 @@ def side_effect_table(side_effects: Any) -> tuple[list[str], list[list[Any]]]:
     if hasattr(side_effects, "columns") and hasattr(side_effects, "itertuples"):
         return [str(c) for c in side_effects.columns], [list(row) for row in side_effects.itertuples(index=False)]
     if isinstance(side_effects, Mapping):
+        from mechtransplant.evaluation import Outcome
+
+        side_effects = {
+            key: _effect(value) if isinstance(value, Outcome) else value for key, value in side_effects.items()
+        }
+        if any(isinstance(v, Mapping) for v in side_effects.values()):
+            side_effects = {k: v if isinstance(v, Mapping) else {"value": v} for k, v in side_effects.items()}
         if side_effects and all(isinstance(v, Mapping) for v in side_effects.values()):
             columns = list(dict.fromkeys(key for v in side_effects.values() for key in v))
             rows = [[name, *(v.get(c, "") for c in columns)] for name, v in side_effects.items()]
             return ["", *map(str, columns)], rows
         return ["", "value"], [[name, value] for name, value in side_effects.items()]
     raise UsageError(f"side effects are a pandas frame or a mapping, got {type(side_effects).__name__}")
+
+
+def _effect(outcome: Outcome) -> dict[str, Any]:
+    """A row of an outcome on another task."""
+    return {
+        "target": f"{outcome.target_accuracy:.1%}",
+        "this model": f"{outcome.after_accuracy:.1%}",
+        "difference (points)": f"{100 * outcome.difference:+.1f} {_interval(outcome.interval, 100)}",
+        "n": outcome.n,
+    }
 
 
 def _cell(value: Any) -> str:

@@ -46,7 +46,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
         outcome = _outcome(chosen)
         named, dtype = config["pair"], str(config["dtype"])
         weights = dict(environment["weights"])
-        task = f"{environment['task']['name']}, at most {budget} new tokens"
+        task = f"{environment['task']['name']} (the run's test split, which chose nothing; at most {budget} new tokens)"
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise UsageError(f"{folder} holds no finished run ({missing} is missing): finish it, then export") from error
@@ -69,7 +69,8 @@ def _outcome(content: dict[str, Any]) -> Outcome:
     """An outcome from JSON, where an unbounded end of an interval is null."""
     values: dict[str, Any] = {}
     for f in fields(Outcome):
-        value = content[f.name]
+        # runs from before the outcome said its questions
+        value = content.get(f.name, "") if f.name in ("task", "role", "questions") else content[f.name]
         if f.name == "notes":
             value = tuple(value)
         elif isinstance(value, list):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.export.card import model_card, side_effect_table
+from mechtransplant.export.given import check_given
 from mechtransplant.export.grafted import with_tensors, written_tensors
 from mechtransplant.export.manifest import MANIFEST, describe, file_hashes, strict_json, tensor_entries, tied_names
 from mechtransplant.export.manifest import write_manifest as _write_manifest
@@ -34,6 +35,9 @@ class Export:
     def differs(self) -> list[str]:
         """The tensors that differ from the target's."""
         return list(self.manifest["differs"])
+
+    def __repr__(self) -> str:
+        return f"Export({self})"
 
     def __str__(self) -> str:
         said = self.manifest["recipe"]
@@ -62,7 +66,8 @@ def export_graft(
         folder: where; it must not exist yet, or be empty. It appears whole or not at all.
         outcome: what the graft did, for the model card and the manifest.
         task: what the outcome was measured on.
-        side_effects: what the graft costs elsewhere: a pandas frame, or a mapping from name to value or to mapping.
+        side_effects: what the graft costs elsewhere: a pandas frame, or a mapping from name to :class:`Outcome` (on
+            another task), to value, or to mapping.
         name: the model card's title.
         licence: an identifier of the hub, such as "apache-2.0".
         shard_size: the size above which the weights are split: "2GB", "500MB".
@@ -70,6 +75,7 @@ def export_graft(
     Raises:
         UsageError: a folder that is not empty or cannot be written, a graft in place, or an address that is unknown.
     """
+    check_given(pair, graft, folder, outcome, task)
     check_free(Path(folder).expanduser())
     table = None if side_effects is None else side_effect_table(side_effects)
     check_not_quantised(pair.target.hf, pair.target.name)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.export.manifest import file_names, graft_of, read_manifest
+from mechtransplant.export.staging import readable
 from mechtransplant.export.tensors import Stored, dtype_name, file_sha256, stored_tensors, tensor_sha256
 from mechtransplant.grafting.applied import written
 from mechtransplant.grafting.graft import checked
@@ -29,6 +30,7 @@ class Verification:
     folder: Path
     problems: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -41,7 +43,7 @@ class Verification:
         lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
         if len(self.problems) > SHOWN:
             lines.append(f"  and {len(self.problems) - SHOWN} more")
-        return "\n".join([*lines, f"  checked: {counts}"])
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes), f"  checked: {counts}"])
 
 
 def verify_export(folder: str | Path, pair: Pair | None = None, *, target: LanguageModel | None = None) -> Verification:
@@ -55,6 +57,11 @@ def verify_export(folder: str | Path, pair: Pair | None = None, *, target: Langu
     Raises:
         UsageError: no folder, no manifest, a broken manifest or shard, or models of another type or shape.
     """
+    if not isinstance(folder, str | Path):
+        raise UsageError(f"folder is a path, got {type(folder).__name__}")
+    for name, value, needed in (("pair", pair, "target_parameters"), ("target", target, "hf")):
+        if value is not None and not hasattr(value, needed):
+            raise UsageError(f"{name} is a {'Pair' if name == 'pair' else 'LanguageModel'}, got {type(value).__name__}")
     folder = Path(folder)
     manifest = read_manifest(folder)
     found = Verification(folder)
@@ -137,6 +144,7 @@ def _models(
     if inside and _exchanged(manifest, pair):
         # a run with `direction: better` may have taken the named target for its source
         pair = pair.reversed()
+        found.notes.append("the pair's source is the target of the export, and its target the source")
     if pair.applied:
         raise UsageError("a graft is in place on this pair's target: leave its `with` block first, then verify")
     dtype = dtype_name(next(iter(pair.target_parameters.values())))
@@ -152,7 +160,12 @@ def _models(
     for role in ("source", "target", "base") if inside else ("target",):
         model, said = getattr(pair, role), manifest["pair"].get(role)
         if model is not None and said is not None and model.fingerprint != said["fingerprint"]:
-            found.problems.append(f"the {role} given is not the one of the export (fingerprint)")
+            found.problems.append(
+                f"the {role} given ({readable(model.name)}) is not the one of the export ({said['spec']}; fingerprint)"
+            )
+    if any("is not the one of the export" in problem for problem in found.problems):
+        # every number would differ, and hide this
+        return
     state = pair.target.hf.state_dict(keep_vars=True)
     by_tensor: dict[int, dict[Region, float]] = {}
     for region, strength in regions.items():

@@ -34,8 +34,14 @@ def patch_versus_graft_plot(
     lacking = [c for c in ("module", "kind", *ends) if c not in getattr(table, "columns", [])]
     if lacking:
         raise UsageError(f"the frame lacks the columns {', '.join(lacking)}: pass patch_versus_graft(…)")
+    if not len(table):
+        raise UsageError("the frame has no rows: there is nothing to draw")
     frame = table.reset_index(drop=True)
-    chosen = frame.module.isin([marked] if isinstance(marked, str) else list(marked)).to_numpy()
+    given = [marked] if isinstance(marked, str) else list(marked)
+    strange = sorted(set(given) - set(frame.module))
+    if strange:
+        raise UsageError(f"marked names {strange[0]}, which the table does not have: mark modules that were moved")
+    chosen = frame.module.isin(given).to_numpy()
     with style():
         figure, axes = new_figure(COLUMN, 2.9)
         x, y = frame.graft_effect.to_numpy(), frame.patch_effect.to_numpy()
@@ -61,8 +67,12 @@ def patch_versus_graft_plot(
                     label=label,
                 )  # fmt: skip
         axes.set_xlabel("graft: weights moved, Δ log p of the answer (nats)")
-        axes.set_ylabel("patch: activations moved (nats)")
+        axes.set_ylabel("patch: activations moved, Δ log p (nats)")
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
-        name_points(axes, frame, x, y, np.argsort(-np.maximum(np.abs(x), np.abs(y)))[:names])
+        # marked ones first: they have the choice of places
+        largest = np.argsort(-np.maximum(np.abs(x), np.abs(y)), kind="stable")
+        named = [int(i) for i in largest[: max(names, int(chosen.sum()))]]
+        every = list(dict.fromkeys([*(int(i) for i in largest if chosen[i]), *named]))
+        name_points(axes, frame, x, y, every[: max(names, int(chosen.sum()))])
     return figure, axes

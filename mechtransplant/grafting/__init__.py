@@ -3,7 +3,7 @@
 
 from mechtransplant.grafting.applied import Applied
 from mechtransplant.grafting.conditional import ConditionalGraft
-from mechtransplant.grafting.graft import KV, Graft, depth_curve, layer_swap
+from mechtransplant.grafting.graft import KV, Graft, addresses_of, depth_curve, layer_swap
 from mechtransplant.grafting.operators import OPERATORS, Operator, get_operator, list_operators
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "ConditionalGraft",
     "Graft",
     "Operator",
+    "addresses_of",
     "depth_curve",
     "get_operator",
     "layer_swap",

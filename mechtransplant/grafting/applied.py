@@ -40,6 +40,10 @@ class Applied:
         self.graft, self.pair, self.regions = graft, pair, regions
         self.entries: list[Entry] = []
 
+    def __repr__(self) -> str:
+        state = "in place" if self.entries else "not in place: use it in a `with` block"
+        return f"<graft of {len(self.graft)} modules into {self.pair.target.name}, {state}>"
+
     @guard.protect
     def __enter__(self) -> Graft:
         self.pair.check_free(self.regions)

@@ -48,6 +48,8 @@ class ConditionalGraft:
     accepts: Predicate | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.graft, Graft):
+            raise UsageError(f"a conditional graft is made of a Graft, got {type(self.graft).__name__}")
         if self.when not in get_args(When):
             raise UnknownNameError("condition", self.when, get_args(When))
         if self.accepts is not None and not callable(self.accepts):

@@ -17,14 +17,13 @@ The bias of the output projection, and norms of queries and keys (Qwen 3, Gemma 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError
+from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
 from mechtransplant.grafting.applied import Applied, written
-from mechtransplant.grafting.operators import Operator, Replace, get_operator
+from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, parse_address
 
@@ -66,13 +65,10 @@ class Graft:
         operator: str | Operator = "replace",
         strict: bool = False,
     ) -> None:
-        # a string is an iterable of letters
-        names = [modules.strip()] if isinstance(modules, str) else [str(m).strip() for m in modules]
+        names = addresses_of(modules, ordered=isinstance(strength, Sequence) or hasattr(strength, "__array__"))
         if kv not in get_args(KV):
             raise UnknownNameError("K/V policy", kv, get_args(KV))
         values = _strengths(names, strength)
-        if not all(math.isfinite(v) for v in values):
-            raise UsageError(f"a graft's strength must be a finite number, got {strength}")
         unique: dict[str, float] = {}
         for name, value in zip(names, values, strict=True):
             if unique.setdefault(name, value) != value:
@@ -95,6 +91,8 @@ class Graft:
 
     def claims(self, pair: Pair) -> Iterator[Claim]:
         """What every module wants to write, K and V by the policy; raises UsageError for an unknown address."""
+        if not hasattr(pair, "target_parameters"):
+            raise UsageError(f"a graft goes between two models: pass the pair, got {type(pair).__name__}")
         layout, parameters = pair.layout, pair.target_parameters
         groups: dict[tuple[int, int], dict[int, float]] = {}
         for module, strength in zip(self.modules, self.strengths, strict=True):
@@ -133,13 +131,16 @@ class Graft:
         if self.mode not in ("replacement", "nothing"):
             said.append(f"strength: {self.mode}")
         heads: dict[int, set[int]] = {}
+        named: list[str] = []
         for address, strength in zip(map(layout.check, self.modules), self.strengths, strict=True):
             if strength == 0:
                 continue
             if address.head is not None:
                 heads.setdefault(address.layer, set()).add(address.head)
             elif address.kind in ("norm", "embedding"):
-                said.append(f"moves {address}, which belongs to no block's linear layers")
+                named.append(str(address))
+        if named:
+            said.append(f"moves {', '.join(named)}, which stay the target's unless they are named")
         written = self.regions(pair)
         for layer, ours in heads.items():
             # what is moved, by whichever module: a head's K and V may come with the whole layer
@@ -164,13 +165,22 @@ class Graft:
 
     def describe(self, pair: Pair) -> str:
         """The graft in words: modules, strength, equation, share of the model, consequences."""
-        count = self.parameter_count(pair)
-        share = count / sum(p.numel() for p in pair.target_parameters.values())
+        wanted = self.regions(pair)
+        parameters = pair.target_parameters
+        regions = [r for r, strength in wanted.items() if strength != 0]
+        count = sum(r.of(parameters[r.parameter]).numel() for r in regions)
+        share = count / sum(p.numel() for p in parameters.values())
+        options = ", ".join(f"{key} = {value}" for key, value in options_of(self.operator).items())
         lines = [
-            f"{len(self)} modules, {count:,} numbers ({share:.1%} of the model), by {self.operator.name}: "
-            f"{self.operator.equation}",
+            f"{len(self)} module{'s' if len(self) != 1 else ''}, {count:,} numbers ({share:.1%} of the model), by "
+            f"{self.operator.name}{f' ({options})' if options else ''}: {self.operator.equation}",
             *self.consequences(pair),
         ]
+        if len(set(self.strengths)) > 1:
+            each = zip(self.modules, self.strengths, strict=True)
+            lines.append("strengths: " + ", ".join(f"{m} {value:g}" for m, value in each))
+        if pair.base is not None:
+            lines.append(f"ancestor b: {pair.base.name}")
         return "\n".join(lines)
 
     def applied(self, pair: Pair) -> Applied:
@@ -188,8 +198,8 @@ class Graft:
         """
         from mechtransplant.pair import LanguageModel, copy_without_hooks
 
-        pair.check_plain("copy")
         regions = checked(self, pair)
+        pair.check_plain("copy")
         hf = copy_without_hooks(pair.target.hf)
         new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
         parameters = dict(hf.named_parameters())
@@ -206,8 +216,10 @@ def depth_curve(values: Sequence[float], layers: int) -> Callable[[Address], flo
     """
     import numpy as np
 
-    if len(values) < 1 or layers < 1:
-        raise UsageError(f"a depth curve needs values and a number of layers, got {list(values)} and {layers}")
+    check_count("layers", layers)
+    values = [finite_number("a depth curve's value", v) for v in values]
+    if not values:
+        raise UsageError("a depth curve needs at least one value")
     points = np.linspace(0, max(layers - 1, 1), len(values)) if len(values) > 1 else np.zeros(1)
 
     def strength(address: Address) -> float:
@@ -220,7 +232,9 @@ def depth_curve(values: Sequence[float], layers: int) -> Callable[[Address], flo
 
 def layer_swap(pair: Pair, first: int, last: int, strength: float = 1.0) -> Graft:
     """The graft of whole transformer blocks ``first`` to ``last``, both counted, with their norms."""
-    if not 0 <= first <= last < pair.layout.layers:
+    for name, value in (("first layer", first), ("last layer", last)):
+        check_count(name, value, least=0, most=pair.layout.layers - 1)
+    if first > last:
         raise UsageError(f"layers {first} to {last} are not in 0 to {pair.layout.layers - 1}, in this order")
     layers = range(first, last + 1)
     norms = [a for a in pair.layout.of_kind("norm") if parse_address(a).layer in layers]
@@ -256,20 +270,34 @@ def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
 
 def _strengths(names: list[str], strength: Any) -> list[float]:
     """One number a module."""
-    try:
-        if callable(strength):
-            return [float(strength(parse_address(name))) for name in names]
-        if isinstance(strength, Mapping):
-            for name in [*strength, *names]:
-                if name not in names or name not in strength:
-                    raise UsageError(f"{name} has a strength or is in the graft, not both: give every module one")
-            return [float(strength[name]) for name in names]
-        values = [float(s) for s in (strength if isinstance(strength, Iterable) else [strength] * len(names))]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"a graft's strength is one number, or one a module, got {strength!r}") from error
+    what = "a graft's strength"
+    if callable(strength):
+        return [finite_number(what, strength(parse_address(name))) for name in names]
+    # a pandas Series has an index, which says whose each number is
+    keyed = strength.to_dict() if hasattr(strength, "to_dict") else strength
+    if isinstance(keyed, Mapping):
+        for name in [*keyed, *names]:
+            if name not in names or name not in keyed:
+                raise UsageError(f"{name} has a strength or is in the graft, not both: give every module one")
+        return [finite_number(what, keyed[name]) for name in names]
+    many = isinstance(strength, Iterable) and getattr(strength, "shape", None) != ()
+    if isinstance(strength, str | bytes) or not many:
+        return [finite_number(what, strength)] * len(names)
+    values = [finite_number(what, s) for s in strength]
     if len(values) != len(names):
         raise UsageError(f"{len(values)} strengths for {len(names)} modules: give one number, or one a module")
     return values
+
+
+def addresses_of(modules: Any, ordered: bool = False) -> list[str]:
+    """Module names from one name or several; raises UsageError for anything else, and for a set that needs an order."""
+    if isinstance(modules, str):
+        return [modules.strip()]
+    if not isinstance(modules, Iterable):
+        raise UsageError(f"modules are addresses such as ['L5H3', 'L5.mlp'], got {modules!r}")
+    if ordered and isinstance(modules, set | frozenset):
+        raise UsageError("a set of modules has no order for a list of strengths: give a list, or map module → strength")
+    return [str(m).strip() for m in modules]
 
 
 def _mode(strength: float) -> str:

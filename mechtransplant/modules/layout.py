@@ -84,7 +84,12 @@ class Layout:
             return Address("linear", parsed.layer, name=parsed.name)
         if parsed.kind not in ("head", "mlp", "attn", "block") or name not in self.of_kind(parsed.kind):
             near = [*self.linears, *self.parts, *self.others] if parsed.name else self.of_kind(parsed.kind)
-            raise UnknownNameError("module", address, near)
+            near += [f"L{parsed.layer}.mlp", f"L{parsed.layer}.attn"] if 0 <= parsed.layer < self.layers else []
+            advice = f"Layers are 0 to {self.layers - 1}"
+            advice += f", heads 0 to {self.heads - 1}." if parsed.kind == "head" else "."
+            if name == "lm_head":
+                advice += " The output head is tied to the embedding, which is one address."
+            raise UnknownNameError("module", address, near, advice)
         return parsed
 
     def linears_of(self, address: str) -> list[str]:

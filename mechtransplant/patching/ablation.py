@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.activations import ActivationCache, Positions, cache_activations
 from mechtransplant.errors import UnknownNameError, UsageError, check_seed
+from mechtransplant.grafting import addresses_of
 from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
@@ -73,7 +74,7 @@ class Ablation:
         if (method == "zero") != (reference is None):
             what = "takes no" if method == "zero" else "needs a"
             raise UsageError(f"a {method} ablation {what} reference: reference_activations(model, task, modules)")
-        names = [modules] if isinstance(modules, str) else [str(m) for m in modules]
+        names = addresses_of(modules)
         object.__setattr__(self, "modules", tuple(dict.fromkeys(names)))
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "reference", reference)

@@ -114,6 +114,10 @@ class AppliedPatch:
         self.patch, self.target, self.source, self.watched = patch, target, source, list(watched)
         self.entries: list[tuple[list[Installed], Intervention, Callable[[Any], None]]] = []
 
+    def __repr__(self) -> str:
+        state = "in place" if self.entries else "not in place: use it in a `with` block"
+        return f"<patch of {self.target.name}, {state}>"
+
     def _check_heads(self, mine: Intervention) -> None:
         for other in interventions_on(self.target.hf):
             both = sorted((mine.heads & other.exchanges) | (mine.exchanges & other.exchanges))

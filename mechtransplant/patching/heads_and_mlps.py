@@ -32,7 +32,7 @@ def parameter_count(model: LanguageModel, modules: Iterable[str]) -> int:
 def ablate_heads_and_mlps(
     model: LanguageModel | Pair,
     task: Task,
-    counts: Sequence[int] = (1, 2, 4),
+    counts: int | Sequence[int] = (1, 2, 4),
     methods: Sequence[Method] = ("zero",),
     reference: ActivationCache | None = None,
     *,
@@ -62,6 +62,7 @@ def ablate_heads_and_mlps(
     import pandas as pd
 
     target: Any = getattr(model, "target", model)
+    counts = [counts] if isinstance(counts, int) else list(counts)
     check_count("sets", sets)
     check_seed(seed)
     heads, mlps = (target.layout.of_kind(kind) for kind in ("head", "mlp"))

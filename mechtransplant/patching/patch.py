@@ -6,13 +6,13 @@ its own, so a patch acts alike while prompts are scored and while text is writte
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from mechtransplant.errors import CompatibilityError, UsageError
+from mechtransplant.errors import CompatibilityError, UsageError, finite_number
+from mechtransplant.grafting import addresses_of
 from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
@@ -54,11 +54,11 @@ class Patch:
         check_where(positions)
         if heads not in ("z", "result"):
             raise UsageError(f"unknown heads {heads!r}: expected z or result")
-        names = [modules] if isinstance(modules, str) else [str(m) for m in modules]
+        names = addresses_of(modules)
         object.__setattr__(self, "modules", tuple(dict.fromkeys(names)))
         object.__setattr__(self, "positions", positions if isinstance(positions, str) else tuple(positions))
         object.__setattr__(self, "heads", heads)
-        object.__setattr__(self, "strength", _finite(strength))
+        object.__setattr__(self, "strength", finite_number("a patch's strength", strength))
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -68,6 +68,8 @@ class Patch:
 
         Raises UsageError for an address that has no activations, and CompatibilityError for models on two devices.
         """
+        if not hasattr(pair, "source"):
+            raise UsageError(f"a patch goes between two models: pass the pair, got {type(pair).__name__}")
         if pair.source.hf.device != pair.target.hf.device:
             raise CompatibilityError(
                 f"the source is on {pair.source.hf.device} and the target on {pair.target.hf.device}: load both alike"
@@ -75,16 +77,6 @@ class Patch:
         modules = modules_of(pair.layout, self.modules)
         editing = Copying(self, pair, modules)
         return AppliedPatch(editing, pair.target, pair.source, list(dict.fromkeys(m.site for m in modules)))
-
-
-def _finite(strength: object) -> float:
-    try:
-        value = float(strength)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"a patch's strength is one number, got {strength!r}") from error
-    if not math.isfinite(value):
-        raise UsageError(f"a patch's strength must be a finite number, got {strength!r}")
-    return value
 
 
 class Copying:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.activations import Batch, Positions, Reading, plan_reading
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import UsageError, finite_number
 from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
@@ -34,16 +34,26 @@ class MeanShift:
     ``vectors`` maps address → (d_model,); a head's is the mean of z_source @ W_O,source − z_target @ W_O,target.
     """
 
-    vectors: Mapping[str, Tensor] = field(repr=False)
+    vectors: Mapping[str, Tensor]
     positions: Where = "all"
     strength: float = 1.0
+    #: what it is the mean of, in words
+    measured: str = ""
 
     def __post_init__(self) -> None:
         check_where(self.positions)
+        if not isinstance(self.vectors, Mapping):
+            raise UsageError(f"a mean shift maps address → vector, got {type(self.vectors).__name__}: see mean_shift")
+        object.__setattr__(self, "strength", finite_number("a mean shift's strength", self.strength))
         if not isinstance(self.positions, str):
             object.__setattr__(self, "positions", tuple(self.positions))
         named = {f"{m}.resid_post" if _BLOCK.match(m) else m: v for m, v in self.vectors.items()}
         object.__setattr__(self, "vectors", named)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.modules[:6]) + (", …" if len(self.modules) > 6 else "")
+        of = f"; {self.measured}" if self.measured else ""
+        return f"MeanShift({len(self.modules)} modules: {names}{of}; added at {self.positions} × {self.strength:g})"
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -77,13 +87,14 @@ class MeanShift:
 
     def save(self, path: str | Path) -> None:
         """Write the vectors to a safetensors file, with positions and strength."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        said = json.dumps({"positions": self.positions, "strength": self.strength})
+        said = json.dumps({"positions": self.positions, "strength": self.strength, "measured": self.measured})
         try:
             save_file({k: v.contiguous() for k, v in self.vectors.items()}, path, {"mean_shift": said})
-        except OSError as error:
-            raise UsageError(f"cannot write {path} ({error.strerror}): choose another path") from error
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"cannot write {path} ({error}): choose another path") from error
 
     @classmethod
     def load(cls, path: str | Path) -> MeanShift:
@@ -97,7 +108,7 @@ class MeanShift:
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise UsageError(f"{path} holds no mean shift ({error}): give a file that MeanShift.save wrote") from error
         where: Any = said["positions"]
-        return cls(vectors, where, said["strength"])
+        return cls(vectors, where, said["strength"], str(said.get("measured", "")))
 
 
 class _Adding:
@@ -145,7 +156,8 @@ def mean_shift(
             vectors[module.address] = theirs[module.site] - ours[module.site]
         else:
             vectors[module.address] = _write(pair.source, module, theirs) - _write(pair.target, module, ours)
-    return MeanShift(vectors)
+    measured = f"mean of {positions} positions of {len(task)} {task.name} prompts, {pair.name}"
+    return MeanShift(vectors, measured=measured)
 
 
 def _write(model: LanguageModel, module: Module, means: dict[Site, Tensor]) -> Tensor:

@@ -98,7 +98,7 @@ def _apply_template(tokenizer: Any, system: str, turns: list[dict[str, str]]) ->
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Splits:
     """Three disjoint parts of one task."""
 
@@ -109,8 +109,12 @@ class Splits:
     def __iter__(self) -> Iterator[Task]:
         return iter((self.discover, self.choose, self.test))
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{part.role} {len(part)}" for part in self)
+        return f"Splits({self.test.name!r}: {counts})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Task:
     """Prompts with gold answers and a scorer.
 
@@ -139,8 +143,18 @@ class Task:
                 "whether the model writes the gold tokens and ends; set short_answer: false"
             )
 
+    def __repr__(self) -> str:
+        first = self.examples[0]
+        return (
+            f"Task({self.name!r}, {self.role}: {len(self)} questions, scorer {self.scorer}, first "
+            f"{first.question[:40]!r} → {first.answer[:20]!r})"
+        )
+
     def __len__(self) -> int:
         return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
 
     def __iter__(self) -> Iterator[Example]:
         return iter(self.examples)
