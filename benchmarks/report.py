@@ -5,8 +5,10 @@ python benchmarks/report.py [--check]
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -174,8 +176,126 @@ def speed() -> str:
     return (RESULTS / "speed.md").read_text(encoding="utf-8")
 
 
+def grafting_speed() -> str:
+    rows = pd.read_csv(RESULTS / "grafting_speed.csv")
+    shown = pd.DataFrame(
+        {
+            "graft": rows.graft,
+            "strength": [f"{s:g}" for s in rows.strength],
+            "numbers": [f"{n:,}" for n in rows.numbers],
+            "apply, ms": [f"{1000 * (c + a):.1f}" for c, a in zip(rows.check_seconds, rows.apply_seconds, strict=True)],
+            "undo, ms": [f"{1000 * u:.1f}" for u in rows.undo_seconds],
+            "both, of a forward": [
+                f"{r.ratio:.3f} ({r.ratio_low:.3f} – {r.ratio_high:.3f})" for r in rows.itertuples()
+            ],
+            "replaced, MiB": [f"{r:.1f}" for r in rows.replaced_mib],
+            "peak, MiB": [f"{p:.1f}" for p in rows.peak_mib],
+            "held after undoing, MiB": [f"{max(left, 0):.1f}" for left in rows.left_mib],
+        }
+    )
+    whole = rows.iloc[0]
+    return f"""## Applying and undoing a graft
+
+`python benchmarks/grafting_speed.py`: {whole.pair}, float32, two threads; beside every graft a plain forward of 8 × 64
+tokens (median {whole.forward_seconds:.2f} s). Medians of {whole.repeats} rounds, ratios within a round with their range. The first graft of a
+pair looks at every source weight once, for NaN and Inf (and reads it, if it is mapped from a file): {whole.first_seconds:.2f} s here.
+Peak: how far a process of its own rises above the loaded models, to about 3 MiB (the kernel counts pages in batches).
+
+{table(shown)}
+"""
+
+
+def operators() -> str:
+    rows = pd.read_csv(RESULTS / "operators.csv", keep_default_na=False, na_values=[""])
+    about = json.loads((RESULTS / "operators.json").read_text(encoding="utf-8"))
+    equal = pd.DataFrame(
+        {
+            "pair": rows.pair,
+            "operator": rows.operator,
+            "strength": [f"{s:g}" for s in rows.strength],
+            "tensors equal to the bit": [f"{e} of {t}" for e, t in zip(rows.equal_tensors, rows.tensors, strict=True)],
+            "numbers that differ": [f"{d:,} of {n:,}" for d, n in zip(rows.different, rows.numbers, strict=True)],
+            "largest difference": ["–" if d == 0 else f"{d:.1e}" for d in rows.max_difference],
+            "reason": rows.reason.fillna("–"),
+        }
+    )
+    reasons = {
+        r.reason: letter
+        for letter, r in zip("abc", rows.dropna(subset="reason").drop_duplicates("reason").itertuples(), strict=False)
+    }
+    equal["reason"] = [reasons.get(r, r) for r in equal.reason]
+    told = rows.dropna(subset="reason").groupby("reason", sort=False)[["different", "explained"]].sum()
+    notes = "\n".join(
+        f"* {reasons[reason]}: {reason} (checked number by number: {r.explained:,} of {r.different:,})."
+        for reason, r in told.iterrows()
+    )
+
+    def both(one: str, digits: int) -> list[str]:
+        pairs = zip(rows[f"mergekit_{one}"], rows[f"ours_{one}"], strict=True)
+        return ["–" if pd.isna(a) else f"{a:.{digits}f} / {b:.{digits}f}" for a, b in pairs]
+
+    cost = pd.DataFrame(
+        {
+            "pair": rows.pair,
+            "operator": rows.operator,
+            "strength": [f"{s:g}" for s in rows.strength],
+            "from folder to folder, s": both("seconds", 1),
+            "peak, MiB": both("peak_mib", 0),
+            "in memory, s": both("memory_seconds", 3),
+        }
+    )
+    versions = about["mergekit"]
+    return f"""## Merge operators beside mergekit's
+
+`python benchmarks/operators.py`: whole models, every linear layer, norm and embedding, {about["dtype"]}, {about["threads"]} thread; mergekit
+{versions["mergekit"]} (torch {versions["torch"]}) by its command line, ours as a graft (torch {about["ours"]["torch"]}). DARE: the same seed for every tensor, given
+to mergekit's function. The ancestor of smollm2/generations is {about["ancestors"]["smollm2/generations"]}; elsewhere changes are taken from the target.
+
+{table(equal)}
+
+{notes}
+
+Cost, mergekit / ours: {about["repeats"]} runs of either, in turn, each in a process of its own; seconds of the best, the largest peak. *From folder to folder*: start
+Python, load, merge, save (half and more of it is imports). *In memory*: the merge alone, of models that are loaded
+(mergekit gives new tensors; ours writes in place, keeps what was there, and puts it back within the time).
+
+{table(cost)}
+"""
+
+
+def accuracy() -> str:
+    rows = pd.read_csv(RESULTS / "operators_accuracy.csv")
+
+    def cell(r: Any) -> str:
+        return f"{percent(r.accuracy)} ({percent(r.low)} – {percent(r.high)})"
+
+    parts = []
+    for (pair, modules), here in rows.groupby(["pair", "modules"], sort=False):
+        merged = here[here.strength.notna()]
+        strengths = sorted(merged.strength.unique())
+        lines = []
+        for name, each in merged.groupby("operator", sort=False):
+            cells = {r.strength: cell(r) for r in each.itertuples()}
+            lines.append([name, f"{each.parameters.iloc[0]:,}", *(cells.get(s, "–") for s in strengths)])
+        grid = pd.DataFrame(lines, columns=["operator", "numbers", *(f"strength {s:g}" for s in strengths)])
+        ends = ", ".join(f"{r.operator} {cell(r)}" for r in here[here.strength.isna()].itertuples())
+        parts.append(
+            f"**{pair}**, {modules} linear layers, {here.n.iloc[0]} questions ({here.task.iloc[0]}); {ends}:\n\n{table(grid)}"
+        )
+    newline = "\n\n"
+    return f"""## Operators at equal budget
+
+`python benchmarks/operators.py --only-accuracy`: the linear layers whose weights differ most (rule `weight_delta`, ‖W_source − W_target‖),
+merged by each operator with its default options; the last rows swap as many whole blocks, wherever they lie, as come
+nearest in numbers. Accuracy on the test split in per cent, with the 95 % Wilson interval. Nothing was chosen by these
+numbers, and no operator was tuned; without an ancestor, "linear" and "task_arithmetic" are the line of "replace".
+
+{newline.join(parts)}
+"""
+
+
 def page() -> str:
-    parts = [calibration(), real_null(), power(), speed()]
+    parts = [calibration(), real_null(), power(), speed(), grafting_speed(), operators(), accuracy()]
     return (
         "# What was measured about the software itself\n\nWritten by `python benchmarks/report.py` from "
         "`benchmarks/results/`. What the words mean: [docs/statistics.md](../docs/statistics.md).\n\n"
