@@ -45,13 +45,9 @@ def patch_versus_graft_plot(
     with style():
         figure, axes = new_figure(COLUMN, 2.9)
         x, y = frame.graft_effect.to_numpy(), frame.patch_effect.to_numpy()
-        bounds = (
-            frame[["graft_low", "patch_low"]].to_numpy().min(),
-            frame[["graft_high", "patch_high"]].to_numpy().max(),
-        )
         for axis in (axes.axhline, axes.axvline):
             axis(0, color=GREY, linewidth=0.5)
-        axes.plot(bounds, bounds, color=GREY, linewidth=0.6, linestyle=":")
+        axes.axline((0, 0), slope=1, color=GREY, linewidth=0.6, linestyle=":")
         for kind in dict.fromkeys(frame.kind):
             for special, colour in ((False, BLUE), (True, ORANGE)):
                 rows = ((frame.kind == kind) & (chosen == special)).to_numpy()
@@ -71,8 +67,8 @@ def patch_versus_graft_plot(
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
         # marked ones first: they have the choice of places
-        largest = np.argsort(-np.maximum(np.abs(x), np.abs(y)), kind="stable")
-        named = [int(i) for i in largest[: max(names, int(chosen.sum()))]]
-        every = list(dict.fromkeys([*(int(i) for i in largest if chosen[i]), *named]))
-        name_points(axes, frame, x, y, every[: max(names, int(chosen.sum()))])
+        sizes = [np.abs(v) / max(float(np.abs(v).max()), 1e-30) for v in (x, y)]
+        largest = [int(i) for i in np.argsort(-np.maximum(*sizes), kind="stable")]
+        planted = [i for i in largest if chosen[i]]
+        name_points(axes, frame, x, y, [*planted, *[i for i in largest[:names] if not chosen[i]]])
     return figure, axes
