@@ -310,7 +310,7 @@ def test_heads_with_their_kv_and_an_operator(tmp_path: Path) -> None:
     assert result.graft.kv == "group" and result.graft.operator.name == "slerp"
     assert "operator slerp" in result.summary and "moves K/V of heads" in result.summary
     written = json.loads((tmp_path / "out" / "outcome.json").read_text())
-    assert {(o["kv"], o["operator"]) for o in written.values()} == {("group", "slerp")}
+    assert {(o["kv"], o["operator"]["name"]) for o in written.values()} == {("group", "slerp")}
     # K and V that follow are other weights, and another cell
     run_experiment(config(**{**changes, "kv": "never"}, k=[3], random_sets=2), tmp_path / "b", progress=False)
     cells = [(tmp_path / name / "cells.jsonl").read_text().splitlines() for name in ("out", "b")]
@@ -329,3 +329,17 @@ def test_a_run_from_before_a_key_existed_goes_on(finished: Any, tmp_path: Path) 
     run = Run(config(), folder, progress=False)
     run.execute()
     assert run.store.computed == 0
+
+
+def test_an_operators_options_and_an_ancestor_from_the_config(tmp_path: Path) -> None:
+    pair = {"source": "repo:family/second", "target": "repo:family/instruct", "base": "repo:family/first"}
+    operator = {"name": "ties", "density": 0.7}
+    result = run_experiment(
+        config(pair=pair, operator=operator, rule="weight_delta", k=[4], random_sets=1),
+        tmp_path / "out",
+        progress=False,
+    )
+    assert "operator ties (density = 0.7, normalize = None)" in result.summary
+    assert "ancestor b: repo:family/first" in result.summary
+    written = json.loads((tmp_path / "out" / "outcome.json").read_text())
+    assert all(o["operator"] == {**operator, "normalize": None} for o in written.values())

@@ -463,7 +463,7 @@ def test_a_layer_swap_moves_whole_blocks_with_their_norms(generations: Pair, fir
 
 @pytest.mark.parametrize(("first", "last"), [(-1, 1), (2, 1), (0, 4)])
 def test_a_layer_swap_outside_the_model_is_refused(generations: Pair, first: int, last: int) -> None:
-    with pytest.raises(UsageError, match="first|last|layers"):
+    with pytest.raises(UsageError, match=r"first|last|layers"):
         layer_swap(generations, first, last)
 
 

@@ -23,6 +23,8 @@ class PairSpec(_Strict):
 
     source: str
     target: str
+    #: their common ancestor, for operators that take changes from one
+    base: str | None = None
 
 
 class FormatSpec(_Strict):
@@ -83,7 +85,7 @@ class RunConfig(_Strict):
     k: tuple[int | float, ...] = PAPER_SHARES
     strengths: tuple[float, ...] = (1.0,)
     kv: Literal["never", "group", "whole-group"] = "never"
-    operator: str = "replace"
+    operator: str | dict[str, Any] = "replace"
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=20, ge=0)
     direction: Literal["named", "better"] = "named"

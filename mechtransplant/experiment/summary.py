@@ -14,6 +14,7 @@ from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.config import PAPER_SHARES
 from mechtransplant.figures import k_curve, save_figure, score_heatmap
 from mechtransplant.grafting import Graft
+from mechtransplant.grafting.operators import options_of
 from mechtransplant.significance import rank_p_value
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def write_report(
             "modules": list(graft.modules),
             "strength": graft.strengths[0],
             "kv": graft.kv,
-            "operator": graft.operator.name,
+            "operator": {"name": graft.operator.name, **options_of(graft.operator)},
             "parameter_share": parameter_share(run, graft),
             **asdict(outcomes[budget]),
         }
@@ -230,7 +231,10 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
         lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
     consequences = graft.consequences(pair)
     if graft.operator.name != "replace":
-        consequences.insert(0, f"operator {graft.operator.name}: {graft.operator.equation}")
+        options = ", ".join(f"{key} = {value}" for key, value in options_of(graft.operator).items())
+        said = f" ({options})" if options else ""
+        ancestor = "" if pair.base is None else f"; ancestor b: {pair.base.name}"
+        consequences.insert(0, f"operator {graft.operator.name}{said}: {graft.operator.equation}{ancestor}")
     if graft.kv != "never" and config.kind == "head" and len(random):
         consequences.append("random sets have as many heads, but K/V that follow them may be more or fewer")
     if consequences:

@@ -62,7 +62,7 @@ class Graft:
         strength: Strength = 1.0,
         *,
         kv: KV = "never",
-        operator: str | Operator = "replace",
+        operator: str | Mapping[str, Any] | Operator = "replace",
         strict: bool = False,
     ) -> None:
         names = addresses_of(modules, ordered=isinstance(strength, Sequence) or hasattr(strength, "__array__"))

@@ -11,7 +11,7 @@ operations here is what makes most of them equal to the bit. A new tensor is wri
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints, runtime_checkable
@@ -47,8 +47,19 @@ def list_operators() -> dict[str, str]:
     return {name: getattr(operator, "equation", "") for name, operator in OPERATORS.items()}
 
 
-def get_operator(operator: str | Operator) -> Operator:
-    """An operator by its name, with its default options, or the one given; raises UnknownNameError."""
+def get_operator(operator: str | Mapping[str, Any] | Operator) -> Operator:
+    """An operator by its name, by a mapping (``{"name": "ties", "density": 0.1}``), or the one given.
+
+    Raises UnknownNameError, also for an option that the operator does not have.
+    """
+    if isinstance(operator, Mapping):
+        options = dict(operator)
+        made = get_operator(str(options.pop("name", "")))
+        known = options_of(made)
+        for option in options:
+            if option not in known:
+                raise UnknownNameError(f"option of operator {made.name!r}", option, known)
+        return OPERATORS[made.name](**options)
     if isinstance(operator, str):
         if operator not in OPERATORS:
             raise UnknownNameError("operator", operator, OPERATORS)
