@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import reduce
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, get_type_hints, runtime_checkable
 
@@ -147,14 +148,13 @@ class Ties:
         models = [(source, strength)] if base is None else [(target, 1.0), (source, strength)]
         changes = [self._trimmed(model - start).mul_(weight) for model, weight in models]
         positive = (changes[0] if base is None else changes[0] + changes[1]) >= 0
-        merged, total = torch.zeros_like(target), torch.zeros_like(target)
-        normalize = base is not None if self.normalize is None else self.normalize
-        for change, (_, weight) in zip(changes, models, strict=True):
-            agrees = torch.where(positive, change > 0, change < 0)
-            merged += change * agrees
-            if normalize:
-                total += weight * agrees.to(total)
-        return (merged.div_(total.where(total != 0, 1.0)) if normalize else merged).add_(start)
+        agree = [torch.where(positive, change > 0, change < 0) for change in changes]
+        merged = reduce(torch.Tensor.add_, (change.mul_(a) for change, a in zip(changes, agree, strict=True)))
+        if base is not None if self.normalize is None else self.normalize:
+            weights = (weight * a.to(merged) for a, (_, weight) in zip(agree, models, strict=True))
+            total = reduce(torch.Tensor.add_, weights)
+            merged.div_(torch.where(total != 0, total, 1.0))
+        return merged.add_(start)
 
     def _trimmed(self, change: Tensor) -> Tensor:
         """The change, in place, with 0 for all but the largest numbers."""
@@ -163,7 +163,9 @@ class Ties:
             # numpy's selection keeps no table of indices, which would be twice the numbers
             sizes = change.abs().flatten().cpu().numpy()
             sizes.partition(sizes.size - keep)
-            change.mul_(change.abs() >= float(sizes[-keep]))
+            smallest = float(sizes[-keep])
+            del sizes
+            change.mul_(change.abs() >= smallest)
         return change
 
 
