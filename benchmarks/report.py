@@ -199,7 +199,8 @@ def grafting_speed() -> str:
 `python benchmarks/grafting_speed.py`: {whole.pair}, float32, two threads; beside every graft a plain forward of 8 × 64
 tokens (median {whole.forward_seconds:.2f} s). Medians of {whole.repeats} rounds, ratios within a round with their range. The first graft of a
 pair looks at every source weight once, for NaN and Inf (and reads it, if it is mapped from a file): {whole.first_seconds:.2f} s here.
-Peak: how far a process of its own rises above the loaded models, to about 3 MiB (the kernel counts pages in batches).
+Peak: how far a process of its own rises above the loaded models; the kernel counts pages in batches, so that it can
+read a little low.
 
 {table(shown)}
 """
@@ -255,9 +256,11 @@ to mergekit's function. The ancestor of smollm2/generations is {about["ancestors
 
 {notes}
 
-Cost, mergekit / ours: {about["repeats"]} runs of either, in turn, each in a process of its own; seconds of the best, the largest peak. *From folder to folder*: start
-Python, load, merge, save (half and more of it is imports). *In memory*: the merge alone, of models that are loaded
-(mergekit gives new tensors; ours writes in place, keeps what was there, and puts it back within the time).
+Cost, mergekit / ours: {about["repeats"]} runs of either, in turn, each in a process of its own; seconds of the best, the largest peak.
+*From folder to folder*: start Python, load, merge, save. mergekit reads tensor by tensor; ours holds both models and the
+bytes to be restored, and also compares the models and tokenizers and looks for NaN. *In memory*: the merge alone, of
+models that are loaded (mergekit gives new tensors; ours writes in place, keeps what was there, and puts it back within
+the time).
 
 {table(cost)}
 """
