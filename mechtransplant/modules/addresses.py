@@ -83,3 +83,15 @@ def module_frame(addresses: Iterable[str]) -> pd.DataFrame:
             "head": [-1 if a.head is None else a.head for a in parsed],
         }
     )
+
+
+def heads_in_words(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` → "heads 0–2, 5"; ``[5]`` → "head 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    said = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
+    return f"head {said}" if len(numbers) == 1 else f"heads {said}"
