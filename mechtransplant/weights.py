@@ -70,7 +70,8 @@ PACKAGES = {
 class PairEntry:
     """A named pair: the specs of its two models and the task that it is meant for.
 
-    ``planted`` are the modules that carry the task's skill where that is known by construction.
+    ``planted`` are the modules that carry the task's skill where that is known by construction; ``tasks`` names what
+    the pair's models can do, ``task`` included: side effects are measured there.
     """
 
     name: str
@@ -79,6 +80,7 @@ class PairEntry:
     target: str
     task: str
     planted: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
 
 
 def models_folder() -> Path:
@@ -101,7 +103,10 @@ def _pairs() -> dict[str, PairEntry]:
     try:
         content = yaml.safe_load(at.read_text(encoding="utf-8"))
         entries = {name: PairEntry(name=name, **fields) for name, fields in content.items()}
-        return {name: replace(entry, planted=tuple(entry.planted)) for name, entry in entries.items()}
+        return {
+            name: replace(entry, planted=tuple(entry.planted), tasks=tuple(entry.tasks))
+            for name, entry in entries.items()
+        }
     except FileNotFoundError as error:
         raise WeightsError(f"no list of pairs at {at}: give source and target instead of a pair's name") from error
     except (yaml.YAMLError, TypeError, AttributeError) as error:

@@ -34,6 +34,8 @@ class Pair:
     planted: tuple[str, ...] = ()
     #: the common ancestor of both, where one was named: merge operators take changes from it
     base: LanguageModel | None = None
+    #: names of the tasks that the models can do, the pair's own included: where side effects are measured
+    tasks: tuple[str, ...] = ()
     #: the state of a parameter that was seen to be finite (see ``grafting``)
     known_finite: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +95,7 @@ class Pair:
         """The same two models with their parts exchanged."""
         swapped = compare_models(self.target, self.source)
         name = f"{self.name} reversed"
-        return Pair(self.target, self.source, swapped, name, self.default_task, self.planted, self.base)
+        return Pair(self.target, self.source, swapped, name, self.default_task, self.planted, self.base, self.tasks)
 
     def __repr__(self) -> str:
         return f"Pair({self.name!r}, source={self.source!r}, target={self.target!r})"
@@ -121,17 +123,19 @@ def load_pair(
 
     task = None
     planted: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     if name is not None:
         if source or target:
             raise UsageError("give a pair's name, or source and target, not both")
         entry = get_pair(name)
         source, target, task, planted = entry.source, entry.target, entry.task, entry.planted
+        tasks = entry.tasks
     if not source or not target:
         raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
     theirs = LanguageModel(source, *load_model(source, dtype=dtype, device=device))
     ours = LanguageModel(target, *load_model(target, dtype=dtype, device=device))
     pair = make_pair(theirs, ours, name or f"{source} → {target}", task)
-    pair.planted = planted
+    pair.planted, pair.tasks = planted, tasks
     if base is not None:
         ancestor = LanguageModel(base, *load_model(base, dtype=dtype, device=device))
         unlike = compare_models(ancestor, ours).forbidden
