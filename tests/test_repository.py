@@ -41,6 +41,7 @@ FLOORS = {
     "shifts": 4,
     "patching": 4,
     "export": 4,
+    "side_effects": 4,
     "ranking": 5,
     "controls": 6,
     "experiment": 7,

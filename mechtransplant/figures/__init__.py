@@ -1,13 +1,15 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
 ``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``effects`` (patches
-beside grafts), ``calibration`` (what the tests keep of what they promise), ``style``.
+beside grafts), ``side_effects`` (gain against harm), ``calibration`` (what the tests keep of what they promise),
+``style``.
 """
 
 from mechtransplant.figures.calibration import calibration_plot, power_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, score_heatmap
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
+from mechtransplant.figures.side_effects import gain_against_harm
 from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, save_figure, style
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "PAGE",
     "calibration_plot",
     "consistency_plot",
+    "gain_against_harm",
     "k_curve",
     "lorenz",
     "own_against_inherited",
