@@ -1,7 +1,8 @@
 """Tests, corrections, intervals and power, on numpy, scipy and tidy frames alone; nothing here knows a model.
 
-``accuracy`` (paired accuracies), ``permutation`` (sign-flips and label permutations of many modules at once),
-``corrections``, ``effects`` (effect sizes with bootstrap intervals), ``power``, and ``table`` (:func:`test_shifts`).
+``accuracy`` (paired accuracies), ``paired`` (their score intervals), ``permutation`` (sign-flips and label permutations
+of many modules at once), ``corrections``, ``effects`` (effect sizes with bootstrap intervals), ``power``, and ``table``
+(:func:`test_shifts`).
 """
 
 from mechtransplant.significance.accuracy import (
@@ -13,8 +14,14 @@ from mechtransplant.significance.accuracy import (
 )
 from mechtransplant.significance.corrections import CORRECTIONS, adjust
 from mechtransplant.significance.effects import Effects, one_sample_effects, two_sample_effects
+from mechtransplant.significance.paired import (
+    accuracy_ratio_interval,
+    paired_difference_interval,
+    recovery_interval,
+)
 from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
 from mechtransplant.significance.power import effective_tests, power, prompts_needed, smallest_effect
+from mechtransplant.significance.ranks import CurveRank, RankAmong, curve_area, curve_rank, rank_among
 from mechtransplant.significance.table import NORMS, SIGNED, TESTS, shift_matrix, test_shifts
 
 __all__ = [
@@ -22,18 +29,26 @@ __all__ = [
     "NORMS",
     "SIGNED",
     "TESTS",
+    "CurveRank",
     "Effects",
     "Permuted",
+    "RankAmong",
+    "accuracy_ratio_interval",
     "adjust",
     "bootstrap_indices",
+    "curve_area",
+    "curve_rank",
     "effective_tests",
     "label_permutation",
     "mcnemar_exact",
     "one_sample_effects",
+    "paired_difference_interval",
     "percentile_interval",
     "power",
     "prompts_needed",
+    "rank_among",
     "rank_p_value",
+    "recovery_interval",
     "shift_matrix",
     "sign_flip",
     "smallest_effect",
