@@ -362,6 +362,14 @@ def test_tasks_and_texts_of_a_users_own(planted: Pair, tmp_path: Path) -> None:
     assert made.text is not None and made.text.origin == "mine.txt"
 
 
+def test_a_long_text_is_cut_and_a_note_says_so(planted: Pair) -> None:
+    long = NeutralText(("copy ab=ab", "a" * 300), "here")
+    with pytest.warns(UserWarning, match="256 tokens, and LlamaForCausalLM has 128 positions"):
+        made = measure_side_effects(planted, Graft(MODULES), tasks=(), text=long)
+    assert made.divergence is not None and made.divergence.tokens.max() == 255
+    assert any("1 texts are longer than 256 tokens" in note for note in made.notes)
+
+
 def test_without_tasks_the_text_is_measured_and_without_text_the_tasks(random_pair: Pair, planted: Pair) -> None:
     text = neutral_texts(random_pair.target, n=8, tokens=8)
     alone = measure_side_effects(random_pair, Graft(["L0.mlp"]), text=text)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mechtransplant.grafting import Graft
     from mechtransplant.pair import LanguageModel, Pair
 
+#: of a longer text only so many tokens are read: with a large vocabulary its logits would fill the memory
+LONGEST = 256
 #: bytes of a batch's logits in float32: with 262,144 tokens in the vocabulary, four texts of 64 tokens
 BATCH_BYTES = 1 << 28
 #: bytes of the target's logits that are kept for the next graft; what does not fit is computed again
@@ -73,10 +75,14 @@ class Divergence:
 
 @dataclass
 class Reading:
-    """Texts as token batches, with the logits that the target gave them as far as they are kept."""
+    """Texts as token batches, with the logits that the target gave them as far as they are kept.
+
+    ``cut`` counts the texts of which only the first ``LONGEST`` tokens are read.
+    """
 
     rows: list[list[int]]
     batches: list[list[int]]
+    cut: int = 0
     kept: dict[int, Any] = field(default_factory=dict)
     keep_bytes: int = KEEP_BYTES
 
@@ -108,12 +114,14 @@ class Reading:
 def read_text(model: LanguageModel, text: NeutralText, batch_size: int = 64, keep_bytes: int = KEEP_BYTES) -> Reading:
     """The text's tokens in batches of similar lengths, whose logits fit into ``BATCH_BYTES``."""
     check_count("batch_size", batch_size)
-    rows = text.rows(model)
+    whole = text.rows(model)
+    rows = [row[:LONGEST] for row in whole]
     longest = max(map(len, rows))
     check_lengths(model.hf, longest)
     fitting = BATCH_BYTES // (4 * longest * model.hf.get_input_embeddings().num_embeddings)
     size = max(1, min(batch_size, fitting))
-    return Reading(rows, list(length_sorted([len(row) for row in rows], size)), keep_bytes=keep_bytes)
+    batches = list(length_sorted([len(row) for row in rows], size))
+    return Reading(rows, batches, sum(len(row) > LONGEST for row in whole), keep_bytes=keep_bytes)
 
 
 def text_divergence(pair: Pair, graft: Graft, text: NeutralText | Reading, batch_size: int = 64) -> Divergence:

@@ -15,7 +15,14 @@ from mechtransplant.errors import UsageError, check_count, check_seed
 from mechtransplant.evaluation import Evaluation, Outcome, evaluate
 from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.progress import track
-from mechtransplant.side_effects.divergence import Divergence, Reading, check_untouched, read_text, text_divergence
+from mechtransplant.side_effects.divergence import (
+    LONGEST,
+    Divergence,
+    Reading,
+    check_untouched,
+    read_text,
+    text_divergence,
+)
 from mechtransplant.side_effects.neutral import NeutralText, load_texts, neutral_texts
 from mechtransplant.significance import bootstrap_indices, mcnemar_exact, percentile_interval
 from mechtransplant.tasks import Task, list_tasks, load_task
@@ -229,6 +236,8 @@ def measure_side_effects(
         rows += _text_rows(measured, seed)
         if len(measured.tokens) < SMALL:
             notes.append(f"{len(measured.tokens)} texts are few: their bootstrap intervals are too narrow")
+        if before.reading.cut:
+            notes.append(f"{before.reading.cut} texts are longer than {LONGEST} tokens: their beginnings were read")
     plain = graft.graft if isinstance(graft, ConditionalGraft) else graft
     said = f"{'conditional ' if plain is not graft else ''}graft of {len(plain)} modules into {pair.target.name}"
     return SideEffects(_frame(rows), evaluations, measured, before.text, seed, tuple(notes), said)
@@ -371,5 +380,11 @@ def _change(row: Any) -> str:
     if row.unit == "nats a token":
         return f"{row.change:.3g} [{row.low:.3g}, {row.high:.3g}] nats a token"
     unit = "points" if row.unit == "share" else "%"
-    change, low, high = (f"{100 * value:+,.1f}" for value in (row.change, row.low, row.high))
+    change, low, high = (_hundredfold(value) for value in (row.change, row.low, row.high))
     return f"{change} [{low}, {high}] {unit}"
+
+
+def _hundredfold(value: float) -> str:
+    """Points or per cent with a sign; small ones keep two digits, so that only no change at all is 0."""
+    scaled = 100 * value
+    return f"{scaled:+,.1f}" if scaled == 0 or abs(scaled) >= 0.1 else f"{scaled:+.2g}"

@@ -16,8 +16,6 @@ from mechtransplant.evaluation.generation import end_tokens
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel
 
-#: of a longer text only so many tokens are read: with a large vocabulary its logits would fill the memory
-LONGEST = 256
 #: numbers of one step's probabilities in float64, so that a large vocabulary is sampled in smaller batches
 _STEP = 1 << 24
 
@@ -48,13 +46,11 @@ class NeutralText:
         return hashlib.sha256(json.dumps([self.texts, self.ids]).encode()).hexdigest()[:16]
 
     def rows(self, model: LanguageModel) -> list[list[int]]:
-        """Token ids a text, at most ``LONGEST``, with the tokenizer's begin token where it writes one by itself.
+        """Token ids a text, with the tokenizer's begin token where it writes one by itself.
 
         Raises UsageError for a text with no token to predict, and for tokens that the model does not have.
         """
-        rows = [list(row[:LONGEST]) for row in self.ids]
-        if not rows:
-            rows = [list(model.tokenizer(text)["input_ids"])[:LONGEST] for text in self.texts]
+        rows = [list(row) for row in self.ids] or [list(model.tokenizer(text)["input_ids"]) for text in self.texts]
         words = model.hf.get_input_embeddings().num_embeddings
         for text, row in zip(self.texts, rows, strict=True):
             if len(row) < 2:
