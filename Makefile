@@ -40,6 +40,7 @@ notebooks: install  ## run every notebook from top to bottom; the copies go to a
 
 benchmarks: install  ## error rates, power, speed, and operators beside mergekit (fetched): about two and a half hours
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/real_null.py
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/speed.py

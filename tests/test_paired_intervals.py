@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import optimize, stats
 
+from mechtransplant.figures.calibration import interval_coverage
 from mechtransplant.significance import (
     accuracy_ratio_interval,
     mcnemar_exact,
@@ -223,6 +226,20 @@ def test_coverage(n: int, overlap: float) -> None:
         held = (ends[0] <= truth) & (truth <= ends[1])
         hit = held[each.ravel()][reported[each.ravel()]].mean()
         assert low <= hit <= (max(high, cautious) if name == "ratio" or n == 30 else high), (name, hit)
+
+
+def test_the_committed_study_draws_and_keeps_what_the_docstrings_promise() -> None:
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "coverage.csv"
+    study = pd.read_csv(path)
+    figure, panels = interval_coverage(study)
+    assert panels.shape == (2, 4) and [p.get_title() for p in panels[0]] == list(dict.fromkeys(study.quantity))
+    assert figure.legends
+    chosen = study[study.chosen].set_index("quantity")
+    assert (chosen.coverage >= 0.945).all()
+    assert (chosen.worst[["difference", "gap", "TIR"]] >= 0.925).all()
+    # where the ratio is known to fail without a correction
+    plain = study[(study.quantity == "TIR") & (study.method == "score") & (study.n == 25)]
+    assert float(plain.worst.iloc[0]) < 0.9 < float(chosen[chosen.n == 25].worst["TIR"])
 
 
 # --- boundaries -----------------------------------------------------------------------------------------------------

@@ -94,3 +94,62 @@ def power_plot(found: pd.DataFrame) -> tuple[Figure, Any]:
         sizes = ", ".join(map(str, sorted(rows.n.unique())))
         figure.legend(handles=handles, loc="outside lower center", ncols=3, title=f"n = {sizes} prompts, pale to full")
     return figure, panels
+
+
+#: what was weighed against the chosen method, told apart by marker and line
+RIVALS = {
+    "percentile bootstrap": (ORANGE, "o", "-"),
+    "BCa bootstrap": (ORANGE, "^", "--"),
+    "bootstrap, 1/4 added": (ORANGE, "s", ":"),
+    "Dirichlet, prior 1/8": (GREEN, "D", "-"),
+    "MOVER-Wilson": (GREEN, "v", "--"),
+    "Fieller, t": (GREY, "x", "-"),
+    "score": (GREY, "P", ":"),
+}
+
+
+def _rival(method: str) -> dict[str, Any]:
+    colour, marker, dashes = RIVALS[method]
+    return {"color": colour, "marker": marker, "linestyle": dashes, "linewidth": 0.8, "markersize": 3}
+
+
+def interval_coverage(frame: pd.DataFrame) -> tuple[Figure, Any]:
+    """How often 95 % intervals hold the truth against n, one column a quantity: the settings' mean, and the lowest.
+
+    Args:
+        frame: columns quantity, method, n, chosen, coverage (the settings' mean), worst (of the settings) and band (the
+            lower end of one setting's 99 % binomial interval), as ``benchmarks/coverage.py`` writes them.
+    """
+    quantities = list(dict.fromkeys(frame.quantity))
+    band = float(frame.band.max())
+    with style():
+        figure, first = new_figure(PAGE, 3.9)
+        first.remove()
+        panels = figure.subplots(2, len(quantities), sharex=True, sharey="row", squeeze=False)
+        for column, quantity in enumerate(quantities):
+            here = frame[frame.quantity == quantity]
+            for axes, statistic in zip(panels[:, column], ("coverage", "worst"), strict=True):
+                axes.axhspan(band, 2 * 0.95 - band, color=GREY, alpha=0.2, linewidth=0)
+                axes.axhline(0.95, color=GREY, linewidth=0.6)
+                for method, rows in here.groupby("method", sort=False):
+                    line = rows.sort_values("n")
+                    if rows.chosen.all():
+                        look: dict[str, Any] = {"color": BLUE, "marker": "o", "linewidth": 2, "markersize": 4.5}
+                        look["zorder"] = 3
+                    else:
+                        look = _rival(str(method))
+                    axes.plot(line.n, line[statistic], **look)
+                axes.set_xscale("log", base=2)
+                sizes = sorted(here.n.unique())
+                axes.set_xticks(sizes, [str(n) for n in sizes])
+                axes.minorticks_off()
+            panels[0, column].set_title(quantity)
+            panels[1, column].set_xlabel("questions")
+        panels[0, 0].set_ylabel("coverage, mean of settings")
+        panels[1, 0].set_ylabel("coverage, lowest setting")
+        handles = [panels[0, 0].plot([], [], color=BLUE, marker="o", linewidth=2, label="chosen (score)")[0]]
+        for name in RIVALS:
+            label = "score, uncorrected" if name == "score" else name
+            handles += panels[0, 0].plot([], [], **_rival(name), label=label)
+        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    return figure, panels
