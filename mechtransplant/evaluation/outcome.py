@@ -1,23 +1,60 @@
-"""What a graft did: accuracies, exact McNemar, TIR and Recovery with intervals, or the reason why they are withheld."""
+"""What a graft did: accuracies, exact McNemar, TIR and Recovery with intervals, or the reason why they are withheld.
+
+Intervals of accuracies and of their differences and ratios invert score tests (see ``significance.paired``); those of
+the continuous outcomes are paired bootstrap percentiles over questions.
+"""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.scoring import Evaluation
-from mechtransplant.significance import bootstrap_indices, mcnemar_exact, percentile_interval
+from mechtransplant.significance import (
+    CurveRank,
+    RankAmong,
+    accuracy_ratio_interval,
+    bootstrap_indices,
+    mcnemar_exact,
+    paired_difference_interval,
+    percentile_interval,
+    rank_among,
+    recovery_interval,
+)
 
 Interval = tuple[float, float]
 
-
 #: below so many right answers of the target a ratio to them says little
 FEW = 10
-#: below so many questions bootstrap percentiles cannot be trusted
+#: below so many questions an interval is wide whatever the method, and the continuous outcomes' are too narrow
 SMALL = 50
+
+
+@dataclass(frozen=True)
+class Change:
+    """The mean change of a continuous outcome, after − target, with its 95 % paired bootstrap interval."""
+
+    target: float
+    source: float
+    after: float
+    change: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Within the token budget: the share of questions answered, of texts that ended, of answered ones that are right.
+
+    ``right_given_answered`` is None where nothing was answered.
+    """
+
+    answered: float
+    ended: float
+    right_given_answered: float | None
 
 
 @dataclass(frozen=True)
@@ -25,8 +62,11 @@ class Outcome:
     """A graft's outcome on one set of questions; ``None`` stands for undefined or withheld, and ``notes`` says why.
 
     ``tir`` = Acc_after / Acc_target; ``recovery`` = 100 · (Acc_after − Acc_target) / (Acc_source − Acc_target), in per
-    cent, not clipped; ``difference`` = Acc_after − Acc_target; ``interval`` is the difference's 95 % paired bootstrap
-    interval; ``p_value`` is exact McNemar's (two-sided); ``gained`` and ``lost`` count flipped questions.
+    cent, not clipped; ``difference`` = Acc_after − Acc_target with its 95 % ``interval``; ``p_value`` is exact
+    McNemar's (two-sided); ``gained`` and ``lost`` count flipped questions. ``log_probability`` (nats) and
+    ``logit_difference`` are the gold answer's; ``truncation`` maps role to its split at this budget (generated answers
+    only). ``controls`` and ``log_probability_controls`` say where the graft stands among random sets, ``curve`` where
+    its K-curve does; ``parameter_share`` is its share of the numbers in linear layers.
     """
 
     target_accuracy: float
@@ -48,62 +88,70 @@ class Outcome:
     task: str = ""
     role: str = ""
     questions: str = ""
+    log_probability: Change | None = None
+    logit_difference: Change | None = None
+    truncation: dict[str, Truncation] | None = None
+    controls: RankAmong | None = None
+    log_probability_controls: RankAmong | None = None
+    curve: CurveRank | None = None
+    parameter_share: float | None = None
 
     def __str__(self) -> str:
         tir = "undefined" if self.tir is None else f"{self.tir:.2f}"
         recovery = "withheld" if self.recovery is None else f"{self.recovery + 0.0:.0f} %".replace("-0 %", "0 %")
+        controls = "no random control" if self.controls is None else f"{self.controls} among random sets"
         return (
             f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, "
-            f"n = {self.n}), TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}"
+            f"n = {self.n}), TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}; {controls}"
         )
 
 
 def compare(
-    target: Evaluation, source: Evaluation, after: Evaluation, resamples: int = 10_000, seed: int = 0
+    target: Evaluation,
+    source: Evaluation,
+    after: Evaluation,
+    resamples: int = 10_000,
+    seed: int = 0,
+    *,
+    controls: Sequence[Evaluation] = (),
+    curve: CurveRank | None = None,
+    graft: Any = None,
+    pair: Any = None,
 ) -> Outcome:
-    """The outcome of a graft from three evaluations of the same questions; intervals by paired bootstrap.
+    """The outcome of a graft from three evaluations of the same questions.
 
     TIR is undefined (None) when the target's accuracy is 0. Recovery is withheld (None) when the 95 % interval of the
-    gap between source and target covers 0. Raises UsageError when the questions differ, or served to select modules.
+    gap between source and target covers 0.
+
+    Args:
+        controls: evaluations of random matched sets (see ``controls.random_matched``), for the graft's rank and p.
+        curve: where the whole K-curve stands (see ``significance.curve_rank``).
+        graft, pair: what was grafted, for its share of the parameters.
+
+    Raises:
+        UsageError: the questions differ, or served to select the modules, whatever split they are called.
     """
-    three = (target, source, after)
-    strange = [type(e).__name__ for e in three if not isinstance(e, Evaluation)]
-    if strange:
-        raise UsageError(f"compare needs three evaluations (see evaluate), got {strange[0]}")
-    if len({e.fingerprint for e in three}) > 1:
-        raise UsageError("compare needs three evaluations of the same questions, format and scorer: use one split")
-    if len({e.budget for e in three}) > 1:
-        budgets = ", ".join(str(e.budget) for e in three)
-        raise UsageError(f"compare needs evaluations at one token budget, got {budgets}: evaluate at one")
-    if target.role in ("discover", "choose"):
-        raise UsageError(
-            f"these questions are the {target.role!r} split, which served to select: report an effect on the test split"
-        )
+    check_comparable([target, source, after, *controls])
+    for evaluation in (target, source, after):
+        check_unseen(evaluation)
     n = len(target)
-    stacked = np.stack([target.correct, source.correct, after.correct]).astype(float)
-    base, best, grafted = (float(row.mean()) for row in stacked)
-    picks = bootstrap_indices(n, resamples, seed)
-    base_b, best_b, after_b = (row[picks].mean(axis=1) for row in stacked)
+    base, best, grafted = target.accuracy, source.accuracy, after.accuracy
     notes = []
 
-    gap_interval = percentile_interval(best_b - base_b)
+    gap_interval = paired_difference_interval(target.correct, source.correct)
     tir, tir_interval = None, None
     if base == 0:
         notes.append("TIR is undefined: the target answers none of the questions, and nothing divides by 0")
     else:
         tir = grafted / base
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = after_b / base_b
-        # a resample without a single right answer has no ratio; it counts as unboundedly large
-        tir_interval = percentile_interval(np.where(np.isnan(ratios), math.inf, ratios))
+        tir_interval = accuracy_ratio_interval(target.correct, after.correct)
         if target.correct.sum() < FEW:
             notes.append(
                 f"TIR rests on {int(target.correct.sum())} right answers of the target: read the difference instead"
             )
     if n < SMALL:
-        notes.append(f"{n} questions are few: bootstrap intervals are too narrow, and empty where no answer differs")
-
-    recovery, recovery_interval = None, None
+        notes.append(f"{n} questions are few: intervals are wide, and those of log-probabilities too narrow")
+    recovery, shares = None, None
     if gap_interval[0] <= 0 <= gap_interval[1]:
         notes.append(
             f"Recovery is withheld: the gap between source and target, {best - base:+.1%}, has the interval "
@@ -111,27 +159,101 @@ def compare(
         )
     else:
         recovery = 100 * (grafted - base) / (best - base)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            shares = 100 * (after_b - base_b) / (best_b - base_b)
-        usable = np.isfinite(shares)
-        recovery_interval = percentile_interval(shares[usable])
+        shares = recovery_interval(target.correct, source.correct, after.correct)
+    if not controls:
+        notes.append("no random sets were compared: the graft may do no better than chance")
     return Outcome(
         base,
         best,
         grafted,
         n,
         grafted - base,
-        percentile_interval(after_b - base_b),
+        paired_difference_interval(target.correct, after.correct),
         mcnemar_exact(target.correct, after.correct),
         int(np.sum(~target.correct & after.correct)),
         int(np.sum(target.correct & ~after.correct)),
         tir,
         tir_interval,
         recovery,
-        recovery_interval,
+        shares,
         gap_interval,
         tuple(notes),
         target.task,
         target.role,
         target.fingerprint,
+        _change(target, source, after, "log_probability", resamples, seed),
+        _change(target, source, after, "logit_difference", resamples, seed),
+        _truncation({"target": target, "source": source, "after": after}),
+        rank_among(grafted, [c.accuracy for c in controls]) if controls else None,
+        _mean_rank(after, controls),
+        curve,
+        _share(graft, pair),
     )
+
+
+def check_comparable(evaluations: Sequence[Any]) -> None:
+    """Raise UsageError unless all are evaluations of the same questions at one token budget."""
+    strange = [type(e).__name__ for e in evaluations if not isinstance(e, Evaluation)]
+    if strange:
+        raise UsageError(f"compare needs three evaluations (see evaluate), got {strange[0]}")
+    if len({e.fingerprint for e in evaluations}) > 1:
+        raise UsageError("compare needs three evaluations of the same questions, format and scorer: use one split")
+    if len({e.budget for e in evaluations}) > 1:
+        budgets = ", ".join(str(b) for b in dict.fromkeys(e.budget for e in evaluations))
+        raise UsageError(f"compare needs evaluations at one token budget, got {budgets}: evaluate at one")
+
+
+def check_unseen(evaluation: Evaluation) -> None:
+    """Raise UsageError where an evaluation's questions selected what it is about."""
+    if evaluation.role in ("discover", "choose"):
+        raise UsageError(
+            f"these questions are the {evaluation.role!r} split, which served to select: report an effect on the test "
+            "split"
+        )
+    seen = set(evaluation.questions) & {q for s in evaluation.selections for q in s.questions}
+    if seen:
+        raise UsageError(
+            f"{len(seen)} of these {len(evaluation)} questions of {evaluation.task!r} selected the modules (another "
+            "split of the same task, or the same one under another name): report on the test split of the split whose "
+            "discover and choose questions selected"
+        )
+
+
+def _change(
+    target: Evaluation, source: Evaluation, after: Evaluation, what: str, resamples: int, seed: int
+) -> Change | None:
+    values = [getattr(e, what) for e in (target, source, after)]
+    if any(v is None for v in values):
+        return None
+    base, best, grafted = values
+    gain = grafted - base
+    interval = percentile_interval(gain[bootstrap_indices(len(gain), resamples, seed)].mean(1))
+    return Change(float(base.mean()), float(best.mean()), float(grafted.mean()), float(gain.mean()), interval)
+
+
+def truncation_of(evaluation: Evaluation) -> Truncation | None:
+    """How the token budget cut an evaluation's answers; None where no text was written."""
+    if evaluation.answered is None or evaluation.ended is None:
+        return None
+    answered = evaluation.answered
+    right = float(evaluation.correct[answered].mean()) if answered.any() else None
+    return Truncation(float(answered.mean()), float(evaluation.ended.mean()), right)
+
+
+def _truncation(evaluations: dict[str, Evaluation]) -> dict[str, Truncation] | None:
+    found = {role: truncation_of(e) for role, e in evaluations.items()}
+    return {role: t for role, t in found.items() if t is not None} or None
+
+
+def _mean_rank(after: Evaluation, controls: Sequence[Evaluation]) -> RankAmong | None:
+    others = [c.log_probability for c in controls if c.log_probability is not None]
+    if after.log_probability is None or not others or len(others) < len(controls):
+        return None
+    return rank_among(float(after.log_probability.mean()), [float(o.mean()) for o in others])
+
+
+def _share(graft: Any, pair: Any) -> float | None:
+    """The graft's share of the numbers in the linear layers (all of what could be grafted)."""
+    if graft is None or pair is None:
+        return None
+    return float(graft.parameter_count(pair) / type(graft)(pair.modules("linear")).parameter_count(pair))

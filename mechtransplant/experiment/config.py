@@ -67,27 +67,52 @@ class SplitSpec(_Strict):
     seed: int = Field(default=0, ge=0)
 
 
+Control = Literal["bottom", "all", "reverse", "unrelated", "self"]
+GraftedKind = Literal["linear", "head", "mlp", "attn", "block", "part"]
+
+
+class SideEffectSpec(_Strict):
+    """What grafts are measured on besides the task; ``questions: 0`` and ``texts: 0`` leave a part out."""
+
+    #: names of tasks; the pair's other ones by default
+    tasks: tuple[str, ...] | None = None
+    questions: int = Field(default=256, ge=0)
+    #: how many texts the target writes, and how long; or a file of texts
+    texts: int = Field(default=64, ge=0)
+    tokens: int = Field(default=64, ge=2)
+    file: str | None = None
+    #: how many of the headline's random sets are measured too
+    random: int = Field(default=10, ge=0)
+
+
 class RunConfig(_Strict):
-    """One run: a pair, a task, a rule, a sweep over K and strength, and its random controls.
+    """One run: a pair, a task, rules, a sweep over K and strength, and its controls.
 
     ``k`` holds numbers of modules (whole) or shares of all candidates (up to 1.0); ``budgets`` token budgets, of which
-    the largest decides the choice; ``random_sets`` how many matched sets each K is compared with. ``kv`` and
-    ``operator`` are a graft's (see ``grafting``).
+    the largest decides the choice. ``random_sets`` is how many matched sets the reported K is compared with,
+    ``curve_sets`` how many random orders the other K are; both for every rule, or for the ``controlled`` ones.
+    ``kv`` and ``operator`` are a graft's (see ``grafting``).
     """
 
     name: str = "run"
     pair: str | PairSpec
     task: str | TaskSpec | None = None
     split: SplitSpec = SplitSpec()
-    rule: str = "lae"
+    rule: str | tuple[str, ...] = "lae"
     rule_options: dict[str, Any] = {}
-    kind: Literal["linear", "head", "mlp", "attn", "block", "part"] = "linear"
+    kind: GraftedKind | tuple[GraftedKind, ...] = "linear"
     k: tuple[int | float, ...] = PAPER_SHARES
     strengths: tuple[float, ...] = (1.0,)
     kv: Literal["never", "group", "whole-group"] = "never"
     operator: str | dict[str, Any] = "replace"
     budgets: tuple[int, ...] | None = None
-    random_sets: int = Field(default=20, ge=0)
+    random_sets: int = Field(default=100, ge=0)
+    curve_sets: int = Field(default=20, ge=0)
+    controlled: tuple[str, ...] | None = None
+    controls: tuple[Control, ...] = ("bottom", "all", "reverse", "unrelated", "self")
+    #: the task whose ranking is the unrelated control; the pair's first other one by default
+    unrelated: str | None = None
+    side_effects: SideEffectSpec | None = SideEffectSpec()
     direction: Literal["named", "better"] = "named"
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -99,6 +124,39 @@ class RunConfig(_Strict):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _rules(self) -> RunConfig:
+        repeated = [r for r in self.rules if self.rules.count(r) > 1]
+        if not self.rules or repeated:
+            raise ValueError("rule: name a rule, or a list of different ones")
+        strange = [r for r in self.controlled or () if r not in self.rules]
+        if strange:
+            raise ValueError(f"controlled: {strange[0]} is none of the rules {', '.join(self.rules)}")
+        if len(self.rules) > 1:
+            for key, value in self.rule_options.items():
+                if key not in self.rules or not isinstance(value, dict):
+                    raise ValueError(f"rule_options.{key}: with several rules, map each rule to its options")
+        return self
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules, the first of which is the headline."""
+        return (self.rule,) if isinstance(self.rule, str) else self.rule
+
+    @property
+    def kinds(self) -> tuple[GraftedKind, ...]:
+        """The kinds of modules that are ranked together."""
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    def options_of(self, rule: str) -> dict[str, Any]:
+        """A rule's options."""
+        return dict(self.rule_options if len(self.rules) == 1 else self.rule_options.get(rule, {}))
+
+    @property
+    def with_controls(self) -> tuple[str, ...]:
+        """The rules that have random sets and the other controls of their own."""
+        return self.rules if self.controlled is None else self.controlled
 
     @model_validator(mode="after")
     def _sensible(self) -> RunConfig:
@@ -116,7 +174,7 @@ class RunConfig(_Strict):
         counts = sorted({k if isinstance(k, int) else max(1, round(k * candidates)) for k in self.k})
         if counts[-1] > candidates:
             raise UsageError(
-                f"k = {counts[-1]} is above the {candidates} candidates of kind {self.kind!r}: "
+                f"k = {counts[-1]} is above the {candidates} candidates of kind {' and '.join(self.kinds)}: "
                 f"ask for at most {candidates}"
             )
         return counts
@@ -149,7 +207,8 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
     except ValidationError as error:
         # a union reports each member's failure; the deepest one names the key that the user wrote
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-        path = [str(p) for p in first["loc"] if str(p) not in ("PairSpec", "TaskSpec", "FormatSpec", "str")]
+        inside = (*(m.__name__ for m in _MODELS), "str", "tuple")
+        path = [str(p) for p in first["loc"] if str(p) not in inside and not str(p).startswith("tuple[")]
         key = ".".join(path) or "the whole"
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(path[-1], _known_keys(), n=1)
@@ -159,5 +218,8 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
         raise UsageError(f"{where}: {key}: {message} (got {str(first['input'])[:60]!r}); fix this key") from error
 
 
+_MODELS: tuple[type[BaseModel], ...] = (RunConfig, TaskSpec, FormatSpec, SplitSpec, PairSpec, SideEffectSpec)
+
+
 def _known_keys() -> list[str]:
-    return [key for model in (RunConfig, TaskSpec, FormatSpec, SplitSpec, PairSpec) for key in model.model_fields]
+    return [key for model in _MODELS for key in model.model_fields]

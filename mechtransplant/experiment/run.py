@@ -1,36 +1,37 @@
-"""A config becomes a run: baselines, ranking on ``discover``, a sweep on ``choose``, a report on ``test``.
+"""A config becomes a run: baselines, rankings, a sweep on ``choose``, curves, controls and a report on ``test``.
 
-A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished cells), ``ranking.csv``,
-``results.parquet`` (one row a cell and token budget), ``outcome.json``, ``summary.md`` and ``figures/``.
+A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished cells), ``ranking.csv`` and
+``rankings/``, ``results.parquet`` (one row a cell and token budget), ``rules.csv``, ``outcome.json``, ``summary.md``
+and ``figures/``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from mechtransplant.controls import RandomSets, random_matched
-from mechtransplant.errors import UsageError
-from mechtransplant.evaluation import Evaluation, compare, evaluate, evaluate_budgets
+from mechtransplant.controls import RandomOrders, RandomSets, random_matched, random_orders
+from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.evaluation import Evaluation
 from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig, read_config
+from mechtransplant.experiment.elsewhere import Elsewhere
 from mechtransplant.experiment.environment import versions
+from mechtransplant.experiment.evaluator import Body, Evaluator
+from mechtransplant.experiment.findings import find
+from mechtransplant.experiment.rankings import Rankings
+from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.summary import RunResult, write_report
-from mechtransplant.grafting import Graft, get_operator
-from mechtransplant.pair import LanguageModel, Pair, load_pair
+from mechtransplant.grafting import get_operator
+from mechtransplant.pair import Pair, load_pair
 from mechtransplant.progress import track
-from mechtransplant.ranking import get_rule, rank_modules
-from mechtransplant.tasks import Splits, Task, load_task
+from mechtransplant.ranking import get_rule
+from mechtransplant.tasks import Splits, Task, list_tasks, load_task
 
-if TYPE_CHECKING:
-    import pandas as pd
+Job = tuple[str, str, tuple[str, ...], float, dict[str, Any]]
 
 
 def build_task(config: RunConfig, pair: Pair) -> Task:
@@ -52,12 +53,28 @@ def build_task(config: RunConfig, pair: Pair) -> Task:
     return replace(task, **changes)
 
 
+def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
+    """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
+    name = config.unrelated
+    if name is None:
+        others = [t for t in pair.tasks if t != task.name and t != pair.default_task]
+        if not others:
+            return None
+        name = others[0]
+    elif name == task.name:
+        raise UsageError(f"unrelated: {name!r} is the run's own task: name another one")
+    elif name not in list_tasks() and not Path(name).exists():
+        raise UnknownNameError("task", name, list_tasks())
+    return load_task(name)
+
+
 class Run:
     """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds."""
 
     def __init__(self, config: RunConfig, folder: Path, progress: bool = True) -> None:
         # before any weights are loaded, and before anything is written
-        get_rule(config.rule).check(config.kind, config.rule_options)
+        for rule in config.rules:
+            get_rule(rule).check(config.kinds, config.options_of(rule))
         get_operator(config.operator)
         self.config, self.folder, self.progress = config, folder, progress
         if config.threads:
@@ -67,13 +84,20 @@ class Run:
         self.pair = self._load_pair()
         self.task = build_task(config, self.pair)
         self.splits: Splits = self.task.split(**config.split.model_dump())
-        self.counts = config.counts(len(self.pair.modules(config.kind)))
+        self.other = unrelated_task(config, self.pair, self.task) if "unrelated" in config.controls else None
+        self.candidates = self.pair.modules(config.kinds)
+        self.counts = config.counts(len(self.candidates))
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
         # a prompt that cannot be written is refused before anything is
         prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
         check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
         self._check_folder()
+
+    @property
+    def budget(self) -> int:
+        """The token budget that decides: the largest."""
+        return max(self.budgets)
 
     def _note_environment(self) -> None:
         """Write what the numbers depend on; refuse other weights or questions than those that the folder began with.
@@ -122,74 +146,6 @@ class Run:
         if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
             raise UsageError(f"{self.folder} is not empty and holds no run: choose another --out folder")
 
-    # --- cells ---------------------------------------------------------------------------------------------------
-
-    def cell(self, split: Task, role: str, modules: Sequence[str] = (), strength: float = 1.0) -> dict[int, Evaluation]:
-        """One evaluation per budget: of the source, the target, or the target with a graft in place."""
-        model = self.pair.source if role == "source" else self.pair.target
-        content = {
-            **self.fingerprints,
-            "task": split.fingerprint,
-            "budgets": self.budgets,
-            "source_model": role == "source",
-            "modules": sorted(modules),
-            "strength": strength if modules else 0,
-            "dtype": self.config.dtype,
-            "batch_size": self.config.batch_size,
-        }
-
-        # named where they are not the default, so that runs from before they were options go on
-        content |= {key: getattr(self.config, key) for key in ("kv", "operator") if not self._is_default(key)}
-
-        def compute() -> dict[str, Any]:
-            with self._graft(modules, strength).applied(self.pair):
-                found = self._evaluate(model, split)
-            return {
-                "split": split.role,
-                "role": role,
-                "k": len(modules),
-                "strength": strength,
-                "modules": list(modules),
-                "budgets": {str(b): _packed(e) for b, e in found.items()},
-            }
-
-        stored = self.store.get(content, compute)["budgets"]
-        return {b: _unpacked(split, b, stored[str(b)]) for b in self.budgets}
-
-    def _is_default(self, key: str) -> bool:
-        return bool(getattr(self.config, key) == RunConfig.model_fields[key].default)
-
-    def _graft(self, modules: Sequence[str], strength: float) -> Graft:
-        return Graft(modules, strength, kv=self.config.kv, operator=self.config.operator)
-
-    def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
-        if split.short_answer:
-            return {
-                b: evaluate(model, split, max_new_tokens=b, batch_size=self.config.batch_size) for b in self.budgets
-            }
-        return evaluate_budgets(model, split, self.budgets, self.config.batch_size)
-
-    @cached_property
-    def ranking(self) -> pd.DataFrame:
-        """The rule's ranking on ``discover``; computed once and kept in the folder."""
-        import pandas as pd
-
-        path = self.folder / "ranking.csv"
-        if not path.exists():
-            rule, config = get_rule(self.config.rule), self.config
-            own = {"batch_size": config.batch_size, "max_new_tokens": max(self.budgets)}
-            options = {key: value for key, value in own.items() if rule.takes(key)} | config.rule_options
-            frame = rank_modules(self.pair, self.splits.discover, config.rule, config.kind, seed=config.seed, **options)
-            # 17 significant digits: the file gives back the very same numbers
-            write_atomically(path, frame.to_csv(index=False, float_format="%.17g"))
-        return pd.read_csv(path)
-
-    def random_sets(self, k: int) -> RandomSets:
-        """The matched control sets of the K highest-ranked modules."""
-        return random_matched(
-            self.pair, list(self.ranking.module[:k]), self.config.random_sets, seed=self.config.seed + k
-        )
-
     # --- the flow ------------------------------------------------------------------------------------------------
 
     def execute(self) -> RunResult:
@@ -214,129 +170,151 @@ class Run:
             ) from error
 
     def _execute(self) -> RunResult:
+        self.cells = Evaluator(self.config, self.pair, self.budgets, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
         self._note_environment()
-        rows: list[dict[str, Any]] = []
+        self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
+        self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
-        for role in ("target", "source"):
-            self._note(rows, choose, role, self.cell(choose, role))
-        jobs: list[tuple[str, int, float, tuple[str, ...], str]] = []
-        for k in self.counts:
-            top, controls = tuple(self.ranking.module[:k]), self.random_sets(k)
-            for strength in self.config.strengths:
-                jobs.append(("graft", k, strength, top, ""))
-                jobs += [("random", k, strength, drawn, controls.depth) for drawn in controls.sets]
-        for role, k, strength, modules, depth in track(jobs, "sweep on choose", self.progress):
-            self._note(rows, choose, role, self.cell(choose, role, modules, strength), k, strength, depth)
-
+        self._baselines(choose)
+        sweep: list[Job] = [
+            ("graft", rule, self.rankings.top(rule, k), strength, {})
+            for rule in self.config.rules
+            for k in self.counts
+            for strength in self.config.strengths
+        ]
+        self._do(choose, sweep, "sweep on choose")
         # as in the paper, every token budget has its own best K
-        chosen = {budget: self._choose(rows, budget) for budget in self.budgets}
-        grafts = {b: self._graft(list(self.ranking.module[:k]), strength) for b, (k, strength) in chosen.items()}
-        jobs = []
-        for k, strength in dict.fromkeys(chosen.values()):
-            controls = self.random_sets(k)
-            jobs.append(("graft", k, strength, tuple(self.ranking.module[:k]), ""))
-            jobs += [("random", k, strength, drawn, controls.depth) for drawn in controls.sets]
-        everything = tuple(self.ranking.module)
-        jobs.append(("all", len(everything), chosen[max(self.budgets)][1], everything, ""))
-        baselines = {role: self.cell(test, role) for role in ("target", "source")}
-        for role, found in baselines.items():
-            self._note(rows, test, role, found)
-        after: dict[tuple[int, float], dict[int, Evaluation]] = {}
-        for role, k, strength, modules, depth in track(jobs, "report on test", self.progress):
-            found = self.cell(test, role, modules, strength)
-            if role == "graft":
-                after[k, strength] = found
-            self._note(rows, test, role, found, k, strength, depth)
-        outcomes = {
-            b: compare(baselines["target"][b], baselines["source"][b], after[chosen[b]][b], seed=self.config.seed)
-            for b in self.budgets
+        self.chosen = {rule: {b: self._choose(rule, b) for b in self.budgets} for rule in self.config.rules}
+        self.baselines = self._baselines(test)
+        self._do(test, self._curves(), "K-curves on test")
+        for rule in self.config.with_controls:
+            self._do(test, self._random(rule), f"random sets of {rule}")
+        self._do(test, self._other_controls(), "other controls")
+        return write_report(self, find(self), self._side_effects())
+
+    def _curves(self) -> list[Job]:
+        """Every rule at every K, at the strength that it chose, and everything grafted at those strengths."""
+        jobs: list[Job] = []
+        for rule in self.config.rules:
+            strength = self.chosen[rule][self.budget][1]
+            points = [(k, strength) for k in self.counts if k < len(self.candidates)]
+            for k, s in dict.fromkeys([*points, *self.chosen[rule].values()]):
+                jobs.append(("graft", rule, self.rankings.top(rule, k), s, {}))
+        for strength in dict.fromkeys(self.chosen[rule][self.budget][1] for rule in self.config.rules):
+            jobs.append(("all", "", tuple(self.candidates), strength, {}))
+        return jobs
+
+    def random_orders(self, rule: str) -> RandomOrders:
+        """Random orders of all candidates, matched to a rule's ranking."""
+        k = self.chosen[rule][self.budget][0]
+        return random_orders(
+            self.pair, list(self.rankings.of(rule).module), self.config.curve_sets, k, self.config.seed
+        )
+
+    def random_sets(self, rule: str, k: int) -> RandomSets:
+        """Random sets matched to a rule's K modules."""
+        return random_matched(self.pair, self.rankings.top(rule, k), self.config.random_sets, self.config.seed + k)
+
+    def _random(self, rule: str) -> list[Job]:
+        """Random orders for the whole curve, and random sets at the K that is reported."""
+        jobs: list[Job] = []
+        strength, orders = self.chosen[rule][self.budget][1], self.random_orders(rule)
+        for number, drawn in enumerate(orders.orders):
+            more = {"set": f"order-{number}", "depth_matched": orders.depth}
+            jobs += [("random", rule, drawn[:k], strength, more) for k in self.counts if k < len(self.candidates)]
+        for k, s in dict.fromkeys(self.chosen[rule].values()):
+            controls = self.random_sets(rule, k)
+            for number, drawn in enumerate(controls.sets):
+                jobs.append(("random", rule, drawn, s, {"set": f"set-{number}", "depth_matched": controls.depth}))
+        return jobs
+
+    def _other_controls(self) -> list[Job]:
+        """Bottom, unrelated, reverse and self, at the K and strength that each rule chose."""
+        config = self.config
+        jobs: list[Job] = []
+        for rule in config.with_controls:
+            k, strength = self.chosen[rule][self.budget]
+            top, order = self.rankings.top(rule, k), self.rankings.of(rule)
+            if "bottom" in config.controls:
+                jobs.append(("bottom", rule, tuple(order.module[::-1][:k]), strength, {}))
+            if self.unrelated_rules(rule) and self.other is not None:
+                names = self.rankings.unrelated(rule, self.other.split(**self._other_sizes(self.other)))
+                jobs.append(("unrelated", rule, tuple(names.module[:k]), strength, {}))
+            if "reverse" in config.controls:
+                jobs.append(("reverse", rule, top, strength, {"body": "reverse"}))
+            if "self" in config.controls and rule == config.rules[0]:
+                jobs.append(("self", rule, top, strength, {"body": "self"}))
+        return jobs
+
+    def _side_effects(self) -> list[dict[str, Any]]:
+        """Of every rule's graft, of everything grafted, of the headline's whole curve, and of some random sets."""
+        elsewhere = Elsewhere(self)
+        if not elsewhere.wanted:
+            return []
+        jobs: list[tuple[str, str, tuple[str, ...], float]] = []
+        for rule in self.config.rules:
+            k, strength = self.chosen[rule][self.budget]
+            jobs.append(("graft", rule, self.rankings.top(rule, k), strength))
+        headline = self.config.rules[0]
+        k, strength = self.chosen[headline][self.budget]
+        jobs.append(("all", "", tuple(self.candidates), strength))
+        others = [size for size in self.counts if size not in (k, len(self.candidates))]
+        jobs += [("graft", headline, self.rankings.top(headline, size), strength) for size in others]
+        spec = self.config.side_effects
+        if headline in self.config.with_controls and spec is not None:
+            drawn = self.random_sets(headline, k).sets[: spec.random]
+            jobs += [("random", headline, modules, strength) for modules in drawn]
+        return [elsewhere.of(*job) for job in track(jobs, "side effects", self.progress)]
+
+    def unrelated_rules(self, rule: str) -> bool:
+        """Whether a ranking on another task would be another one."""
+        needs = get_rule(rule).needed(self.config.options_of(rule))
+        return "unrelated" in self.config.controls and needs != "nothing"
+
+    def _other_sizes(self, other: Task) -> dict[str, int]:
+        """As many questions of the unrelated task as of the run's own, or what it has."""
+        sizes = {key: getattr(self.config.split, key) for key in ("discover", "choose")}
+        distinct = len(set(other.keys))
+        scale = min(1.0, (distinct - 1) / sum(sizes.values()))
+        return {key: max(1, int(n * scale)) for key, n in sizes.items()} | {"test": 1, "seed": self.config.split.seed}
+
+    def _baselines(self, split: Task) -> dict[str, dict[int, Evaluation]]:
+        found = {
+            role: self.cells.cell(split, role, body="source" if role == "source" else "graft")
+            for role in ("target", "source")
         }
-        return write_report(self, rows, grafts, outcomes)
+        for role, evaluations in found.items():
+            self.rows.note(split, role, evaluations)
+        return found
+
+    def _do(self, split: Task, jobs: list[Job], what: str) -> None:
+        for role, rule, modules, strength, more in track(jobs, what, self.progress):
+            body: Body = more.get("body", "graft")
+            found = self.cells.cell(split, role, modules, strength, body=body, whole=role != "random")
+            labels = {key: value for key, value in more.items() if key != "body"}
+            self.rows.note(split, role, found, len(modules), strength, rule=rule, **labels)
 
     def _turn_to_better(self) -> None:
         """Exchange the two where the named target is better on ``choose``: the better model is the source."""
-        budget = max(self.budgets)
-        accuracy = {role: self.cell(self.splits.choose, role)[budget].accuracy for role in ("target", "source")}
+        bodies: dict[str, Body] = {"target": "graft", "source": "source"}
+        accuracy = {r: self.cells.cell(self.splits.choose, r, body=b)[self.budget].accuracy for r, b in bodies.items()}
         if accuracy["target"] > accuracy["source"]:
             self.pair = self.pair.reversed()
             self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
+            self.cells = Evaluator(self.config, self.pair, self.budgets, self.store)
 
-    def _choose(self, rows: list[dict[str, Any]], budget: int) -> tuple[int, float]:
+    def _choose(self, rule: str, budget: int) -> tuple[int, float]:
         """K and strength with the best accuracy on ``choose`` at a token budget; the smallest among equals.
 
         A graft of every candidate selects nothing and has no random control: it is always reported as ``all``, and
         chosen only where the config names no smaller K.
         """
-        options = [r for r in rows if r["role"] == "graft" and r["split"] == "choose" and r["budget"] == budget]
-        selective = [r for r in options if r["k"] < len(self.ranking)]
+        options = self.rows.where(role="graft", split="choose", budget=budget, rule=rule)
+        selective = [r for r in options if r["k"] < len(self.candidates)]
         best = min(selective or options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))
         return best["k"], best["strength"]
-
-    def _note(
-        self,
-        rows: list[dict[str, Any]],
-        split: Task,
-        role: str,
-        found: dict[int, Evaluation],
-        k: int = 0,
-        strength: float = 0.0,
-        depth: str = "",
-    ) -> None:
-        for budget, evaluation in found.items():
-            low, high = evaluation.interval
-            rows.append(
-                {
-                    "split": split.role,
-                    "role": role,
-                    "k": k,
-                    "strength": strength,
-                    "budget": budget,
-                    "accuracy": evaluation.accuracy,
-                    "low": low,
-                    "high": high,
-                    "n": len(evaluation),
-                    "depth_matched": depth,
-                    "method": evaluation.method,
-                    "answered": None if evaluation.answered is None else float(evaluation.answered.mean()),
-                    "ended": None if evaluation.ended is None else float(evaluation.ended.mean()),
-                    "correct": _bits(evaluation.correct),
-                }
-            )
-
-
-def _bits(values: Any) -> str:
-    return "".join("1" if v else "0" for v in values)
-
-
-def _bools(text: str) -> Any:
-    return np.array([c == "1" for c in text])
-
-
-def _packed(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as JSON: bits as strings, log-probabilities at full precision."""
-    packed: dict[str, Any] = {"correct": _bits(evaluation.correct), "method": evaluation.method}
-    if evaluation.log_probability is not None:
-        packed["log_probability"] = evaluation.log_probability.tolist()
-    for name in ("answered", "ended"):
-        if getattr(evaluation, name) is not None:
-            packed[name] = _bits(getattr(evaluation, name))
-    return packed
-
-
-def _unpacked(split: Task, budget: int, packed: dict[str, Any]) -> Evaluation:
-    scores = packed.get("log_probability")
-    return Evaluation(
-        split.name,
-        split.role,
-        split.fingerprint,
-        _bools(packed["correct"]),
-        packed["method"],
-        budget,
-        None if scores is None else np.array(scores),
-        **{name: _bools(packed[name]) for name in ("answered", "ended") if name in packed},
-    )
 
 
 def environment(run: Run) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.config import PAPER_SHARES
-from mechtransplant.figures import k_curve, save_figure, score_heatmap
+from mechtransplant.experiment.elsewhere import side_effect_tables
+from mechtransplant.experiment.findings import Findings
+from mechtransplant.figures import gain_against_harm, k_curve, rule_curves, save_figure, score_heatmap
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
-from mechtransplant.significance import rank_p_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, tidy tables, and per token budget the chosen graft and its outcome on ``test``."""
+    """A finished run: its folder, tidy tables, and per token budget the chosen graft and its outcome on ``test``.
+
+    ``ranking``, ``grafts`` and ``outcomes`` are the headline rule's (the first); ``rules`` has one row a rule and
+    budget, and ``findings`` every rule's graft and outcome.
+    """
 
     folder: Path
     results: pd.DataFrame
@@ -33,6 +38,10 @@ class RunResult:
     grafts: dict[int, Graft]
     outcomes: dict[int, Outcome]
     summary: str
+    rules: pd.DataFrame
+    findings: Findings
+    #: one row a graft: what it gains, what it costs elsewhere, and whether it is on the Pareto front
+    plane: pd.DataFrame | None = None
 
     @property
     def graft(self) -> Graft:
@@ -40,59 +49,73 @@ class RunResult:
         return self.grafts[max(self.grafts)]
 
 
-def write_report(
-    run: Run, rows: list[dict[str, Any]], grafts: dict[int, Graft], outcomes: dict[int, Outcome]
-) -> RunResult:
-    """Write results.parquet, outcome.json, summary.md and figures/, and return them as a RunResult."""
+def write_report(run: Run, findings: Findings, elsewhere: list[dict[str, Any]]) -> RunResult:
+    """Write results.parquet, rules.csv, side_effects.csv, outcome.json, summary.md and figures/; the same as a
+    RunResult."""
     import pandas as pd
 
-    results = pd.DataFrame(rows)
+    plane = effects = None
+    if elsewhere:
+        plane, effects = side_effect_tables(elsewhere)
+        write_atomically(run.folder / "side_effects.csv", effects.to_csv(index=False, float_format="%.8g"))
+
+    results = pd.DataFrame(run.rows.rows)
     temporary = run.folder / ".results.tmp"
     results.to_parquet(temporary, index=False)
     temporary.replace(run.folder / "results.parquet")
-    content = {
-        str(budget): {
-            "modules": list(graft.modules),
-            "strength": graft.strengths[0],
-            "kv": graft.kv,
-            "operator": {"name": graft.operator.name, **options_of(graft.operator)},
-            "parameter_share": parameter_share(run, graft),
-            **asdict(outcomes[budget]),
-        }
-        for budget, graft in grafts.items()
-    }
+    write_atomically(run.folder / "rules.csv", findings.table.to_csv(index=False, float_format="%.8g"))
+    headline = run.config.rules[0]
+    grafts, outcomes = findings.grafts[headline], findings.outcomes[headline]
+    content = {str(budget): _saved(graft, outcomes[budget]) for budget, graft in grafts.items()}
     write_atomically(
         run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
     )
-    summary = summarise(run, results, grafts, outcomes)
+    summary = summarise(run, results, findings, plane, effects)
     write_atomically(run.folder / "summary.md", summary)
-    budget = max(run.budgets)
-    figure, _ = k_curve(results, "choose", budget, len(run.ranking))
-    save_figure(figure, run.folder / "figures", "k_curve", results.drop(columns="correct"))
-    if run.config.kind == "linear":
-        figure, _ = score_heatmap(run.ranking, len(grafts[budget]), f"{run.pair.name}: rule {run.config.rule}")
-        save_figure(figure, run.folder / "figures", "score_heatmap", run.ranking)
-    return RunResult(run.folder, results, run.ranking, grafts, outcomes, summary)
+    _draw(run, results, findings, plane)
+    ranking = run.rankings.of(headline)
+    return RunResult(run.folder, results, ranking, grafts, outcomes, summary, findings.table, findings, plane)
 
 
-def controls_of(results: pd.DataFrame, split: str, budget: int, graft: Graft) -> pd.DataFrame:
-    """The rows of the random sets that a graft is compared with: same split, budget, K and strength."""
-    rows = results[(results.split == split) & (results.budget == budget) & (results.role == "random")]
-    return rows[(rows.k == len(graft)) & (rows.strength == graft.strengths[0])]
+def _saved(graft: Graft, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "modules": list(graft.modules),
+        "strength": graft.strengths[0],
+        "kv": graft.kv,
+        "operator": {"name": graft.operator.name, **options_of(graft.operator)},
+        **asdict(outcome),
+    }
 
 
-def parameter_share(run: Run, graft: Graft) -> float:
-    """The graft's share of all candidates' parameters."""
-    return graft.parameter_count(run.pair) / Graft(run.ranking.module).parameter_count(run.pair)
+def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFrame | None) -> None:
+    folder, headline = run.folder / "figures", run.config.rules[0]
+    data, test = results.drop(columns="correct"), results[results.split == "test"]
+    ranking = run.rankings.of(headline)
+    figure, _ = k_curve(test, "test", run.budget, len(ranking), rule=headline)
+    save_figure(figure, folder, "k_curve", data)
+    if len(run.config.rules) > 1:
+        figure, _ = rule_curves(test, run.budget, len(ranking), list(run.config.rules))
+        save_figure(figure, folder, "rule_curves", data)
+    if plane is not None and "harm" in plane:
+        named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
+        figure, _ = gain_against_harm(named, title=run.pair.name)
+        save_figure(figure, folder, "gain_against_harm", named)
+    if run.config.kinds == ("linear",):
+        k = len(findings.grafts[headline][run.budget])
+        figure, _ = score_heatmap(ranking, k, f"{run.pair.name}: rule {headline}")
+        save_figure(figure, folder, "score_heatmap", ranking)
 
 
 def selected_counts(run: Run, ks: Sequence[int]) -> list[tuple[int, int, int]]:
     """(K, feed-forward, attention) of the K highest-ranked linear layers, as in the paper's table."""
     counts = []
     for k in ks:
-        feed_forward = sum(run.pair.layout.is_feed_forward(m) for m in run.ranking.module[:k])
+        feed_forward = sum(run.pair.layout.is_feed_forward(m) for m in run.rankings.top(run.config.rules[0], k))
         counts.append((k, feed_forward, k - feed_forward))
     return counts
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
 
 
 def _percent(value: Any) -> str:
@@ -112,6 +135,10 @@ def _row(cells: Sequence[Any]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_row(columns), _row(["---"] * len(columns))]
+
+
 def _ratios(outcome: Outcome) -> list[str]:
     """TIR and Recovery as text."""
     return [
@@ -123,7 +150,7 @@ def _ratios(outcome: Outcome) -> list[str]:
 def _interval(pair: tuple[float, float] | None, unit: str = " %", scale: float = 100) -> str:
     if pair is None:
         return "–"
-    low, high = ("∞" if math.isinf(end) else f"{scale * end:.3g}" for end in pair)
+    low, high = ("∞" if end == math.inf else "−∞" if end == -math.inf else f"{scale * end:.3g}" for end in pair)
     return f"[{low}, {high}]{unit}"
 
 
@@ -136,45 +163,79 @@ def _without_infinity(value: Any) -> Any:
     return None if isinstance(value, float) and math.isinf(value) else value
 
 
-def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcomes: dict[int, Outcome]) -> str:
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def label_of(row: Mapping[Any, Any]) -> str:
+    """A graft's name in figures and tables."""
+    if row["role"] == "all":
+        return f"all {row['k']}"
+    return f"random {row['k']}" if row["role"] == "random" else f"{row['rule']} {row['k']}"
+
+
+def summarise(
+    run: Run,
+    results: pd.DataFrame,
+    findings: Findings,
+    plane: pd.DataFrame | None = None,
+    effects: pd.DataFrame | None = None,
+) -> str:
     """The one-page summary, in Markdown."""
-    config, pair = run.config, run.pair
-    budget = max(run.budgets)
-    outcome, graft = outcomes[budget], grafts[budget]
-    candidates = len(run.ranking)
-    k, strength = len(graft), graft.strengths[0]
-    at_budget = results[results.budget == budget]
-    test = at_budget[at_budget.split == "test"]
-    test = test[(test.role != "graft") | ((test.k == len(graft)) & (test.strength == graft.strengths[0]))]
-    random = controls_of(results, "test", budget, graft)
+    config, headline = run.config, run.config.rules[0]
+    outcomes = findings.outcomes[headline]
+    named = f"rule {headline}" if len(config.rules) == 1 else f"{len(config.rules)} rules"
     lines = [
-        f"# {config.name}: {pair.name or 'pair'}, {run.task.name}, rule {config.rule}",
+        f"# {config.name}: {run.pair.name or 'pair'}, {run.task.name}, {named}",
         "",
-        f"Source `{pair.source.name}`, target `{pair.target.name}`; {candidates} candidates ({config.kind}). "
+        f"Source `{run.pair.source.name}`, target `{run.pair.target.name}`; {len(run.candidates)} candidates "
+        f"({', '.join(config.kinds)}). "
         f"Found on {len(run.splits.discover)} `discover` questions, K and strength chosen on "
         f"{len(run.splits.choose)} `choose` questions, reported on "
         f"{len(run.splits.test)} `test` questions that selected nothing.",
         "",
-        f"## Result at {budget} tokens",
+        f"**Verdict.** {verdict(run, headline, findings)}",
         "",
-        "| | accuracy | 95 % interval |",
-        "|---|---|---|",
+        *_result(run, results, findings),
+        *_controls(run, results, findings),
     ]
-    for role, label in (
-        ("target", "target"),
-        ("source", "source"),
-        ("graft", f"target + graft of K = {k} at strength {strength:g}"),
-        ("all", f"target + all {candidates} at strength {strength:g}"),
-    ):
-        row = test[test.role == role].iloc[0]
-        lines.append(f"| {label} | {_percent(row.accuracy)} | {_interval((row.low, row.high))} |")
-    if len(random):
-        label = f"random, {len(random)} matched sets of K = {k}: median (lowest – highest)"
-        lines.append(f"| {label} | {_band(random.accuracy)} | |")
+    if len(config.rules) > 1:
+        lines += _rules(run, findings)
+    if plane is not None and effects is not None:
+        lines += _side_effects(run, plane, effects)
+    if len(outcomes) > 1:
+        lines += _budgets(run, findings)
+    lines += _sweep(run, results, findings)
+    lines += _consequences(run, findings.grafts[headline][run.budget], outcomes[run.budget])
+    return "\n".join(lines) + "\n"
+
+
+def verdict(run: Run, rule: str, findings: Findings) -> str:
+    """One plain sentence: where a rule's graft stands among matched random sets on ``test``, and its whole curve."""
+    graft, outcome = findings.grafts[rule][run.budget], findings.outcomes[rule][run.budget]
+    ranks, curve = outcome.controls, outcome.curve
+    if ranks is None:
+        if rule not in run.config.with_controls:
+            return f"`{rule}` has no random sets of its own (`controlled` names the rules that have)."
+        return f"no random control: {_no_sets(run)}."
+    sets = run.random_sets(rule, len(graft))
+    said = (
+        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(graft)} (depth {sets.depth}; "
+        f"one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is {1 / (ranks.n + 1):.2g})"
+    )
+    if curve is not None:
+        said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
+    return f"{said}."
+
+
+def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
+    headline, budget = run.config.rules[0], run.budget
+    outcome, graft = findings.outcomes[headline][budget], findings.grafts[headline][budget]
+    k, candidates = len(graft), len(run.candidates)
     tir, recovery = _ratios(outcome)
     tir += "" if outcome.tir is None else f" {_interval(outcome.tir_interval, '', 1)}"
     recovery += "" if outcome.recovery is None else f" {_interval(outcome.recovery_interval, ' %', 1)}"
-    lines += [
+    lines = [
+        f"## Result of `{headline}` at {budget} tokens",
         "",
         f"- **TIR** (after / target): {tir}",
         f"- **Recovery** (share of the gap to the source): {recovery}",
@@ -182,82 +243,196 @@ def summarise(run: Run, results: pd.DataFrame, grafts: dict[int, Graft], outcome
         f"exact McNemar p = {outcome.p_value:.3g}; "
         f"{outcome.gained} questions gained, {outcome.lost} lost",
         f"- best K = {k} of {candidates} ({_percent(k / candidates)} of the candidates, "
-        f"{_percent(parameter_share(run, graft))} of their parameters)",
+        f"{_percent(outcome.parameter_share)} of the numbers in linear layers)",
     ]
-    lines += [f"- {note}" for note in outcome.notes]
-    lines.append(f"- {verdict(run, outcome.after_accuracy, random, k)}")
-    if len(outcomes) > 1:
-        columns = ["tokens", "answered by the target", "target", "source", "best K", "graft", "random median", *_RATIOS]
-        lines += [
-            "",
-            "## Token budgets (test; each with its own best K)",
-            "",
-            _row(columns),
-            _row(["---"] * len(columns)),
-        ]
-        for b, o in outcomes.items():
-            row = results[(results.split == "test") & (results.budget == b) & (results.role == "target")].iloc[0]
-            sets = controls_of(results, "test", b, grafts[b]).accuracy
-            lines.append(
-                _row(
-                    [
-                        b,
-                        "–" if row.answered is None else _percent(row.answered),
-                        _percent(o.target_accuracy),
-                        _percent(o.source_accuracy),
-                        len(grafts[b]),
-                        _percent(o.after_accuracy),
-                        _percent(sets.median()) if len(sets) else "–",
-                        *_ratios(o),
-                    ]
-                )
-            )
+    change = outcome.log_probability
+    if change is not None:
+        ranks = outcome.log_probability_controls
+        among = f"; {ranks} among the random sets" if ranks is not None else ""
+        lines.append(
+            f"- log-probability of the gold answer {change.target:.2f} → {change.after:.2f} nats (source "
+            f"{change.source:.2f}): {change.change:+.2f} {_interval(change.interval, ' nats', 1)}{among}"
+        )
+    if outcome.curve is not None:
+        area = outcome.curve
+        lines.append(
+            f"- area under the K-curve (mean accuracy over the share of modules grafted): {_percent(area.area)}; "
+            f"random orders {_percent(area.area_rank.median)} ({_percent(area.area_rank.low)} – "
+            f"{_percent(area.area_rank.high)}), p = {area.area_rank.p_value:.2g}"
+        )
+    return lines + [f"- {note}" for note in outcome.notes]
+
+
+_ROLES = {
+    "target": "target",
+    "source": "source",
+    "graft": "target + the graft: K = {k} at strength {strength:g}",
+    "bottom": "target + the {k} lowest-ranked",
+    "unrelated": "target + the {k} highest-ranked on `{other}`",
+    "all": "target + all {all}",
+    "reverse": "source + the target's {k} modules (reverse)",
+    "self": "target + its own {k} modules (self)",
+}
+
+
+def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
+    headline, budget = run.config.rules[0], run.budget
+    graft = findings.grafts[headline][budget]
+    k, strength = len(graft), graft.strengths[0]
+    rows = results[(results.split == "test") & (results.budget == budget) & results.rule.isin(["", headline])]
+    other = "" if run.other is None else run.other.name
+    lines = ["", "## Controls", "", *_head(["", "accuracy", "95 % interval"])]
+    for role, label in _ROLES.items():
+        found = rows[rows.role == role]
+        if role in ("graft", "all"):
+            found = found[(found.strength == strength) & ((found.k == k) | (role == "all"))]
+        if len(found):
+            row = found.iloc[0]
+            said = label.format(k=k, strength=strength, all=len(run.candidates), other=other)
+            lines.append(_row([said, _percent(row.accuracy), _interval((row.low, row.high))]))
+    drawn = rows[(rows.role == "random") & (rows.k == k) & (rows.strength == strength)]
+    drawn = drawn[drawn.set.str.startswith("set")]
+    if len(drawn):
+        said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
+        lines.append(_row([said, _band(drawn.accuracy), ""]))
+    same = self_graft_is_identical(run)
+    if same is not None:
+        lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
+    left_out = [c for c in ("bottom", "all", "reverse", "unrelated", "self") if c not in run.config.controls]
+    if left_out:
+        lines += ["", f"Left out, as the config asked: {', '.join(left_out)}."]
+    elif run.other is None:
+        lines += ["", "No unrelated ranking: the pair names no other task (give `unrelated:`)."]
+    return lines
+
+
+def self_graft_is_identical(run: Run) -> bool | None:
+    """Whether the target with its own modules grafted answers exactly as the target; None where it was not asked."""
+    found = run.rows.where(split="test", role="self")
+    if not found:
+        return None
+    base = run.rows.where(split="test", role="target")
+    keys = ("correct", "log_probability", "logit_difference")
+    by_budget = {r["budget"]: [r[k] for k in keys] for r in base}
+    return all([r[k] for k in keys] == by_budget[r["budget"]] for r in found)
+
+
+def _rules(run: Run, findings: Findings) -> list[str]:
+    columns = [
+        "rule", "needs", "K", "graft", *_RATIOS, "nats", "random sets: median (range)", "beaten", "p", "p (curve)",
+        "area", "bottom", "unrelated", "reverse",
+    ]  # fmt: skip
+    lines = ["", f"## Rules, each with its own K (test, {run.budget} tokens)", "", *_head(columns)]
+    for rule in run.config.rules:
+        outcome = findings.outcomes[rule][run.budget]
+        row = findings.table[(findings.table.rule == rule) & (findings.table.budget == run.budget)].iloc[0]
+        ranks, curve, change = outcome.controls, outcome.curve, outcome.log_probability
+        random = "–" if ranks is None else f"{_percent(ranks.median)} ({_percent(ranks.low)} – {_percent(ranks.high)})"
+        others = ["–" if math.isnan(v) else _percent(v) for v in (row.bottom, row.unrelated, row.reverse)]
+        cells = [f"`{rule}`", row.needs, row.k, _percent(row.after), *_ratios(outcome)]
+        cells += ["–" if change is None else f"{change.change:+.2f}", random]
+        cells += ["–", "–"] if ranks is None else [f"{ranks.beaten} of {ranks.n}", f"{ranks.p_value:.2g}"]
+        cells += ["–", "–"] if curve is None else [f"{curve.p_value:.2g}", _percent(curve.area)]
+        lines.append(_row([*cells, *others]))
     lines += [
         "",
-        "## K sweep (choose)",
+        f"{len(run.config.rules)} rules are compared: by chance alone one in twenty has p ≤ 0.05. p is the rank among "
+        "random sets matched to that rule's own; p (curve) covers every K at once. Nats: change of the gold answer's "
+        "mean log-probability.",
         "",
-        "| K | strength | accuracy | random sets: median (lowest – highest) |",
-        "|---|---|---|---|",
+        *(f"- {verdict(run, rule, findings)}" for rule in run.config.rules),
     ]
-    choose = at_budget[at_budget.split == "choose"]
+    return lines
+
+
+def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
+    columns = ["graft", "gain (points)", "accuracy elsewhere (points)", "worst task (points)", "perplexity"]
+    columns += ["KL (nats a token)", "Pareto front"]
+    tasks = ", ".join(dict.fromkeys(effects[effects.kind == "task"].what)) or "none"
+    lines = ["", "## Side effects", "", f"Other tasks: {tasks}. With 95 % intervals, paired.", "", *_head(columns)]
+    for graft in plane[plane.role != "random"].to_dict("records"):
+        own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
+        lines.append(_row(_side_effects_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
+    random = plane[plane.role == "random"]
+    if len(random) and "harm" in plane:
+        lines += [
+            "",
+            f"{len(random)} of the random sets: gain {100 * random.gain.min():+.1f} to {100 * random.gain.max():+.1f} "
+            f"points, accuracy elsewhere {-100 * random.harm.max():+.1f} to {-100 * random.harm.min():+.1f} points.",
+        ]
+    return lines
+
+
+def _side_effects_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
+    gain, mean, worst, perplexity, kl = f"{100 * graft['gain']:+.1f}", "–", "–", "–", "–"
+    tasks = sorted((e for e in effects if e["kind"] == "task"), key=lambda e: e["change"])
+    if tasks:
+        gain += f" {_interval((graft['gain_low'], graft['gain_high']), '')}"
+        ends = (-graft["harm_high"], -graft["harm_low"])
+        mean = f"{-100 * graft['harm'] + 0.0:+.1f} {_interval(ends, '')}"
+        low = tasks[0]
+        worst = f"{low['what']} {100 * low['change']:+.1f} {_interval((low['low'], low['high']), '')}"
+    for read in (e for e in effects if e["kind"] == "text"):
+        ends = (read["low"], read["high"])
+        if read["what"] == "KL":
+            kl = f"{read['change']:.3g} {_interval(ends, '', 1)}"
+        else:
+            perplexity = f"{100 * read['change']:+.1f} % {_interval(ends)}"
+    return [label_of(graft), gain, mean, worst, perplexity, kl, "yes" if graft["front"] else ""]
+
+
+def _budgets(run: Run, findings: Findings) -> list[str]:
+    headline = run.config.rules[0]
+    columns = ["tokens", "answered by the target", "by the source", "by the graft", "right when answered (graft)"]
+    columns += ["target", "source", "best K", "graft", "random median", *_RATIOS]
+    lines = ["", "## Token budgets (test; each with its own best K)", "", *_head(columns)]
+    for budget, o in findings.outcomes[headline].items():
+        split = o.truncation or {}
+        answered = [_percent(split[r].answered) if r in split else "–" for r in ("target", "source", "after")]
+        right = split["after"].right_given_answered if "after" in split else None
+        cells = [budget, *answered, "–" if right is None else _percent(right)]
+        cells += [_percent(o.target_accuracy), _percent(o.source_accuracy), len(findings.grafts[headline][budget])]
+        cells += [_percent(o.after_accuracy), "–" if o.controls is None else _percent(o.controls.median), *_ratios(o)]
+        lines.append(_row(cells))
+    return lines
+
+
+def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
+    headline, candidates = run.config.rules[0], len(run.candidates)
+    at = results[(results.budget == run.budget) & (results.rule == headline)]
+    choose, test = (at[(at.split == split)] for split in ("choose", "test"))
+    columns = ["K", "strength", "accuracy on choose", "on test", "random orders on test: median (lowest – highest)"]
+    lines = ["", f"## K sweep of `{headline}`", "", *_head(columns)]
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
-        same = (choose.role == "random") & (choose.k == point.k) & (choose.strength == point.strength)
-        sets = choose[same].accuracy
-        band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run)
-        lines.append(f"| {point.k} | {point.strength:g} | {_percent(point.accuracy)} | {band} |")
-    if config.kind == "linear":
+        same = test[(test.k == point.k) & (test.strength == point.strength)]
+        grafted = same[same.role == "graft"].accuracy
+        sets = same[(same.role == "random")].accuracy
+        band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
+        cells = [point.k, f"{point.strength:g}", _percent(point.accuracy)]
+        lines.append(_row([*cells, _percent(grafted.iloc[0]) if len(grafted) else "–", band]))
+    if run.config.kinds == ("linear",):
         paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
         lines += ["", "## Feed-forward / attention layers among the K highest, at the paper's five shares", ""]
         lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
-    consequences = graft.consequences(pair)
+    return lines
+
+
+def _consequences(run: Run, graft: Graft, outcome: Outcome) -> list[str]:
+    lines: list[str] = []
+    consequences = graft.consequences(run.pair)
     if graft.operator.name != "replace":
         options = ", ".join(f"{key} = {value}" for key, value in options_of(graft.operator).items())
         said = f" ({options})" if options else ""
-        ancestor = "" if pair.base is None else f"; ancestor b: {pair.base.name}"
+        ancestor = "" if run.pair.base is None else f"; ancestor b: {run.pair.base.name}"
         consequences.insert(0, f"operator {graft.operator.name}{said}: {graft.operator.equation}{ancestor}")
-    if graft.kv != "never" and config.kind == "head" and len(random):
+    if graft.kv != "never" and "head" in run.config.kinds and outcome.controls is not None:
         consequences.append("random sets have as many heads, but K/V that follow them may be more or fewer")
     if consequences:
         lines += ["", "## What the graft does to the model", "", *(f"- {text}" for text in consequences)]
     lines += ["", "## What stays the target's", ""]
-    lines += [f"- {text}" for text in pair.compatibility.stays] or ["- nothing differs outside the linear layers"]
-    return "\n".join(lines) + "\n"
+    return lines + ([f"- {text}" for text in run.pair.compatibility.stays] or ["- nothing differs outside the layers"])
 
 
 def _no_sets(run: Run) -> str:
     """Why there is no random set."""
     return "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
-
-
-def verdict(run: Run, accuracy: float, random: pd.DataFrame, k: int) -> str:
-    """One plain sentence: where the chosen set stands among the matched random sets on ``test``."""
-    if random.empty:
-        return f"no random control: {_no_sets(run)}"
-    smallest = 1 / (len(random) + 1)
-    beaten = int((random.accuracy < accuracy).sum())
-    p = rank_p_value(accuracy, random.accuracy.to_numpy())
-    return (
-        f"`{run.config.rule}` beats {beaten} of {len(random)} matched random sets at K = {k} "
-        f"(depth {random.depth_matched.iloc[0]}; one-sided permutation p = {p:.3g}, "
-        f"of which the smallest possible is {smallest:.2g})"
-    )

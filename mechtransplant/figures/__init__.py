@@ -5,9 +5,9 @@ beside grafts), ``side_effects`` (gain against harm), ``calibration`` (what the 
 ``style``.
 """
 
-from mechtransplant.figures.calibration import calibration_plot, power_plot
+from mechtransplant.figures.calibration import calibration_plot, interval_coverage, power_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
-from mechtransplant.figures.grafts import k_curve, score_heatmap
+from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
 from mechtransplant.figures.side_effects import gain_against_harm
 from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, save_figure, style
@@ -22,11 +22,13 @@ __all__ = [
     "calibration_plot",
     "consistency_plot",
     "gain_against_harm",
+    "interval_coverage",
     "k_curve",
     "lorenz",
     "own_against_inherited",
     "patch_versus_graft_plot",
     "power_plot",
+    "rule_curves",
     "save_figure",
     "score_heatmap",
     "shift_heatmap",

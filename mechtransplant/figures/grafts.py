@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, new_figure, style
+from mechtransplant.figures.style import BLACK, BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, PURPLE, new_figure, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -14,15 +15,22 @@ if TYPE_CHECKING:
 
 
 def k_curve(
-    results: pd.DataFrame, split: str = "choose", budget: int | None = None, candidates: int | None = None
+    results: pd.DataFrame,
+    split: str = "choose",
+    budget: int | None = None,
+    candidates: int | None = None,
+    rule: str | None = None,
 ) -> tuple[Figure, Any]:
     """Accuracy against the number of grafted modules, with the band of matched random sets and both baselines.
 
     Args:
         results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n.
         candidates: the number of all modules; adds an axis of shares.
+        rule: whose grafts and random sets, where the results (column rule) hold several.
     """
     rows = results[(results.split == split) & (results.budget == (budget or results.budget.max()))]
+    if rule is not None:
+        rows = rows[rows.rule.isin(["", rule])]
     graft = rows[rows.role == "graft"]
     with style():
         figure, axes = new_figure(COLUMN, 2.5)
@@ -41,7 +49,7 @@ def k_curve(
                 color=GREY,
                 alpha=0.2,
                 linewidth=0,
-                label=f"{int(bands.size().max())} random sets a K, range",
+                label=f"random sets ({_counts(bands.size())} a K), range",
             )
             axes.plot(ks, 100 * bands.median(), color=GREY, linewidth=0.8, label="random, median")
         for index, strength in enumerate(sorted(graft.strength.unique())):
@@ -68,6 +76,63 @@ def k_curve(
         axes.set_ylim(-3, 103)
         figure.legend(loc="outside lower center", ncols=2)
     return figure, axes
+
+
+def _counts(sizes: Any) -> str:
+    low, high = int(sizes.min()), int(sizes.max())
+    return str(high) if low == high else f"{low}–{high}"
+
+
+#: how many curves stay legible in one panel
+PANEL = 5
+
+
+def rule_curves(
+    results: pd.DataFrame, budget: int, candidates: int, rules: Sequence[str], outcome: str = "accuracy"
+) -> tuple[Figure, Any]:
+    """K-curves of several rules on ``test``, a few a panel, each panel with the band of all random sets.
+
+    Args:
+        results: as for :func:`k_curve`, with the column rule, and for ``outcome="log_probability"`` that column (nats).
+    """
+    rows = results[(results.split == "test") & (results.budget == budget)]
+    scale, unit = (100, "accuracy, %") if outcome == "accuracy" else (1, "log p(gold answer), nats")
+    random = rows[(rows.role == "random")].groupby("k")[outcome]
+    groups = [list(rules[i : i + PANEL]) for i in range(0, len(rules), PANEL)]
+    with style():
+        figure, grid = new_figure(PAGE, 2.6, columns=len(groups))
+        panels = list(np.atleast_1d(grid))
+        for panel, names in zip(panels, groups, strict=True):
+            for role, dashes in (("source", "--"), ("target", ":")):
+                panel.axhline(scale * float(rows[rows.role == role][outcome].iloc[0]), color=GREY, linestyle=dashes)
+            if len(random):
+                ks = np.array(list(random.groups))
+                panel.fill_between(
+                    ks, scale * random.min(), scale * random.max(), color=GREY, alpha=0.2, linewidth=0, label="random"
+                )
+            for index, name in enumerate(names):
+                line = rows[(rows.role == "graft") & (rows.rule == name)].sort_values("k")
+                line = line.drop_duplicates("k")
+                panel.plot(
+                    line.k,
+                    scale * line[outcome],
+                    color=(BLUE, ORANGE, GREEN, PURPLE, BLACK)[index],
+                    marker="os^Dv"[index],
+                    markersize=3,
+                    linewidth=0.9,
+                    label=name,
+                )
+            panel.set_xscale("log", base=2)
+            ticks = sorted(rows[rows.role == "graft"].k.unique())
+            panel.set_xticks(ticks, [str(k) for k in ticks])
+            panel.minorticks_off()
+            panel.set_xlabel(f"grafted modules K (of {candidates})")
+            panel.legend(loc="best", fontsize=6)
+        panels[0].set_ylabel(unit)
+        figure.suptitle(
+            f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target; band: random sets, range"
+        )
+    return figure, panels
 
 
 def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tuple[Figure, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart; each series also has its own line or marker
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+PURPLE, BLACK = "#CC79A7", "#222222"
 COLUMN, PAGE = 3.3, 6.8
 
 STYLE: dict[Any, Any] = {
@@ -65,14 +66,14 @@ def _displayed_figure() -> Any:
     return DisplayedFigure
 
 
-def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches."""
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """(figure, axes) of a size in inches; with several columns an array of axes that share their y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # not pyplot: nothing is registered, shown, or kept alive
     figure = _displayed_figure()(figsize=(width, height))
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns, sharey=columns > 1)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame | None = None) -> None:

@@ -9,6 +9,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.grafting.operators import Operator, Replace
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
+from mechtransplant.selection import put_on, take_off
 
 if TYPE_CHECKING:
     from mechtransplant.grafting.graft import Graft
@@ -51,6 +52,7 @@ class Applied:
         entry = Entry()
         self.entries.append(entry)
         self.pair.applied.append(entry)
+        put_on(self.pair.target.hf, self.graft.selections)
         try:
             for region, strength in self.regions.items():
                 if strength != 0:
@@ -75,6 +77,7 @@ class Applied:
 
     def _leave(self) -> None:
         self.entries.pop().left = True
+        take_off(self.pair.target.hf, self.graft.selections)
         try:
             # a graft that was left too early waits for those above it, or it would restore over their weights
             while self.pair.applied and self.pair.applied[-1].left:

@@ -22,6 +22,7 @@ from mechtransplant.grafting.graft import Graft, checked
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 from mechtransplant.pair import holds_copies
+from mechtransplant.selection import put_on, take_off
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
@@ -85,6 +86,7 @@ class AppliedConditional:
         self.pair.conditional.append(self.regions)
         interventions_on(self.pair.target.hf).append(self.intervention)
         self.pair.target.when_bridged.append(self._on_bridge)
+        put_on(self.pair.target.hf, self.conditional.graft.selections)
         try:
             self._listen(self.pair.target.hf)
             if "bridge" in self.pair.target.__dict__:
@@ -106,6 +108,7 @@ class AppliedConditional:
                 self.ends.pop()()
             self.entry.restore()
             self.pair.target.when_bridged.remove(self._on_bridge)
+            take_off(self.pair.target.hf, self.conditional.graft.selections)
             interventions_on(self.pair.target.hf).remove(self.intervention)
             self.pair.conditional[:] = [r for r in self.pair.conditional if r is not self.regions]
             self.inside = False

@@ -26,6 +26,7 @@ from mechtransplant.grafting.applied import Applied, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
+from mechtransplant.selection import SelectedModule, Selection, put_on, selections_of, selections_on
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel, Pair
@@ -55,6 +56,8 @@ class Graft:
     kv: KV = "never"
     operator: Operator = field(default_factory=Replace)
     strict: bool = False
+    #: what selected the modules, where a ranking did
+    selections: tuple[Selection, ...] = field(default=(), repr=False, compare=False)
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class Graft:
         object.__setattr__(self, "kv", kv)
         object.__setattr__(self, "operator", get_operator(operator))
         object.__setattr__(self, "strict", strict)
+        object.__setattr__(self, "selections", selections_of(unique))
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -206,6 +210,7 @@ class Graft:
         for region, strength in regions.items():
             if strength != 0:
                 region.of(parameters[region.parameter].data).copy_(written(self.operator, pair, region, strength))
+        put_on(hf, (*selections_on(pair.target.hf), *self.selections))
         return new
 
 
@@ -292,12 +297,13 @@ def _strengths(names: list[str], strength: Any) -> list[float]:
 def addresses_of(modules: Any, ordered: bool = False) -> list[str]:
     """Module names from one name or several; raises UsageError for anything else, and for a set that needs an order."""
     if isinstance(modules, str):
-        return [modules.strip()]
+        modules = [modules]
     if not isinstance(modules, Iterable):
         raise UsageError(f"modules are addresses such as ['L5H3', 'L5.mlp'], got {modules!r}")
     if ordered and isinstance(modules, set | frozenset):
         raise UsageError("a set of modules has no order for a list of strengths: give a list, or map module → strength")
-    return [str(m).strip() for m in modules]
+    # a ranking's names remember what selected them
+    return [m if isinstance(m, SelectedModule) else str(m).strip() for m in modules]
 
 
 def _mode(strength: float) -> str:

@@ -69,9 +69,10 @@ class Pair:
         """What conditional grafts in place now may write into the target."""
         return _in_place(self.target.hf)[1]
 
-    def modules(self, kind: Kind) -> list[str]:
-        """Every address of a kind: "linear", "head", "mlp", "attn", "block", "part", "norm" or "embedding"."""
-        return self.layout.of_kind(kind)
+    def modules(self, kind: Kind | Iterable[Kind]) -> list[str]:
+        """Every address of a kind, or of several: "linear", "head", "mlp", "attn", "block", "part", "norm" or
+        "embedding"."""
+        return [m for each in ([kind] if isinstance(kind, str) else kind) for m in self.layout.of_kind(each)]
 
     def check_free(self, regions: Iterable[Region]) -> None:
         """Raise UsageError if a conditional graft in place writes the same parameters."""

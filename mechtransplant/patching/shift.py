@@ -15,6 +15,7 @@ from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
 from mechtransplant.patching.sites import Body, Module, Site, modules_of
+from mechtransplant.selection import SelectedModule, Selection
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class MeanShift:
         object.__setattr__(self, "strength", finite_number("a mean shift's strength", self.strength))
         if not isinstance(self.positions, str):
             object.__setattr__(self, "positions", tuple(self.positions))
-        named = {f"{m}.resid_post" if _BLOCK.match(m) else m: v for m, v in self.vectors.items()}
+        named: dict[str, Any] = {f"{m}.resid_post" if _BLOCK.match(m) else m: v for m, v in self.vectors.items()}
         object.__setattr__(self, "vectors", named)
 
     def __repr__(self) -> str:
@@ -69,9 +70,10 @@ class MeanShift:
         absent = [m for m in names if m not in self.vectors]
         if absent:
             raise UsageError(f"there is no mean shift of {absent[0]}: measure it with mean_shift(…, modules=…)")
+        ours = {m: m for m in self.vectors}
         return replace(
             self,
-            vectors={m: self.vectors[m] for m in names},
+            vectors={ours[m]: self.vectors[m] for m in names},
             positions=self.positions if positions is None else positions,
             strength=self.strength if strength is None else strength,
         )
@@ -150,12 +152,15 @@ def mean_shift(
     places = modules_of(pair.layout, modules)
     sites = list(dict.fromkeys(m.site for m in places))
     theirs, ours = (_means(model, reading, sites, batch_size, progress) for model in (pair.source, pair.target))
-    vectors = {}
+    # the prompts that gave the vectors report no effect of them
+    selection = Selection(task.keys)
+    vectors: dict[str, Tensor] = {}
     for module in places:
+        name = SelectedModule(module.address, selection)
         if module.head is None:
-            vectors[module.address] = theirs[module.site] - ours[module.site]
+            vectors[name] = theirs[module.site] - ours[module.site]
         else:
-            vectors[module.address] = _write(pair.source, module, theirs) - _write(pair.target, module, ours)
+            vectors[name] = _write(pair.source, module, theirs) - _write(pair.target, module, ours)
     measured = f"mean of {positions} positions of {len(task)} {task.name} prompts, {pair.name}"
     return MeanShift(vectors, measured=measured)
 

@@ -37,15 +37,18 @@ def decoding_shifts(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
     progress: bool = False,
+    relative: bool = False,
 ) -> pd.DataFrame:
     """The shift of every linear layer's magnitude on every prompt: mean over steps of |a_source(t) − a_target(t)|.
 
     Args:
+        relative: divide every step's difference by ½(a_source(t) + a_target(t)).
         alignment: how the two models' steps are matched (see the module's docstring).
         text: for "teacher-forced", whose text both models read.
 
     Returns:
-        a tidy frame: module, kind, layer, head, prompt (the question's number in the task), measure ("lae"), value.
+        a tidy frame: module, kind, layer, head, prompt (the question's number in the task), measure ("lae", or
+        "lae_relative"), value.
     """
     if alignment == "own-text":
         source, _ = decoding_magnitudes(pair.source, task, max_new_tokens, batch_size, progress)
@@ -57,9 +60,15 @@ def decoding_shifts(
     else:
         raise UsageError(f"unknown alignment {alignment!r}: expected own-text or teacher-forced")
     # a step that only one of the two reached is NaN in the difference and does not count
-    values = np.nanmean(np.abs(source - target), axis=2)
+    steps = min(source.shape[2], target.shape[2])
+    source, target = source[..., :steps], target[..., :steps]
+    gaps = np.abs(source - target)
+    if relative:
+        sizes = (source + target) / 2
+        gaps = np.divide(gaps, sizes, out=np.where(np.isnan(sizes), np.nan, 0.0), where=sizes > 0)
+    values = np.nanmean(gaps, axis=2)
     frame = module_frame(pair.layout.linears).merge(_prompt_numbers(len(task)), how="cross")
-    return frame.assign(measure="lae", value=values.reshape(-1))
+    return frame.assign(measure="lae_relative" if relative else "lae", value=values.reshape(-1))
 
 
 def _prompt_numbers(n: int) -> pd.DataFrame:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: measures that a batch gives at once, and those that need the shift vectors of all prompts
-DIRECT = ("magnitude", "distance", "own", "inherited")
+DIRECT = ("magnitude", "distance", "own", "inherited", "lae", "lae_relative")
 FROM_VECTORS = ("alignment", "projection")
 MEASURES = (*DIRECT, *FROM_VECTORS)
 

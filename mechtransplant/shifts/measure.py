@@ -9,6 +9,8 @@ magnitude   ‖a^S‖₁/d − ‖a^T‖₁/d                                   
 distance    ‖a^S − a^T‖ / N, where N = ½(‖a^S‖ + ‖a^T‖)                   ≥ 0
 own         ‖f^S(x^T) − a^T‖ / N: what the module's own weights change    ≥ 0
 inherited   ‖a^S − f^S(x^T)‖ / N: what comes from upstream                ≥ 0
+lae         |‖a^S‖₁ − ‖a^T‖₁| / d, at every position: the seed paper's  ≥ 0
+lae_rel.    the same over ½(‖a^S‖₁ + ‖a^T‖₁)/d (`lae_relative`)         ≥ 0
 alignment   cosine of a prompt's shift vector with the mean of the others  −1 … 1
 projection  a prompt's shift vector on a direction fixed by other prompts  signed
 ==========  ============================================================  ========
@@ -24,8 +26,8 @@ group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,6 +190,8 @@ class Collector:
     ``values`` maps measure → array of shape (modules, prompts).
     """
 
+    by_magnitude: ClassVar = {"magnitude", "lae", "lae_relative"}
+
     def __init__(
         self, pair: Pair, prompts: int, kinds: str | Iterable[str], measures: tuple[str, ...], with_vectors: bool
     ) -> None:
@@ -195,10 +199,9 @@ class Collector:
         self.slots = slots_of(pair, cast("list[SlotKind]", _names(kinds, "kind of module", SLOT_KINDS)))
         self.modules = [m for slot in self.slots for m in slot.modules(pair)]
         self.rows = {m: i for i, m in enumerate(self.modules)}
+        magnitudes = bool(self.by_magnitude & set(measures))
         self.needs_moved = bool({"own", "inherited"} & set(measures))
-        self.writes = {
-            s: HeadWrites.of(pair, s.layer, magnitudes="magnitude" in measures) for s in self.slots if s.kind == "head"
-        }
+        self.writes = {s: HeadWrites.of(pair, s.layer, magnitudes) for s in self.slots if s.kind == "head"}
         self.values = {m: np.zeros((len(self.modules), prompts)) for m in measures}
         self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
 
@@ -234,9 +237,7 @@ class Collector:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Measures of one module from its outputs, each (counted, width): values (counted, 1), and the shift."""
         shift = (source - target)[:, None]
-        found = {}
-        if "magnitude" in self.measures:
-            found["magnitude"] = (source.abs().mean(-1) - target.abs().mean(-1))[:, None]
+        found = self._magnitudes(lambda: (source.abs().mean(-1)[:, None], target.abs().mean(-1)[:, None]))
         steps = {}
         if moved is not None:
             steps = {"own": (moved - target)[:, None], "inherited": (source - moved)[:, None]}
@@ -249,9 +250,7 @@ class Collector:
         writes, heads = self.writes[slot], self.pair.layout.heads
         z_source, z_target = (z.reshape(len(z), heads, -1) for z in (source, target))
         shift = writes.difference(z_source, z_target)
-        found = {}
-        if "magnitude" in self.measures:
-            found["magnitude"] = writes.magnitudes(z_source, True) - writes.magnitudes(z_target, False)
+        found = self._magnitudes(lambda: (writes.magnitudes(z_source, True), writes.magnitudes(z_target, False)))
         steps = {}
         if moved is not None:
             z_moved = moved.reshape(len(moved), heads, -1)
@@ -262,6 +261,15 @@ class Collector:
             }
         whole = writes.coordinates(z_source), writes.target_coordinates(z_target)
         return found | self._norms(*whole, {"distance": shift, **steps}), shift
+
+    def _magnitudes(self, both: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Measures of ‖a‖₁/d of source and target, each (counted, modules), where any is wanted."""
+        if not self.by_magnitude & set(self.measures):
+            return {}
+        source, target = both()
+        gap, size = source - target, (source + target) / 2
+        found = {"magnitude": gap, "lae": gap.abs(), "lae_relative": (gap.abs() / size).masked_fill(size == 0, 0)}
+        return {name: value for name, value in found.items() if name in self.measures}
 
     def _norms(
         self, source: torch.Tensor, target: torch.Tensor, steps: dict[str, torch.Tensor]

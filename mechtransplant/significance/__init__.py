@@ -21,6 +21,7 @@ from mechtransplant.significance.paired import (
 )
 from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
 from mechtransplant.significance.power import effective_tests, power, prompts_needed, smallest_effect
+from mechtransplant.significance.ranks import CurveRank, RankAmong, curve_area, curve_rank, rank_among
 from mechtransplant.significance.table import NORMS, SIGNED, TESTS, shift_matrix, test_shifts
 
 __all__ = [
@@ -28,11 +29,15 @@ __all__ = [
     "NORMS",
     "SIGNED",
     "TESTS",
+    "CurveRank",
     "Effects",
     "Permuted",
+    "RankAmong",
     "accuracy_ratio_interval",
     "adjust",
     "bootstrap_indices",
+    "curve_area",
+    "curve_rank",
     "effective_tests",
     "label_permutation",
     "mcnemar_exact",
@@ -41,6 +46,7 @@ __all__ = [
     "percentile_interval",
     "power",
     "prompts_needed",
+    "rank_among",
     "rank_p_value",
     "recovery_interval",
     "shift_matrix",

@@ -35,7 +35,7 @@ TESTS: dict[str, str] = {
 #: measures that are centred at 0 under the null hypothesis
 SIGNED = ("magnitude", "projection")
 #: measures that are never negative: only a comparison with control prompts can test them
-NORMS = ("distance", "own", "inherited", "lae")
+NORMS = ("distance", "own", "inherited", "lae", "lae_relative")
 #: a module's skewness above this many standard errors is said in its row of the table
 SKEWED = 3.5
 #: and in every row where the root mean square over modules is above this: what few prompts show of one module, many

@@ -10,12 +10,13 @@ from mechtransplant.errors import TaskError, UnknownNameError
 from mechtransplant.tasks.files import load_jsonl
 from mechtransplant.tasks.generated import GENERATED
 from mechtransplant.tasks.scorers import SCORERS, get_scorer
-from mechtransplant.tasks.task import Example, PromptFormat, Splits, Task
+from mechtransplant.tasks.task import Example, PromptFormat, Role, Splits, Task
 
 __all__ = [
     "SCORERS",
     "Example",
     "PromptFormat",
+    "Role",
     "Splits",
     "Task",
     "get_scorer",

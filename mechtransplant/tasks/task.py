@@ -172,6 +172,11 @@ class Task:
         return get_scorer(self.scorer)(text, self.format.complete(answer) if self.scorer == "exact" else answer)
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Every question's key, in the task's order."""
+        return tuple(e.key for e in self.examples)
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of everything that decides a score: questions, answers, format, scorer, stops."""
         content = asdict(self)

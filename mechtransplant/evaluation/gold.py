@@ -1,0 +1,223 @@
+"""The gold answer under teacher forcing: what a model thinks of it, token by token, with gradients where wanted.
+
+Three outcomes of one forward, per question, with logits ℓ at the answer's tokens g₁ … g_m (the end token last):
+
+* correct: greedy decoding would write the answer: every gₖ has the largest logit;
+* log-probability: Σₖ log p(gₖ | prompt, g₁ … gₖ₋₁), in nats;
+* logit difference: minₖ (ℓ(gₖ) − max over other tokens of ℓ), the answer's narrowest margin: above 0 exactly where the
+  answer is correct, so it is accuracy made continuous.
+
+The end of the text may be written by any of the model's end tokens: for log-probabilities they count as one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import TaskError, check_count
+from mechtransplant.evaluation.batches import (
+    PaddingSide,
+    check_lengths,
+    check_model,
+    check_task,
+    encode,
+    pad,
+    prefix_cache,
+    question_batches,
+    usable_prefix,
+)
+from mechtransplant.evaluation.generation import end_tokens
+from mechtransplant.evaluation.interventions import is_phased
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mechtransplant.pair import LanguageModel
+
+
+class GoldOutcomes(NamedTuple):
+    """One value a question, in the task's order (see the module's docstring)."""
+
+    correct: NDArray[np.bool_]
+    log_probability: NDArray[np.float64]
+    logit_difference: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class GoldPass:
+    """One batch's forward: ``logits`` (rows, answer tokens, vocabulary) at the answer's tokens.
+
+    ``gold`` holds their ids, ``real`` which of them are no padding, ``last`` which end the text; ``ends`` are the
+    tokens that may.
+    """
+
+    rows: list[int]
+    logits: Tensor
+    gold: Tensor
+    real: Tensor
+    last: Tensor
+    ends: Tensor
+
+    @cached_property
+    def hits(self) -> Tensor:
+        """(rows,) whether greedy decoding writes the answer; on the CPU."""
+        import torch
+
+        written = self.logits.argmax(-1).cpu()
+        return (torch.where(self.last, torch.isin(written, self.ends), written == self.gold) | ~self.real).all(1)
+
+    @cached_property
+    def log_probability(self) -> Tensor:
+        """(rows,) in nats; differentiable, in float32."""
+        import torch
+
+        device = self.logits.device
+        scores = self.logits.float().log_softmax(-1)
+        chosen = scores.gather(-1, self.gold.to(device)[..., None])[..., 0]
+        ended = scores[..., self.ends.to(device)].logsumexp(-1)
+        return torch.where(self.last.to(device), ended, chosen).masked_fill(~self.real.to(device), 0).sum(1)
+
+    @cached_property
+    def logit_difference(self) -> Tensor:
+        """(rows,) the narrowest margin; differentiable almost everywhere, in float32."""
+        import torch
+
+        device = self.logits.device
+        logits, gold, last = self.logits.float(), self.gold.to(device)[..., None], self.last.to(device)
+        ends = self.ends.to(device)
+        ours = torch.where(last, logits[..., ends].amax(-1), logits.gather(-1, gold)[..., 0])
+        others = logits.scatter(-1, gold, -torch.inf).amax(-1)
+        without_ends = logits.index_fill(-1, ends, -torch.inf).amax(-1)
+        margins = ours - torch.where(last, without_ends, others)
+        return margins.masked_fill(~self.real.to(device), torch.inf).amin(1)
+
+
+def gold_passes(
+    model: LanguageModel,
+    task: Task,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    share_prefix: bool = True,
+) -> Iterator[GoldPass]:
+    """One forward a batch of questions of similar lengths; inside ``torch.no_grad()`` or not, as the caller likes.
+
+    With gradients no prefix is shared. Raises TaskError where the tokenizer has no end token.
+    """
+    import torch
+
+    check_model(model)
+    check_count("batch_size", batch_size)
+    if model.tokenizer.eos_token_id is None:
+        raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
+    ends = torch.tensor(end_tokens(model))
+    encoded = encode(task, model.tokenizer)
+    hf = model.hf
+    totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
+    check_lengths(hf, max(totals))
+    phased = is_phased(hf)
+    # right padding stands after the gold tokens of every row, so the rows' gold positions are not aligned
+    aligned = padding_side == "left" or phased
+    shared = share_prefix and not torch.is_grad_enabled()
+    prefix = usable_prefix(hf, encoded, max(totals)) if shared else []
+    with prefix_cache(hf, prefix) as cache_for:
+        for batch in question_batches(hf, encoded, totals, batch_size):
+            rows = batch.rows
+            prompts = [encoded.prompts[i][len(prefix) :] for i in rows]
+            golds = [encoded.completions[i] for i in rows]
+            gold, gold_mask = pad(golds, 0, "right")
+            if aligned:
+                ids, mask = pad(prompts, 0, "left")
+                ids, mask = torch.cat([ids, gold], 1), torch.cat([mask, gold_mask], 1)
+                keep = gold.shape[1] + 1
+            else:
+                ids, mask = pad([p + g for p, g in zip(prompts, golds, strict=True)], 0, "right")
+                keep = ids.shape[1]
+            with batch.running(hf):
+                if phased:
+                    logits = _logits_in_phases(hf, ids, mask, gold.shape[1])
+                else:
+                    # positions count real tokens only; a pad's own position never matters
+                    positions = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
+                    full_mask = torch.cat([torch.ones(len(rows), len(prefix), dtype=torch.long), mask], 1)
+                    logits = hf(
+                        input_ids=ids.to(hf.device),
+                        attention_mask=full_mask.to(hf.device),
+                        position_ids=positions.to(hf.device),
+                        past_key_values=cache_for(len(rows)),
+                        use_cache=bool(prefix),
+                        logits_to_keep=keep,
+                    ).logits
+                    if aligned:
+                        logits = logits[:, :-1]
+            if not aligned:
+                starts = torch.tensor([len(p) - 1 for p in prompts])
+                index = (starts[:, None] + torch.arange(gold.shape[1])).clamp_max(ids.shape[1] - 1)
+                logits = logits[torch.arange(len(rows))[:, None], index.to(logits.device)]
+            real = gold_mask.bool()
+            last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+            yield GoldPass(rows, logits, gold, real, last, ends)
+
+
+def gold_outcomes(
+    model: LanguageModel,
+    task: Task,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    share_prefix: bool = True,
+) -> GoldOutcomes:
+    """Verdict, log-probability and logit difference of every question: one teacher-forced forward a batch."""
+    import torch
+
+    check_model(model)
+    check_task(task)
+    n = len(task)
+    found = GoldOutcomes(np.zeros(n, dtype=bool), np.zeros(n), np.zeros(n))
+    with torch.no_grad():
+        for done in gold_passes(model, task, batch_size, padding_side, share_prefix):
+            found.correct[done.rows] = done.hits.numpy()
+            found.log_probability[done.rows] = done.log_probability.cpu().double().numpy()
+            found.logit_difference[done.rows] = done.logit_difference.cpu().double().numpy()
+    return found
+
+
+def gold_scores(
+    model: LanguageModel,
+    task: Task,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    share_prefix: bool = True,
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """(verdicts, log-probabilities) of :func:`gold_outcomes`."""
+    found = gold_outcomes(model, task, batch_size, padding_side, share_prefix)
+    return found.correct, found.log_probability
+
+
+def _logits_in_phases(hf: Any, ids: Any, mask: Any, answer: int) -> Any:
+    """The logits of the last ``answer`` tokens, from a pass over the prompt and one over the answer, as generation
+    has them: what acts on one of the two sees it alone."""
+    import torch
+    from transformers import DynamicCache
+
+    ids, mask = ids.to(hf.device), mask.to(hf.device)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache, cut, last = DynamicCache(config=hf.config), ids.shape[1] - answer, ids.shape[1] - 1
+    logits = []
+    for start, stop in ((0, cut), (cut, last)):
+        if start < stop:
+            out = hf(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if start == 0 else stop - start,
+            )
+            logits.append(out.logits)
+    return torch.cat(logits, 1)

@@ -1,0 +1,65 @@
+"""The rankings of a run: one a rule, computed once and kept in the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.config import RunConfig
+from mechtransplant.pair import Pair
+from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.tasks import Splits
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Rankings:
+    """Rankings by rule, and by K for rules that are learned for one K."""
+
+    def __init__(
+        self, config: RunConfig, pair: Pair, splits: Splits, budget: int, folder: Path, progress: bool
+    ) -> None:
+        self.config, self.pair, self.splits, self.budget = config, pair, splits, budget
+        self.folder, self.progress = folder, progress
+        self.known: dict[Path, pd.DataFrame] = {}
+
+    def of(self, rule: str) -> pd.DataFrame:
+        """All modules by a rule; the headline's is ``ranking.csv``, the others' are in ``rankings/``."""
+        first = rule == self.config.rules[0]
+        path = self.folder / ("ranking.csv" if first else f"rankings/{rule}.csv")
+        return self._kept(path, lambda: self._rank(rule, self.splits))
+
+    def top(self, rule: str, k: int) -> tuple[str, ...]:
+        """The K modules to graft; a rule that is learned for one K has another ranking for each."""
+        frame = self.of(rule)
+        if get_rule(rule).takes("k") and "k" not in self.config.options_of(rule) and k < len(frame):
+            frame = self._kept(self.folder / f"rankings/{rule}-{k}.csv", lambda: self._rank(rule, self.splits, k=k))
+        return tuple(frame.module[:k])
+
+    def unrelated(self, rule: str, splits: Splits) -> pd.DataFrame:
+        """All modules by a rule on another task."""
+        return self._kept(self.folder / f"rankings/{rule}-unrelated.csv", lambda: self._rank(rule, splits))
+
+    def _rank(self, rule: str, splits: Splits, **more: Any) -> pd.DataFrame:
+        entry, config = get_rule(rule), self.config
+        own = {"batch_size": config.batch_size, "max_new_tokens": self.budget, "kv": config.kv}
+        if entry.needed(config.options_of(rule)) == "gradients":
+            # a backward pass keeps every layer's activations
+            own["batch_size"] = min(16, config.batch_size)
+        options = {key: value for key, value in own.items() if entry.takes(key)} | config.options_of(rule) | more
+        task = splits.choose if entry.splits[0] == "choose" else splits.discover
+        return rank_modules(self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options)
+
+    def _kept(self, path: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        import pandas as pd
+
+        if path not in self.known:
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                # 17 significant digits: the file gives back the very same numbers
+                write_atomically(path, compute().to_csv(index=False, float_format="%.17g"))
+            self.known[path] = pd.read_csv(path)
+        return self.known[path]

@@ -1,0 +1,26 @@
+"""Which modules to graft, by which rule: ``registry``, and the rules by what they look at."""
+
+from mechtransplant.ranking import data_free, from_shifts, gradients, mask, matched, swaps  # noqa: F401 (they register)
+from mechtransplant.ranking.registry import (
+    RULES,
+    Rule,
+    get_rule,
+    list_rules,
+    rank_modules,
+    register_rule,
+    rules_frame,
+)
+from mechtransplant.ranking.sensitivity import WeightChanges, activation_effects, weight_effects
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "WeightChanges",
+    "activation_effects",
+    "get_rule",
+    "list_rules",
+    "rank_modules",
+    "register_rule",
+    "rules_frame",
+    "weight_effects",
+]

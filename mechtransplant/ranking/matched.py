@@ -1,0 +1,94 @@
+"""Modules that a random set may exchange for each other, and rules made of another rule's ranking.
+
+Two modules are of one class if both are attention or both feed-forward, have equally many parameters, and lie in the
+same part of the depth (thirds, halves, or anywhere).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechtransplant.errors import UsageError
+from mechtransplant.modules import Kind, parse_address
+from mechtransplant.ranking.registry import Kinds, Scores, get_rule, register_rule
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from mechtransplant.pair import Pair
+
+Class = tuple[Any, ...]
+
+
+def kinds_among(pair: Pair, modules: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds of some modules, in their order; parts of fused layers are candidates beside whole ones."""
+    kinds = dict.fromkeys(pair.layout.check(m).kind for m in modules)
+    if any(m in pair.layout.parts for m in modules):
+        kinds = dict.fromkeys("part" if k == "linear" else k for k in kinds)  # type: ignore[assignment]
+    return tuple(kinds)
+
+
+def classes(pair: Pair, modules: Sequence[str], parts: int = 3) -> dict[str, Class]:
+    """Module → its class; ``parts`` of the depth: 3, 2, or 1 for anywhere."""
+    found: dict[str, Class] = {}
+    for module in modules:
+        address = pair.layout.check(module)
+        regions = pair.layout.regions(module, pair.target_parameters)
+        count = sum(r.of(pair.target_parameters[r.parameter]).numel() for r in regions)
+        # heads, MLPs and blocks tell by their kind, layers and parts of layers by what they belong to
+        kind = (
+            ("linear", pair.layout.is_feed_forward(module)) if address.kind in ("linear", "part") else (address.kind,)
+        )
+        found[module] = (*kind, count, parse_address(module).layer * parts // pair.layout.layers)
+    return found
+
+
+def matched_order(classes: dict[str, Class], order: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """A random order whose every first K has the make-up of the first K of ``order``: each place keeps its class."""
+    pools: dict[Class, list[str]] = {}
+    for module, its in classes.items():
+        pools.setdefault(its, []).append(module)
+    shuffled = {its: iter([members[i] for i in rng.permutation(len(members))]) for its, members in pools.items()}
+    return [next(shuffled[classes[m]]) for m in order]
+
+
+def _order_of(pair: Pair, task: Task | None, kind: Kinds, of: str, seed: int, options: dict[str, Any]) -> list[str]:
+    """All modules by another rule, best first."""
+    rule = get_rule(of)
+    if rule.takes("of"):
+        raise UsageError(f"rule {of!r} is itself made of another rule: name a rule that scores modules")
+    rule.check(kind, options)
+    modules = pair.modules(kind)
+    scores = np.asarray(rule.score(pair, task, kind, seed=seed, **options), dtype=float)
+    return [modules[i] for i in np.argsort(-scores, kind="stable")]
+
+
+@register_rule(
+    "random_matched",
+    "a random order in which every place has a module of the same class as in the ranking `of`",
+    cost="that of the rule it matches",
+    sign="nothing",
+)
+def random_matched(
+    pair: Pair, task: Task | None, kind: Kinds, *, of: str = "lae", parts: int = 3, seed: int = 0, **options: Any
+) -> Scores:
+    """Chance, matched to a rule at every K in kind, parameters and depth (`parts`: thirds, halves, or 1)."""
+    order = _order_of(pair, task, kind, of, seed, options)
+    drawn = matched_order(classes(pair, pair.modules(kind), parts), order, np.random.default_rng(seed))
+    place = {m: at for at, m in enumerate(drawn)}
+    return [len(drawn) - place[m] for m in pair.modules(kind)]
+
+
+@register_rule(
+    "bottom",
+    "s(m) = −s_of(m)",
+    cost="that of the rule it turns around",
+    sign="the rule `of` ranks it low",
+)
+def bottom(pair: Pair, task: Task | None, kind: Kinds, *, of: str = "lae", seed: int = 0, **options: Any) -> Scores:
+    """Another rule upside down: what it holds for least important."""
+    order = _order_of(pair, task, kind, of, seed, options)
+    place = {m: at for at, m in enumerate(order)}
+    return [place[m] for m in pair.modules(kind)]

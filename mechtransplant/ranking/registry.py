@@ -1,0 +1,228 @@
+"""One registry of rules that score modules, highest first, and the function that ranks by one of them.
+
+A rule is a function of (pair, task, kind, options) that returns one score a module, in the order of
+``pair.modules(kind)``. Yours takes three lines::
+
+    @register_rule("mine", equation="…", needs="prompts")
+    def mine(pair, task, kind, **options):
+        return [score(module) for module in pair.modules(kind)]
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import TaskError, UnknownNameError, UsageError
+from mechtransplant.modules import KINDS, Kind, module_frame
+from mechtransplant.selection import SelectedModule, Selection
+from mechtransplant.tasks import Role, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mechtransplant.pair import Pair
+
+Scores = Sequence[float] | NDArray[np.float64]
+Needs = Literal["nothing", "prompts", "gold answers", "gradients"]
+#: one kind of module, or several that are ranked together
+Kinds = Kind | tuple[Kind, ...]
+#: the splits that rules see: never the one that reports
+DISCOVER: tuple[Role, ...] = ("discover",)
+CHOOSE: tuple[Role, ...] = ("choose", "discover")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A registered rule.
+
+    ``needs``: "nothing", "prompts", "gold answers" or "gradients" (of the gold answer's log-probability). ``cost``: in
+    forward and backward passes over the questions, N being the number of modules. ``sign``: what a high score means.
+    ``splits``: which questions it may see, its own first.
+    """
+
+    name: str
+    score: Callable[..., Scores]
+    equation: str
+    needs: Needs
+    description: str
+    kinds: tuple[str, ...] = KINDS
+    cost: str = ""
+    sign: str = ""
+    splits: tuple[Role, ...] = DISCOVER
+
+    def check(self, kind: Kinds, options: dict[str, Any]) -> None:
+        """Raise UsageError for a kind that the rule cannot score, or an option that it does not take."""
+        for each in kinds_of(kind):
+            if each not in self.kinds:
+                others = ", ".join(sorted(name for name, rule in RULES.items() if each in rule.kinds))
+                raise UsageError(
+                    f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {each!r}: for {each!r} use {others}"
+                )
+        parameters = inspect.signature(self.score).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return
+        takes = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        hints = get_type_hints(self.score, localns={"Pair": Any, "pd": Any})
+        for name, value in options.items():
+            if name in ("seed", "progress"):
+                raise UsageError(f"{name} is no option of a rule: the run's own is used")
+            if name not in takes:
+                raise UnknownNameError(f"option of rule {self.name!r}", name, takes)
+            choices = get_args(hints[name]) if get_origin(hints.get(name)) is Literal else ()
+            if choices and value not in choices:
+                raise UsageError(f"unknown {name} {value!r}: expected {' or '.join(map(str, choices))}")
+            counts = int in (hints.get(name), *get_args(hints.get(name)))
+            if counts and value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"option {name} of rule {self.name!r} is a whole number of at least 1, got {value!r}")
+
+    def takes(self, option: str) -> bool:
+        """Whether the rule has an option of that name."""
+        return option in inspect.signature(self.score).parameters
+
+    def needed(self, options: dict[str, Any]) -> Needs:
+        """What it needs with these options: a rule made ``of`` another needs what that one needs."""
+        if not self.takes("of"):
+            return self.needs
+        return get_rule(options.get("of", inspect.signature(self.score).parameters["of"].default)).needs
+
+
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(
+    name: str,
+    equation: str = "",
+    needs: Needs = "prompts",
+    kinds: tuple[str, ...] = KINDS,
+    cost: str = "",
+    sign: str = "",
+    splits: tuple[Role, ...] = DISCOVER,
+) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+    """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
+    if needs not in get_args(Needs):
+        raise UnknownNameError("need of a rule", needs, get_args(Needs))
+
+    def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
+        summary = (function.__doc__ or "").strip().split("\n")[0]
+        RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits)
+        return function
+
+    return add
+
+
+def list_rules() -> dict[str, str]:
+    """Every rule with its equation, what it needs, what it costs and the kinds that it scores."""
+    found = {}
+    for rule in RULES.values():
+        kinds = "all" if rule.kinds == KINDS else ", ".join(rule.kinds)
+        facts = [f"needs {rule.needs}", f"kinds: {kinds}"]
+        facts += [f"cost: {rule.cost}"] * bool(rule.cost) + [f"high: {rule.sign}"] * bool(rule.sign)
+        facts += [f"ranks on {rule.splits[0]}"] * (rule.splits != DISCOVER)
+        found[rule.name] = f"{rule.description} {rule.equation} ({'; '.join(facts)})"
+    return found
+
+
+def rules_frame() -> pd.DataFrame:
+    """The registry as a table: rule, equation, needs, cost, sign, kinds, split."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "rule": r.name,
+                "what": r.description,
+                "equation": r.equation,
+                "needs": r.needs,
+                "cost": r.cost,
+                "high": r.sign,
+                "kinds": "all" if r.kinds == KINDS else ", ".join(r.kinds),
+                "split": r.splits[0],
+            }
+            for r in RULES.values()
+        ]
+    )
+
+
+def get_rule(name: str) -> Rule:
+    """The rule of that name; raises UnknownNameError."""
+    if name not in RULES:
+        raise UnknownNameError("rule", name, RULES)
+    return RULES[name]
+
+
+def kinds_of(kind: Kinds | Sequence[Kind]) -> tuple[Kind, ...]:
+    """One kind or several as a tuple; raises UnknownNameError, and UsageError for none."""
+    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    for each in kinds:
+        if each not in KINDS:
+            raise UnknownNameError("kind of module", each, KINDS)
+    if not kinds:
+        raise UsageError("no kind of module was named: expected head, mlp, linear, …, or several of them")
+    return kinds
+
+
+def rank_modules(
+    pair: Pair,
+    task: Task | None = None,
+    rule: str = "lae",
+    kind: Kinds | Sequence[Kind] = "linear",
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> pd.DataFrame:
+    """Every module of a kind (or of several, together) with its score and rank.
+
+    Rank 1 is the highest score; ties go to the earlier module. The module names remember the questions that ranked
+    them: ``compare`` reports no effect of their grafts on those.
+
+    Args:
+        task: the ``discover`` split, or ``choose`` for rules that select on it (None for rules that need no prompts).
+        options: passed to the rule, for example ``alignment="teacher-forced"`` for ``lae``.
+
+    Returns:
+        columns module, kind, layer, head, score, rank, sorted by rank.
+
+    Raises:
+        UnknownNameError: no such rule or kind. TaskError: questions of a split that the rule must not see.
+    """
+    entry = get_rule(rule)
+    kinds = kinds_of(kind)
+    entry.check(kinds, options)
+    modules = pair.modules(kinds)
+    if task is not None and not isinstance(task, Task):
+        raise UsageError(f"expected a task's split, got {type(task).__name__}: pass task.split(…).{entry.splits[0]}")
+    if task is not None and task.role not in entry.splits:
+        what = "whole task, with the questions that report," if task.role == "all" else f"{task.role} split"
+        raise TaskError(
+            f"rule {rule!r} does not rank on the {what} of {task.name!r}: pass task.split(…).{entry.splits[0]}"
+        )
+    needs = entry.needed(options)
+    if task is None and needs != "nothing":
+        raise UsageError(f"rule {rule!r} needs {needs}: pass a task's {entry.splits[0]} split")
+    given = kinds[0] if len(kinds) == 1 else kinds
+    shown = {"progress": progress} if entry.takes("progress") else {}
+    scores = np.asarray(entry.score(pair, task, given, seed=seed, **shown, **options), dtype=float)
+    if scores.shape != (len(modules),) or not np.isfinite(scores).all():
+        raise UsageError(
+            f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}"
+        )
+    frame = module_frame(modules).assign(score=scores)
+    order = np.argsort(-scores, kind="stable")
+    frame = frame.iloc[order].reset_index(drop=True)
+    frame["module"] = remembering(frame.module, None if needs == "nothing" else task)
+    return frame.assign(rank=np.arange(1, len(frame) + 1))
+
+
+def remembering(modules: Iterable[str], task: Task | None) -> Any:
+    """Module names as a column that remembers a task's questions as those that selected them."""
+    import pandas as pd
+
+    selection = Selection(() if task is None else task.keys)
+    return pd.Series([SelectedModule(str(m), selection) for m in modules], dtype=object)

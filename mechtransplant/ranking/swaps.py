@@ -1,0 +1,113 @@
+"""Rules that try grafts: every module alone, and the best one to add, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import gold_scores
+from mechtransplant.grafting import KV, Graft
+from mechtransplant.progress import track
+from mechtransplant.ranking.gradients import GAIN
+from mechtransplant.ranking.registry import CHOOSE, Kinds, Scores, register_rule
+from mechtransplant.ranking.sensitivity import WeightChanges, weight_effects
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from mechtransplant.pair import Pair
+
+
+@register_rule(
+    "single_swap",
+    "s(m) = L(target with m grafted) − L(target), L the mean log-probability of the gold answer",
+    needs="gold answers",
+    cost="N + 1 forward passes",
+    sign=GAIN + ", exactly",
+)
+def single_swap(
+    pair: Pair,
+    task: Task,
+    kind: Kinds,
+    *,
+    kv: KV = "never",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scores:
+    """The exact effect of every module grafted alone."""
+    modules = pair.modules(kind)
+    base = _objective(pair, task, batch_size)
+    return np.array(_tried(pair, task, modules, kv, batch_size, progress)) - base
+
+
+@register_rule(
+    "greedy",
+    "m₁ = argmax L(target with m), then m₂ = argmax L(target with m₁ and m), …; s = N − place",
+    needs="gold answers",
+    cost="N (N + 1) / 2 forward passes; with a pool of p, about K forward and backward, and K p forward passes",
+    sign="chosen early",
+    splits=CHOOSE,
+)
+def greedy(
+    pair: Pair,
+    task: Task,
+    kind: Kinds,
+    *,
+    pool: int | None = None,
+    stop: int | None = None,
+    kv: KV = "never",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scores:
+    """Forward selection by the gold answer's log-probability, on `choose`.
+
+    ``pool``: try only that many modules at each step, those with the largest gradient at the graft so far. ``stop``:
+    after so many modules the rest follow in the order of that gradient.
+    """
+    modules = pair.modules(kind)
+    order: list[str] = []
+    left = list(modules)
+    last = len(modules) if stop is None else min(stop, len(modules))
+    with ExitStack() as stack:
+        for _ in track(range(last), "greedy", progress):
+            candidates = (
+                left if pool is None or pool >= len(left) else _steepest(pair, task, left, kv, batch_size)[:pool]
+            )
+            if len(candidates) == 1:
+                best = candidates[0]
+            else:
+                values = _tried(pair, task, candidates, kv, batch_size, False)
+                best = candidates[int(np.argmax(values))]
+            order.append(best)
+            left.remove(best)
+            stack.enter_context(Graft([best], kv=kv).applied(pair))
+        if left:
+            order += _steepest(pair, task, left, kv, batch_size)
+    place = {m: at for at, m in enumerate(order)}
+    return [len(modules) - place[m] for m in modules]
+
+
+def _steepest(pair: Pair, task: Task, modules: Sequence[str], kv: KV, batch_size: int) -> list[str]:
+    """Modules by the gradient at the weights as they are now, largest first."""
+    effects, _ = weight_effects(WeightChanges(pair, modules, kv), task, min(batch_size, 16))
+    return [modules[i] for i in np.argsort(-effects, kind="stable")]
+
+
+def _objective(pair: Pair, task: Task, batch_size: int) -> float:
+    return float(gold_scores(pair.target, task, batch_size)[1].mean())
+
+
+def _tried(pair: Pair, task: Task, modules: Sequence[str], kv: KV, batch_size: int, progress: bool) -> list[float]:
+    """The mean log-probability with every module grafted alone, on top of what is in place."""
+    if not modules:
+        raise UsageError("there is no module to try: name a kind that the models have")
+    values = []
+    for module in track(modules, "grafts", progress):
+        with Graft([module], kv=kv).applied(pair):
+            values.append(_objective(pair, task, batch_size))
+    return values
