@@ -61,6 +61,7 @@ _HOME = {
     "export_adapter": "export",
     "verify_export": "export",
     "run_experiment": "experiment",
+    "bench_planted": "experiment",
 }
 
 #: whole packages, for their other names: mt.figures.volcano, mt.grafting.operators.Ties

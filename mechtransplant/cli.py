@@ -19,8 +19,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Find the modules that carry a skill in one language model, graft them into its sibling, and measure.",
 )
+bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks whose answer is known.")
 pairs_app = typer.Typer(no_args_is_help=True, help="The pairs of models that have a name.")
 app.add_typer(pairs_app, name="pairs")
+app.add_typer(bench_app, name="bench")
 
 
 def _version(show: bool) -> None:
@@ -273,6 +275,45 @@ def rules() -> None:
 
     for name, description in list_rules().items():
         typer.echo(f"{name:16} {description}")
+
+
+@bench_app.command("planted")
+def bench_planted_command(
+    pairs: Annotated[str | None, typer.Option(help="Planted pairs with commas; all by default.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rules with commas; all by default.")] = None,
+    plugin: Annotated[Path | None, typer.Option(help="A Python file that registers your own rules: it is run.")] = None,
+    seeds: Annotated[int, typer.Option(help="How many splits of the questions.")] = 3,
+    single: Annotated[str, typer.Option(help="Rules, with commas, that get one seed only.")] = "",
+    discover: Annotated[int, typer.Option(help="Questions that rank.")] = 64,
+    choose: Annotated[int, typer.Option(help="Questions for rules that select on `choose`.")] = 64,
+    test: Annotated[int, typer.Option(help="Questions that Recovery is measured on.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 64,
+    options: Annotated[str, typer.Option(help='Options of rules, as JSON: {"greedy": {"pool": 4}}.')] = "{}",
+    out: Annotated[Path, typer.Option(help="The folder. Started again, it continues.")] = Path("runs/bench-planted"),
+) -> None:
+    """Every rule on every planted pair: AUROC, average precision, precision, Recovery, stability."""
+    import json
+
+    from mechtransplant.experiment import PlantedConfig, report_planted
+    from mechtransplant.experiment.planted_report import load_plugin
+
+    if plugin is not None:
+        load_plugin(plugin)
+    try:
+        given = json.loads(options)
+        if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+            raise ValueError("each rule needs a mapping")
+    except ValueError as error:
+        raise UsageError(f'--options is JSON such as {{"greedy": {{"pool": 4}}}}, got {options!r} ({error})') from error
+    names, wanted, once = (tuple(_listed(text)) for text in (pairs, rules, single))
+    config = PlantedConfig(names, wanted, seeds, discover, choose, test, batch_size, given, once)
+    typer.echo(report_planted(config, out))
+    typer.echo(f"Tables and figures are in {out}")
+
+
+def _listed(text: str | None) -> list[str]:
+    """Names with commas as a list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ FLOORS = {
     "ranking": 5,
     "controls": 6,
     "experiment": 7,
+    "selection": 0,
     "cli": 8,
     "report": 8,
 }

@@ -2,19 +2,25 @@
 
 from mechtransplant.experiment.config import RunConfig, parse_config, read_config
 from mechtransplant.experiment.effects_report import EffectsConfig, report_effects
+from mechtransplant.experiment.planted import bench_planted, planted_pairs
+from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
 from mechtransplant.experiment.run import Run, run_experiment
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
 from mechtransplant.experiment.summary import RunResult
 
 __all__ = [
     "EffectsConfig",
+    "PlantedConfig",
     "Run",
     "RunConfig",
     "RunResult",
     "ShiftConfig",
+    "bench_planted",
     "parse_config",
+    "planted_pairs",
     "read_config",
     "report_effects",
+    "report_planted",
     "report_shifts",
     "run_experiment",
 ]

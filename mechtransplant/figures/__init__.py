@@ -5,6 +5,7 @@ beside grafts), ``side_effects`` (gain against harm), ``calibration`` (what the 
 ``style``.
 """
 
+from mechtransplant.figures.bench import planted_benchmark
 from mechtransplant.figures.calibration import calibration_plot, interval_coverage, power_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
@@ -27,6 +28,7 @@ __all__ = [
     "lorenz",
     "own_against_inherited",
     "patch_versus_graft_plot",
+    "planted_benchmark",
     "power_plot",
     "rule_curves",
     "save_figure",

@@ -13,6 +13,7 @@ from mechtransplant.significance.accuracy import (
     wilson_interval,
 )
 from mechtransplant.significance.corrections import CORRECTIONS, adjust
+from mechtransplant.significance.detection import auroc, average_precision, precision_at
 from mechtransplant.significance.effects import Effects, one_sample_effects, two_sample_effects
 from mechtransplant.significance.paired import (
     accuracy_ratio_interval,
@@ -35,6 +36,8 @@ __all__ = [
     "RankAmong",
     "accuracy_ratio_interval",
     "adjust",
+    "auroc",
+    "average_precision",
     "bootstrap_indices",
     "curve_area",
     "curve_rank",
@@ -45,6 +48,7 @@ __all__ = [
     "paired_difference_interval",
     "percentile_interval",
     "power",
+    "precision_at",
     "prompts_needed",
     "rank_among",
     "rank_p_value",

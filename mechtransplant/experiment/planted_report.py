@@ -1,0 +1,202 @@
+"""The planted benchmark as a folder that a killed start continues: table, summary, page and figure.
+
+A folder holds ``config.yaml``, ``environment.json``, ``cells.jsonl`` (one cell a pair, rule and seed), ``results.csv``,
+``summary.csv``, ``summary.md`` and ``figures/``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.errors import UsageError, check_count
+from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.environment import versions
+from mechtransplant.experiment.planted import (
+    Problem,
+    check_names,
+    default_rules,
+    is_drifted,
+    planted_pairs,
+    splits_of,
+    summary_of,
+)
+from mechtransplant.figures import planted_benchmark, save_figure
+from mechtransplant.pair import load_pair
+from mechtransplant.progress import track
+from mechtransplant.ranking import get_rule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class PlantedConfig:
+    """What is measured; see :func:`bench_planted`. ``single``: rules that get one seed only (they are expensive)."""
+
+    pairs: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
+    seeds: int = 3
+    discover: int = 64
+    choose: int = 64
+    test: int = 128
+    batch_size: int = 64
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    single: tuple[str, ...] = ()
+
+
+def load_plugin(path: str | Path) -> list[str]:
+    """Run a Python file that registers rules, and return their names; raises UsageError for one that registers none."""
+    import runpy
+
+    from mechtransplant.ranking import RULES
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no file at {path}: give a Python file that calls register_rule")
+    before = set(RULES)
+    try:
+        runpy.run_path(str(path), run_name="mechtransplant_plugin")
+    except Exception as error:
+        raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}): fix it") from error
+    found = [name for name in RULES if name not in before]
+    if not found:
+        raise UsageError(f"{path} registers no rule: call mechtransplant.register_rule in it")
+    return found
+
+
+def report_planted(config: PlantedConfig, folder: str | Path, progress: bool = True) -> str:
+    """Measure and draw; writes the folder and returns its page.
+
+    A folder may be continued with more pairs, rules or seeds: what it holds is not computed again. Raises UsageError
+    for unknown names, and for a folder that holds something else.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = Path(folder)
+    for key in ("seeds", "discover", "choose", "test", "batch_size"):
+        check_count(key, getattr(config, key))
+    pairs, rules = list(config.pairs or planted_pairs()), list(config.rules or default_rules())
+    check_names(pairs, rules, {r: o for r, o in config.options.items() if r in rules})
+    for rule in (*config.options, *config.single):
+        get_rule(rule)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            _begin(folder, config)
+            rows = _measure(config, pairs, rules, CellStore(folder / "cells.jsonl"), progress)
+            return _write(folder, rows)
+    except Timeout as error:
+        raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+
+
+def _begin(folder: Path, config: PlantedConfig) -> None:
+    import yaml
+
+    path, now = folder / "environment.json", versions()
+    starts = [now]
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))["starts"]
+        starts = saved + [now] * (now not in saved)
+    elif any(p.name != ".lock" for p in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no such benchmark: choose another --out folder")
+    write_atomically(path, json.dumps({"starts": starts}, indent=1) + "\n")
+    write_atomically(folder / "config.yaml", str(yaml.safe_dump(json.loads(json.dumps(asdict(config))))))
+
+
+def _measure(
+    config: PlantedConfig, pairs: list[str], rules: list[str], store: CellStore, progress: bool
+) -> pd.DataFrame:
+    """Every pair, seed and rule, from the cells where they are there."""
+    import pandas as pd
+
+    rows = []
+    jobs = [
+        (name, seed, rule)
+        for name in pairs
+        for seed in range(config.seeds)
+        for rule in rules
+        if seed == 0 or rule not in config.single
+    ]
+    pair, problem, problem_seed = None, None, 0
+    for name, seed, rule in track(jobs, "planted pairs", progress):
+        if pair is None or pair.name != name:
+            pair, problem = load_pair(name), None
+        if problem is None or problem_seed != seed:
+            problem, problem_seed = Problem(pair, _splits(config, pair, seed), config.batch_size), seed
+            prints = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
+            prints |= {s.role: s.fingerprint for s in problem.splits}
+        options = config.options.get(rule, {})
+        content = {**prints, "rule": rule, "seed": seed, "options": options, "batch_size": config.batch_size}
+        content["planted"] = list(pair.planted)
+        found = store.get(content, lambda p=problem, r=rule, s=seed, o=options: p.measure(r, s, o))  # type: ignore[misc]
+        rows.append({"pair": name, "drifted": is_drifted(name), **{k: v for k, v in found.items() if k != "key"}})
+    return pd.DataFrame(rows)
+
+
+def _splits(config: PlantedConfig, pair: Any, seed: int) -> Any:
+    return splits_of(pair, config.discover, config.choose, config.test, seed)
+
+
+def _write(folder: Path, rows: pd.DataFrame) -> str:
+    flat = rows.assign(top=[" ".join(t) for t in rows.top])
+    write_atomically(folder / "results.csv", flat.to_csv(index=False, float_format="%.6g"))
+    summary = summary_of(rows)
+    write_atomically(folder / "summary.csv", summary.to_csv(index=False, float_format="%.6g"))
+    figure, _ = planted_benchmark(flat)
+    save_figure(figure, folder / "figures", "planted_benchmark", flat)
+    page = planted_page(rows, summary)
+    write_atomically(folder / "summary.md", page)
+    return page
+
+
+def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """The page, in Markdown: rules by mean AUROC on drifted pairs, then every pair."""
+    import pandas as pd
+
+    pairs = list(dict.fromkeys(rows.pair))
+    drifted = [p for p in pairs if is_drifted(p)]
+    lines = [
+        "# The planted benchmark",
+        "",
+        f"{len(pairs)} pairs whose planted modules are known ({len(drifted)} of them drifted: every module differs). "
+        "Candidates are all heads and MLPs, ranked together. AUROC: the probability that a planted module ranks above "
+        "another; AP: average precision; P@K and Recovery: the share of planted modules among the K highest, and what "
+        "grafting those K recovers of the gap on questions that ranked nothing, K being the number planted; "
+        "stability: Jaccard index of the K highest between seeds. Means over pairs of means over seeds.",
+        "",
+        "| rule | needs | AUROC, drifted | worst pair | AP | P@K | Recovery, % | AUROC, clean | Recovery, % | "
+        "stability | seeds | s |",
+        "|" + "---|" * 12,
+    ]
+
+    def shown(value: Any, digits: int = 3) -> str:
+        return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+
+    for row in summary.to_dict("records"):
+        cells = [f"`{row['rule']}`", row["needs"]]
+        cells += [shown(row.get(f"drifted_{n}")) for n in ("auroc", "worst", "average_precision", "precision")]
+        cells += [
+            shown(row.get("drifted_recovery"), 0),
+            shown(row.get("clean_auroc")),
+            shown(row.get("clean_recovery"), 0),
+        ]
+        cells += [shown(row["stability"], 2), str(row["seeds"]), shown(row["seconds"], 1)]
+        lines.append(f"| {' | '.join(cells)} |")
+    withheld = int(rows.recovery.isna().sum())
+    lines += ["", f"Recovery is withheld in {withheld} of {len(rows)} rows.", ""] if withheld else [""]
+    lines += ["## AUROC, pair by pair (mean over seeds)", ""]
+    lines += [f"| rule | {' | '.join(pairs)} |", "|" + "---|" * (len(pairs) + 1)]
+    means = rows.groupby(["rule", "pair"]).auroc.mean()
+    for rule in summary.rule:
+        lines.append(f"| `{rule}` | {' | '.join(shown(means.get((rule, p))) for p in pairs)} |")
+    lines += [
+        "",
+        'Your own rule: register it in a file (`@mechtransplant.register_rule("mine")`), then '
+        "`mechtransplant bench planted --plugin FILE --out FOLDER`; in this folder only what is missing is computed.",
+    ]
+    return "\n".join(lines) + "\n"
