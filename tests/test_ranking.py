@@ -1,0 +1,460 @@
+"""Rules score what their equations say, on models whose answer is known or can be computed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from mechtransplant.errors import TaskError, UsageError
+from mechtransplant.evaluation import evaluate, gold_outcomes, gold_passes, gold_scores
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.patching import Patch
+from mechtransplant.ranking import RULES, list_rules, rank_modules, rules_frame, weight_effects
+from mechtransplant.ranking.sensitivity import WeightChanges
+from mechtransplant.shifts import measure_shifts
+from mechtransplant.significance import test_shifts as shift_table
+from mechtransplant.tasks import Task
+
+REQUIRED = [
+    "lae", "lae_relative", "distance", "own", "own_over_inherited", "significant", "weight_delta", "gradient",
+    "activation_gradient", "single_swap", "greedy", "mask", "random", "random_matched", "bottom", "depth",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def splits(addition: Task) -> Any:
+    return addition.split(16, 24, 64)
+
+
+@pytest.fixture(scope="module")
+def drifted() -> Pair:
+    return load_pair("family/planted-mixed-drifted")
+
+
+def scores(pair: Pair, task: Task | None, rule: str, kind: Any = "linear", **options: Any) -> pd.Series:
+    found = rank_modules(pair, task, rule, kind, **options)
+    return found.set_index(found.module.astype(str)).score.reindex(pair.modules(kind))
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+def test_every_rule_says_what_it_is() -> None:
+    assert set(REQUIRED) <= set(RULES)
+    table = rules_frame().set_index("rule").loc[REQUIRED]
+    for column in ("what", "equation", "needs", "cost", "high"):
+        assert (table[column] != "").all(), column
+    assert set(table.needs) == {"nothing", "prompts", "gold answers", "gradients"}
+    assert table.needs["gradient"] == "gradients" and table.needs["single_swap"] == "gold answers"
+    assert "choose" in list_rules()["greedy"] and table.split["greedy"] == "choose"
+
+
+@pytest.mark.parametrize("kind", ["linear", "head", "mlp", ("head", "mlp")])
+@pytest.mark.parametrize("rule", REQUIRED)
+def test_every_rule_ranks_every_kind_and_leaves_the_models_alone(
+    unchanged: Pair, splits: Any, rule: str, kind: Any
+) -> None:
+    options = {"mask": {"steps": 3}, "greedy": {"pool": 2, "stop": 2}, "significant": {"permutations": 999}}
+    split = splits.choose if rule in ("greedy", "mask") else splits.discover
+    task = split.subset(range(8))
+    found = rank_modules(unchanged, task, rule, kind, seed=1, **options.get(rule, {}))
+    assert sorted(found.module) == sorted(unchanged.modules(kind))
+    assert list(found["rank"]) == list(range(1, len(found) + 1))
+    assert found.score.is_monotonic_decreasing
+    assert all(not p.requires_grad and p.grad is None for p in unchanged.target.hf.parameters())
+    again = rank_modules(unchanged, task, rule, kind, seed=1, **options.get(rule, {}))
+    pd.testing.assert_frame_equal(found, again)
+
+
+@pytest.mark.parametrize("kind", [("head", "mlp"), ("mlp", "head")])
+def test_kinds_ranked_together_have_the_scores_that_they_have_alone(drifted: Pair, kind: Any) -> None:
+    task = _task(drifted)
+    for rule in ("own", "gradient", "weight_delta", "activation_gradient", "lae"):
+        both = scores(drifted, task, rule, kind)
+        apart = pd.concat([scores(drifted, task, rule, k) for k in kind])
+        pd.testing.assert_series_equal(both, apart, rtol=1e-5, check_index_type=False)
+
+
+def _task(pair: Pair, n: int = 12, role: str = "discover") -> Task:
+    from mechtransplant.tasks import load_task
+
+    return getattr(load_task(str(pair.default_task)).split(n, n, n), role)  # type: ignore[no-any-return]
+
+
+def test_splits_that_a_rule_must_not_see(generations: Pair, splits: Any) -> None:
+    for rule in ("gradient", "own", "single_swap"):
+        with pytest.raises(TaskError, match="choose split"):
+            rank_modules(generations, splits.choose, rule)
+    for rule in ("greedy", "mask", "gradient"):
+        with pytest.raises(TaskError, match="test split"):
+            rank_modules(generations, splits.test, rule)
+    with pytest.raises(UsageError, match="needs gold answers"):
+        rank_modules(generations, None, "single_swap")
+    with pytest.raises(UsageError, match=r"pass task\.split"):
+        rank_modules(generations, splits, "gradient")  # type: ignore[arg-type]
+
+
+# --- first-order effects ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["linear", "head", "mlp", "attn"])
+def test_gradient_is_the_slope_of_the_graft(drifted: Pair, kind: Any) -> None:
+    """Central differences of the mean log-probability along strength, in float64."""
+    task = _task(drifted, 6)
+    small = 1e-3
+    pair = _double(drifted)
+    modules = pair.modules(kind)[:: max(1, len(pair.modules(kind)) // 6)]
+    slopes = []
+    for module in modules:
+        ends = []
+        for strength in (small, -small):
+            with Graft([module], strength).applied(pair):
+                ends.append(_mean(pair, task))
+        slopes.append((ends[0] - ends[1]) / (2 * small))
+    found = scores(pair, task, "gradient", kind)[modules]
+    np.testing.assert_allclose(found, slopes, rtol=2e-3, atol=5e-4)
+
+
+def _double(pair: Pair) -> Pair:
+    import copy
+
+    from mechtransplant.pair import LanguageModel, make_pair
+
+    both = [LanguageModel(m.name, copy.deepcopy(m.hf).double(), m.tokenizer) for m in (pair.source, pair.target)]
+    return make_pair(*both, "double")
+
+
+def _mean(pair: Pair, task: Task) -> float:
+    """In float64 throughout, which the library's own scores are not."""
+    total = 0.0
+    with torch.no_grad():
+        for done in gold_passes(pair.target, task, share_prefix=False):
+            logits = done.logits.log_softmax(-1)
+            rows = logits.gather(-1, done.gold[..., None])[..., 0].masked_fill(~done.real, 0)
+            total += float(rows.sum())
+    return total / len(task)
+
+
+def test_integrated_gradients_sum_to_what_grafting_everything_gains(drifted: Pair) -> None:
+    task = _task(drifted)
+    base = gold_scores(drifted.target, task)[1].mean()
+    for kind in ("linear", ("attn", "mlp")):
+        with Graft(drifted.modules(kind)).applied(drifted):  # type: ignore[arg-type]
+            gain = gold_scores(drifted.target, task)[1].mean() - base
+        total = scores(drifted, task, "integrated_gradient", kind, steps=32).sum()
+        assert total == pytest.approx(gain, rel=0.03)
+
+
+def test_gradients_do_not_depend_on_batches(drifted: Pair) -> None:
+    task = _task(drifted)
+    for rule in ("gradient", "activation_gradient"):
+        one, many = (scores(drifted, task, rule, ("head", "mlp"), batch_size=b) for b in (1, 7))
+        np.testing.assert_allclose(one, many, rtol=2e-3, atol=2e-4)
+
+
+def test_gradient_sees_the_kv_policy(generations: Pair, splits: Any) -> None:
+    alone = scores(generations, splits.discover, "gradient", "head")
+    group = scores(generations, splits.discover, "gradient", "head", kv="group")
+    kv = WeightChanges(generations, ["L1.k_proj", "L1.v_proj"])
+    layer = weight_effects(kv, splits.discover)[0].sum()
+    heads = [h for h in alone.index if h.startswith("L1")]
+    # each of the layer's groups is counted once for each of its heads
+    assert (group - alone)[heads].sum() == pytest.approx(layer * generations.layout.group_size, rel=1e-3)
+
+
+@pytest.mark.parametrize("heads", ["result", "z"])
+def test_activation_gradient_is_the_slope_of_the_patch(drifted: Pair, heads: Any) -> None:
+    task = _task(drifted, 6)
+    pair = _double(drifted)
+    modules = ["L0H1", "L1H4", "L2H5", "L3H7", "L1.mlp", "L3.mlp"]
+    small, slopes = 1e-3, []
+    for module in modules:
+        ends = []
+        for strength in (small, -small):
+            with Patch([module], heads=heads, strength=strength).applied(pair):
+                ends.append(_mean(pair, task))
+        slopes.append((ends[0] - ends[1]) / (2 * small))
+    found = scores(pair, task, "activation_gradient", ("head", "mlp"), heads=heads)[modules]
+    np.testing.assert_allclose(found, slopes, rtol=5e-3, atol=5e-4)
+
+
+def test_nothing_is_grafted_between_a_model_and_itself(generations: Pair, splits: Any) -> None:
+    from mechtransplant.pair import make_pair
+
+    same = make_pair(generations.target, generations.target)
+    for rule in ("gradient", "activation_gradient", "weight_delta", "lae", "own", "distance", "own_over_inherited"):
+        assert (scores(same, splits.discover, rule, ("head", "mlp")) == 0).all(), rule
+
+
+def test_gradients_under_a_patch_are_refused(generations: Pair, splits: Any) -> None:
+    with Patch(["L1.mlp"]).applied(generations), pytest.raises(UsageError, match="leave its block"):
+        rank_modules(generations, splits.discover, "gradient")
+
+
+# --- exact effects, and searches --------------------------------------------------------------------------------------
+
+
+def test_single_swap_is_what_a_graft_of_one_module_gains(generations: Pair, splits: Any) -> None:
+    found = scores(generations, splits.discover, "single_swap")
+    base = gold_scores(generations.target, splits.discover)[1].mean()
+    for module in ("L0.up_proj", "L2.o_proj"):
+        with Graft([module]).applied(generations):
+            gain = gold_scores(generations.target, splits.discover)[1].mean() - base
+        assert found[module] == pytest.approx(gain, abs=1e-6)
+
+
+def test_greedy_takes_the_best_next_module(generations: Pair, splits: Any) -> None:
+    task = splits.choose
+    order = list(rank_modules(generations, task, "greedy", "mlp").module)
+    assert (
+        order[0]
+        == rank_modules(generations, splits.choose.subset(range(24), "discover"), "single_swap", "mlp").module[0]
+    )
+    for at in (1, 2):
+        values = {}
+        for module in set(generations.modules("mlp")) - set(order[:at]):
+            with Graft([*order[:at], module]).applied(generations):
+                values[module] = gold_scores(generations.target, task)[1].mean()
+        assert max(values, key=lambda m: values[m]) == order[at]
+
+
+def test_a_pool_of_everything_is_plain_greedy(generations: Pair, splits: Any) -> None:
+    plain, pooled = (
+        list(rank_modules(generations, splits.choose, "greedy", "mlp", **o).module) for o in ({}, {"pool": 4})
+    )
+    assert plain == pooled
+    stopped = list(rank_modules(generations, splits.choose, "greedy", "mlp", stop=2).module)
+    assert stopped[:2] == plain[:2]
+
+
+def test_searches_beat_training_free_rules_on_choose(generations: Pair, addition: Task) -> None:
+    """At every K, by the log-probability that they maximise.
+
+    A hundredth of a nat is let pass: greedy's sets are nested, and where everything is answered rightly (K = 20, all
+    rules within 0.002 nats of the source) the last digits are another set's.
+    """
+    splits = addition.split(32, 32, 32)
+    free = [r for r in REQUIRED if r not in ("greedy", "mask", "bottom", "random_matched")]
+    rankings = {r: rank_modules(generations, splits.discover, r) for r in free}
+    greedy = rank_modules(generations, splits.choose, "greedy")
+
+    def worth(modules: Any) -> float:
+        with Graft(list(modules)).applied(generations):
+            return float(gold_scores(generations.target, splits.choose)[1].mean())
+
+    for k in (2, 6, 12, 20):
+        best = max(worth(r.module[:k]) for r in rankings.values())
+        assert worth(greedy.module[:k]) >= best - 0.01, k
+        mask = rank_modules(generations, splits.choose, "mask", k=k, steps=40)
+        assert worth(mask.module[:k]) >= best - 0.01, k
+
+
+def test_mask_refuses_more_than_there_are(generations: Pair, splits: Any) -> None:
+    with pytest.raises(UsageError, match="k = 29 is above the 28 modules"):
+        rank_modules(generations, splits.choose, "mask", k=29)
+
+
+# --- shifts -----------------------------------------------------------------------------------------------------------
+
+
+def test_shift_rules_are_means_of_their_measures(generations: Pair, splits: Any) -> None:
+    task = splits.discover
+    shifts = measure_shifts(generations, task, ("head", "mlp"), ("distance", "own", "inherited"), "answer")
+    means = shifts.groupby(["measure", "module"], observed=True).value.mean()
+    for rule in ("distance", "own"):
+        found = scores(generations, task, rule, ("head", "mlp"))
+        np.testing.assert_allclose(found, means[rule].reindex(found.index), rtol=1e-6)
+    found = scores(generations, task, "own_over_inherited", ("head", "mlp"))
+    own, inherited = (means[m].reindex(found.index) for m in ("own", "inherited"))
+    np.testing.assert_allclose(found, own / (own + inherited), rtol=1e-6)
+    assert found["L0.mlp"] < 1, "attention of the same layer comes before it"
+
+
+def test_lae_of_a_linear_layer_is_the_same_by_both_paths(generations: Pair, splits: Any) -> None:
+    """Teacher-forced: the paper's recorder for linear layers, and the shift recorder that other kinds use."""
+    task = splits.discover
+    for rule in ("lae", "lae_relative"):
+        ours = scores(generations, task, rule, "linear", alignment="teacher-forced", text="gold")
+        other = scores(generations, task, rule, ("linear", "mlp"), text="gold")
+        np.testing.assert_allclose(ours, other.reindex(ours.index), rtol=1e-4)
+
+
+def test_lae_relative_forgets_the_size_of_an_output(generations: Pair, splits: Any) -> None:
+    shifts = measure_shifts(generations, splits.discover, ("mlp",), ("lae", "lae_relative", "magnitude"), "answer")
+    wide = shifts.pivot_table(index=["module", "prompt"], columns="measure", values="value", observed=True)
+    assert (wide.lae >= wide.magnitude.abs() - 1e-7).all()
+    assert ((wide.lae_relative >= 0) & (wide.lae_relative <= 2)).all()
+
+
+def test_significant_puts_small_p_first_and_then_large_effects(generations: Pair, splits: Any) -> None:
+    task = splits.discover
+    order = list(rank_modules(generations, task, "significant", "head", permutations=999).module)
+    shifts = measure_shifts(generations, task, ("head",), ("magnitude",), "answer")
+    table = shift_table(shifts, permutations=999).set_index("module").loc[order]
+    pairs = list(zip(table.p_adjusted, -table.effect.abs(), strict=True))
+    assert pairs == sorted(pairs)
+
+
+# --- rules made of others ---------------------------------------------------------------------------------------------
+
+
+def test_bottom_is_the_other_end(generations: Pair, splits: Any) -> None:
+    order = list(rank_modules(generations, splits.discover, "own").module)
+    assert list(rank_modules(generations, splits.discover, "bottom", of="own").module) == order[::-1]
+    assert len(rank_modules(generations, None, "bottom", of="weight_delta")) == 28
+    with pytest.raises(UsageError, match="needs gradients"):
+        rank_modules(generations, None, "bottom", of="gradient")
+    with pytest.raises(UsageError, match="itself made of another"):
+        rank_modules(generations, splits.discover, "bottom", of="random_matched")
+
+
+@pytest.mark.parametrize("k", [1, 5, 14, 23])
+def test_random_matched_is_matched_at_every_k(generations: Pair, k: int) -> None:
+    from collections import Counter
+
+    from mechtransplant.ranking.matched import classes
+
+    order = list(rank_modules(generations, None, "weight_delta").module)
+    drawn = [list(rank_modules(generations, None, "random_matched", of="weight_delta", seed=s).module) for s in (0, 1)]
+    group = classes(generations, order)
+    assert drawn[0] != drawn[1] != order
+    for one in drawn:
+        assert Counter(group[m] for m in one[:k]) == Counter(group[m] for m in order[:k])
+
+
+def test_depth_and_relative_weight_delta(generations: Pair) -> None:
+    late, early = (rank_modules(generations, None, "depth", first=f) for f in ("late", "early"))
+    assert list(late.layer) == sorted(late.layer, reverse=True) and list(early.layer) == sorted(early.layer)
+    plain, relative = (scores(generations, None, "weight_delta", relative=r) for r in (False, True))
+    size = {
+        m: float(generations.target_parameters[f"{generations.layout.linears[m]}.weight"].norm()) for m in plain.index
+    }
+    np.testing.assert_allclose(relative, plain / pd.Series(size), rtol=1e-5)
+
+
+# --- what was selected ------------------------------------------------------------------------------------------------
+
+
+def test_nobody_reports_on_questions_that_selected(generations: Pair, addition: Task, tmp_path: Any) -> None:
+    """Every way round that the public API offers: another seed, another name, a relabelled split, a copy, a patch."""
+    from dataclasses import replace
+
+    from mechtransplant.evaluation import compare
+    from mechtransplant.grafting import ConditionalGraft
+    from mechtransplant.patching import mean_shift
+
+    splits = addition.split(32, 32, 64, seed=0)
+    rank = rank_modules(generations, splits.discover, "own")
+    relabelled = replace(splits.discover, role="test")
+    whole = addition.subset(range(len(addition)))
+    renamed = replace(relabelled, name="mine")
+    overlapping = addition.split(32, 32, 600, seed=5).test
+
+    def outcome(task: Task, applied: Any, model: Any = None) -> Any:
+        before, best = evaluate(generations.target, task), evaluate(generations.source, task)
+        if model is not None:
+            return compare(before, best, evaluate(model, task))
+        with applied.applied(generations):
+            return compare(before, best, evaluate(generations.target, task))
+
+    chosen = list(rank.module[:4])
+    for modules in (
+        rank.module[:4],
+        chosen,
+        rank.module.head(4).tolist(),
+        [*rank.module[:3], "L3.up_proj"],
+        rank.module[0],
+    ):
+        for task in (relabelled, renamed, overlapping):
+            with pytest.raises(UsageError, match="selected the modules"):
+                outcome(task, Graft(modules))
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(whole, Graft(chosen))
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(relabelled, None, Graft(chosen).copied(generations))
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(relabelled, ConditionalGraft(Graft(chosen), "prompt"))
+    heads = rank_modules(generations, splits.discover, "own", "head")
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(relabelled, Patch(heads.module[:2]))
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(relabelled, mean_shift(generations, splits.discover, ["L2.mlp"]))
+    # questions on which K was chosen count as well, once a graft was tried on them
+    elsewhere = replace(splits.choose, role="test")
+    assert outcome(elsewhere, Graft(chosen)).n == 32
+    with Graft(rank.module[:7]).applied(generations):
+        evaluate(generations.target, splits.choose)
+    with pytest.raises(UsageError, match="selected the modules"):
+        outcome(elsewhere, Graft(chosen))
+    for split in (splits.discover, splits.choose):
+        with pytest.raises(UsageError, match="split, which served to select"):
+            outcome(split, Graft(chosen))
+    assert outcome(splits.test, Graft(chosen)).n == 64
+    # the target itself was selected by nothing
+    assert evaluate(generations.target, relabelled).selections == ()
+
+
+def test_a_module_name_stays_a_string(generations: Pair, splits: Any, tmp_path: Any) -> None:
+    import copy
+    import json
+    import pickle
+
+    rank = rank_modules(generations, splits.discover, "own")
+    name = rank.module[0]
+    assert isinstance(name, str) and json.loads(json.dumps([name])) == [str(name)] and {str(name): 1}[name] == 1
+    for twin in (copy.deepcopy(name), pickle.loads(pickle.dumps(name))):
+        assert twin == name and twin.selection.questions == set(splits.discover.keys)
+    rank.to_parquet(tmp_path / "rank.parquet")
+    assert list(pd.read_parquet(tmp_path / "rank.parquet").module) == list(rank.module)
+    assert (rank.merge(pd.DataFrame({"module": generations.modules("linear")})).module == rank.module).all()
+
+
+# --- continuous outcomes ----------------------------------------------------------------------------------------------
+
+
+def test_logit_difference_is_accuracy_made_continuous(generations: Pair, splits: Any) -> None:
+    for model in (generations.source, generations.target):
+        found = gold_outcomes(model, splits.test)
+        assert ((found.logit_difference > 0) == found.correct).all()
+        assert (found.correct.any() and not found.correct.all()) or model is generations.source
+        one = gold_outcomes(model, splits.test.subset([3]), padding_side="right")
+        assert one.logit_difference[0] == pytest.approx(found.logit_difference[3], abs=1e-3)
+
+
+def test_logit_difference_by_hand(generations: Pair, splits: Any) -> None:
+    model, task = generations.target, splits.test.subset([0])
+    ids = model.tokenizer(task.prompts()[0] + task.completions()[0], return_tensors="pt", add_special_tokens=True)
+    tokens = torch.cat([ids["input_ids"], torch.tensor([[model.tokenizer.eos_token_id]])], 1)
+    answer = len(model.tokenizer(task.completions()[0], add_special_tokens=False)["input_ids"]) + 1
+    with torch.no_grad():
+        logits = model.hf(tokens).logits[0, -answer - 1 : -1]
+    gold = tokens[0, -answer:]
+    margins = []
+    for at, token in zip(logits, gold, strict=True):
+        others = at.clone()
+        others[token] = -torch.inf
+        margins.append(float(at[token] - others.max()))
+    assert gold_outcomes(model, task).logit_difference[0] == pytest.approx(min(margins), abs=1e-3)
+
+
+def test_generated_answers_have_continuous_outcomes_too(instruct: Pair) -> None:
+    from mechtransplant.tasks import load_task
+
+    task = load_task("boxed", 12)
+    found = evaluate(instruct.source, task)
+    assert found.method == "generate" and found.log_probability is not None and found.logit_difference is not None
+    np.testing.assert_allclose(found.log_probability, gold_scores(instruct.source, task)[1])
+    assert evaluate(instruct.source, task, gold=False).log_probability is None
+
+
+def test_gradient_against_single_swap(drifted: Pair) -> None:
+    """To first order and exactly: the same order for most modules (benchmarks/README.md has the numbers)."""
+    task = _task(drifted, 32)
+    first, exact = (scores(drifted, task, r, ("head", "mlp")) for r in ("gradient", "single_swap"))
+    assert stats.spearmanr(first, exact).statistic > 0.6
