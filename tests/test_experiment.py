@@ -22,6 +22,8 @@ SMALL: dict[str, Any] = {
     "task": "addition",
     "k": [2, 8, 1.0],
     "random_sets": 4,
+    "curve_sets": 3,
+    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
     "split": {"discover": 16, "choose": 24, "test": 48},
 }
 
@@ -63,7 +65,11 @@ def test_a_run_writes_its_folder(finished: Any) -> None:
     }
     assert not [n for n in names if n.endswith(".tmp")]
     table = pd.read_parquet(finished.folder / "results.parquet")
-    assert len(table[(table.split == "choose") & (table.role == "random") & (table.k == 8)]) == 4
+    drawn = table[(table.split == "test") & (table.role == "random")]
+    k = len(finished.graft)
+    assert len(drawn[(drawn.k == k) & drawn.set.str.startswith("set")]) == 4
+    assert drawn[drawn.set.str.startswith("order")].groupby("k").size().to_dict() == {2: 3, 8: 3}
+    assert not len(table[(table.split == "choose") & (table.role == "random")]), "random sets choose nothing"
     assert read_config(finished.folder / "config.yaml") == config()
     for word in (
         "TIR",
@@ -79,12 +85,93 @@ def test_a_run_writes_its_folder(finished: Any) -> None:
 
 def test_numbers_of_the_summary_come_from_the_table(finished: Any) -> None:
     outcome = finished.outcomes[8]
-    test = finished.results[finished.results.split == "test"].set_index("role")
-    assert outcome.target_accuracy == test.accuracy["target"] and outcome.after_accuracy == test.accuracy["graft"]
+    test = finished.results[finished.results.split == "test"]
+    assert outcome.target_accuracy == test[test.role == "target"].accuracy.item()
+    grafted = test[(test.role == "graft") & (test.k == len(finished.graft))]
+    assert outcome.after_accuracy == grafted.accuracy.item()
+    assert outcome.controls is not None and outcome.controls.n == 4
+    sets = test[(test.role == "random") & test.set.str.startswith("set")].accuracy
+    assert outcome.controls.beaten == (sets < outcome.after_accuracy).sum()
+    assert outcome.controls.p_value == (1 + (sets >= outcome.after_accuracy).sum()) / 5
     assert f"{100 * outcome.after_accuracy:.1f} %" in finished.summary
     chosen = finished.results[(finished.results.split == "choose") & (finished.results.role == "graft")]
     selective = chosen[chosen.k < 28].set_index("k").accuracy
     assert selective[len(finished.graft)] == selective.max()
+
+
+def test_controls_beside_the_random_sets(finished: Any, generations: Any) -> None:
+    from mechtransplant.evaluation import evaluate
+    from mechtransplant.experiment.summary import self_graft_is_identical
+    from mechtransplant.grafting import Graft
+
+    test = finished.results[finished.results.split == "test"].set_index("role")
+    assert {"bottom", "unrelated", "reverse", "self", "all"} <= set(test.index)
+    assert test.accuracy["self"] == test.accuracy["target"] and test.correct["self"] == test.correct["target"]
+    assert "log-probabilities are bit-identical" in finished.summary
+    # the reverse direction, measured by hand: the target's modules in the source
+    run = Run(config(), finished.folder, progress=False)
+    run.execute()
+    assert self_graft_is_identical(run) is True
+    with Graft(finished.graft.modules).applied(generations.reversed()):
+        assert evaluate(generations.source, run.splits.test).accuracy == test.accuracy["reverse"]
+    lowest = list(finished.ranking.module[::-1][: len(finished.graft)])
+    with Graft(lowest).applied(generations):
+        assert evaluate(generations.target, run.splits.test).accuracy == test.accuracy["bottom"]
+    other = pd.read_csv(finished.folder / "rankings" / "lae-unrelated.csv")
+    assert list(other.module) != list(finished.ranking.module)
+
+
+def test_side_effects_of_every_reported_graft(finished: Any) -> None:
+    plane = finished.plane
+    assert list(plane.role) == ["graft", "all", "graft", "random"] and plane.front.dtype == bool
+    table = pd.read_csv(finished.folder / "side_effects.csv")
+    assert set(table[table.kind == "task"].what) == {"reverse", "sort", "copy", "max"}
+    assert (table[table.kind == "task"].n == 16).all() and set(table[table.kind == "text"].n) == {4}
+    assert (table.low <= table.change).all() and (table.change <= table.high).all()
+    grafted = plane[(plane.role == "graft") & (plane.k == len(finished.graft))].iloc[0]
+    assert grafted.gain == pytest.approx(finished.outcomes[8].difference)
+    assert "## Side effects" in finished.summary and (finished.folder / "figures" / "gain_against_harm.png").exists()
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    small = config(
+        rule=["gradient", "weight_delta", "mask"],
+        rule_options={"mask": {"steps": 3, "swaps": 2}},
+        controlled=["gradient"],
+        kind=["head", "mlp"],
+        k=[2, 6],
+        side_effects={"questions": 8, "texts": 0, "random": 0},
+    )
+    return run_experiment(small, tmp_path_factory.mktemp("runs") / "several", progress=False)
+
+
+def test_several_rules_in_one_run(several: Any) -> None:
+    assert list(several.rules.rule) == ["gradient", "weight_delta", "mask"]
+    assert set(several.ranking.kind) == {"head", "mlp"} and set(several.findings.outcomes) == set(several.rules.rule)
+    controlled = several.rules.set_index("rule").random_n
+    assert controlled["gradient"] == 4 and controlled[["weight_delta", "mask"]].isna().all()
+    assert "`weight_delta` has no random sets of its own" in several.summary
+    assert "3 rules are compared" in several.summary
+    names = {p.name for p in (several.folder / "rankings").iterdir()}
+    assert {"weight_delta.csv", "mask.csv", "mask-2.csv", "mask-6.csv", "gradient-unrelated.csv"} <= names
+    assert (several.folder / "figures" / "rule_curves.png").exists()
+    at = several.results[(several.results.split == "test") & (several.results.role == "graft")]
+    assert set(zip(at.rule, at.k, strict=True)) == {(r, k) for r in several.rules.rule for k in (2, 6)}
+
+
+def test_verdict_says_what_the_ranks_say(several: Any) -> None:
+    outcome = several.outcomes[8]
+    ranks, curve = outcome.controls, outcome.curve
+    assert f"beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(several.graft)}" in several.summary
+    assert curve.n == 3 and f"over the whole K-curve p = {curve.p_value:.2g} (3 random orders" in several.summary
+
+
+def test_an_unrelated_task_that_is_the_runs_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is the run's own task"):
+        run_experiment(config(unrelated="addition"), tmp_path / "out")
+    with pytest.raises(UsageError, match="unknown task 'adition'"):
+        run_experiment(config(unrelated="adition"), tmp_path / "out")
 
 
 def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:
@@ -187,11 +274,15 @@ def test_the_ranking_gets_the_runs_budget_and_batch_size(tmp_path: Path, monkeyp
         seen.update(options)
         return rank_modules(pair, task, rule, kind, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("mechtransplant.experiment.run.rank_modules", spy)
-    small = config(k=[2], random_sets=0, budgets=[2, 5], batch_size=3, rule_options={"alignment": "teacher-forced"})
+    monkeypatch.setattr("mechtransplant.experiment.rankings.rank_modules", spy)
+    none = {"random_sets": 0, "curve_sets": 0, "controls": ["all"], "side_effects": None}
+    small = config(k=[2], **none, budgets=[2, 5], batch_size=3, rule_options={"alignment": "teacher-forced"})
     result = run_experiment(small, tmp_path / "out", progress=False)
-    assert seen == {"seed": 42, "batch_size": 3, "max_new_tokens": 5, "alignment": "teacher-forced"}
+    options = {"batch_size": 3, "max_new_tokens": 5, "alignment": "teacher-forced"}
+    assert seen == {"seed": 42, "progress": False, **options}
     assert "no random set was asked for" in result.summary
+    assert "Left out, as the config asked: bottom, reverse, unrelated, self" in result.summary
+    assert result.plane is None and "Side effects" not in result.summary
 
 
 def test_direction_better_records_the_weights_in_their_parts(tmp_path: Path, generations: Any) -> None:
@@ -233,6 +324,14 @@ def test_k_above_the_candidates_writes_nothing(tmp_path: Path) -> None:
         ({"strengths": [float("nan")]}, "strengths"),
         ({"k": [float("nan")]}, "k.0"),
         ({"pair": {"source": "x"}}, "pair.target"),
+        ({"rule": ["lae", "lae"]}, "list of different ones"),
+        ({"rule": []}, "name a rule"),
+        ({"rule": ["lae", "own"], "rule_options": {"text": "gold"}}, "rule_options.text: with several rules"),
+        ({"controlled": ["own"]}, "own is none of the rules lae"),
+        ({"controls": ["botom"]}, "controls.0"),
+        ({"curve_sets": -1}, "curve_sets"),
+        ({"side_effects": {"toxens": 3}}, r"unknown key 'side_effects.toxens': did you mean tokens"),
+        ({"kind": ["head", "neuron"]}, "kind"),
     ],
 )
 def test_config_errors_name_the_key(changes: dict[str, Any], message: str) -> None:
@@ -277,11 +376,12 @@ def test_outcome_is_strict_json_with_null_for_unbounded() -> None:
 
 def test_random_controls_have_the_strength_of_their_graft(instruct_run: Any) -> None:
     table = instruct_run.results
-    counts = table[(table.split == "choose") & (table.role == "random")].groupby(["k", "strength", "budget"]).size()
-    assert (counts == 2).all() and len(counts) == 2 * 2 * 3
-    graft = instruct_run.graft
-    controls = table[(table.split == "test") & (table.role == "random") & (table.budget == 12)]
-    assert ((controls.k == len(graft)) & (controls.strength == graft.strengths[0])).sum() == 2
+    random = table[(table.split == "test") & (table.role == "random")]
+    for budget, graft in instruct_run.grafts.items():
+        controls = random[(random.budget == budget) & random.set.str.startswith("set")]
+        assert ((controls.k == len(graft)) & (controls.strength == graft.strengths[0])).sum() == 2
+    orders = random[random.set.str.startswith("order")]
+    assert set(orders.strength) == {instruct_run.graft.strengths[0]} and set(orders.k) == {4, 14}
 
 
 def test_unknown_rule_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +415,8 @@ def test_heads_with_their_kv_and_an_operator(tmp_path: Path) -> None:
     run_experiment(config(**{**changes, "kv": "never"}, k=[3], random_sets=2), tmp_path / "b", progress=False)
     cells = [(tmp_path / name / "cells.jsonl").read_text().splitlines() for name in ("out", "b")]
     keys = [{c["key"] for c in map(json.loads, lines) if c["role"] == "graft"} for lines in cells]
-    assert len(keys[0]) == len(keys[1]) == 2 and not keys[0] & keys[1]
+    assert len(keys[0]) == len(keys[1]) == 2, "on choose and on test"
+    assert not keys[0] & keys[1]
 
 
 def test_a_run_from_before_a_key_existed_goes_on(finished: Any, tmp_path: Path) -> None:
@@ -323,7 +424,7 @@ def test_a_run_from_before_a_key_existed_goes_on(finished: Any, tmp_path: Path) 
 
     folder = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     lines = (folder / "config.yaml").read_text().splitlines(keepends=True)
-    old = "".join(line for line in lines if not line.startswith(("kv:", "operator:")))
+    old = "".join(line for line in lines if not line.startswith(("kv:", "operator:", "controlled:", "unrelated:")))
     assert len(old) < sum(map(len, lines))
     (folder / "config.yaml").write_text(old)
     run = Run(config(), folder, progress=False)

@@ -1,0 +1,115 @@
+"""The planted benchmark: rows, summary, folder, plugin; small sizes on the family's pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechtransplant.errors import UsageError
+from mechtransplant.experiment import PlantedConfig, bench_planted, planted_pairs, report_planted
+from mechtransplant.experiment.planted import default_rules, is_drifted, summary_of
+from mechtransplant.ranking import RULES
+
+PAIRS = ("family/planted-mlps", "family/planted-mlps-drifted")
+SMALL: dict[str, Any] = {"seeds": 2, "discover": 16, "choose": 16, "test": 64}
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return bench_planted(PAIRS, ("own", "weight_delta", "random", "gradient"), **SMALL)
+
+
+def test_every_planted_pair_is_a_problem() -> None:
+    names = planted_pairs()
+    assert {"family/planted-heads", "family/planted-mixed-drifted"} <= set(names)
+    assert all(is_drifted(n) == n.endswith("drifted") for n in names if n.startswith("family/"))
+    assert all(is_drifted(n) for n in names if n.startswith("smollm2/"))
+    assert {"greedy", "mask", "lae"} <= set(default_rules()) and "bottom" not in default_rules()
+
+
+def test_own_finds_planted_mlps(rows: pd.DataFrame) -> None:
+    assert len(rows) == 2 * 2 * 4 and (rows.planted == 2).all() and (rows.modules == 36).all()
+    own = rows[rows.rule == "own"]
+    assert (own.auroc == 1).all() and (own.precision == 1).all() and (own.average_precision == 1).all()
+    assert (own.recovery > 80).all() and (own.recovery_low <= own.recovery).all()
+    clean = rows[(rows.rule == "weight_delta") & ~rows.drifted]
+    assert (clean.auroc == 1).all(), "in a clean pair nothing else moved"
+    assert rows[rows.rule == "random"].recovery.max() < 50
+
+
+def test_summary_is_means_of_means(rows: pd.DataFrame) -> None:
+    table = summary_of(rows).set_index("rule")
+    for rule, mine in rows[rows.drifted].groupby("rule"):
+        assert table.drifted_auroc[rule] == pytest.approx(mine.auroc.mean())
+    assert table.stability["weight_delta"] == 1 and table.stability["random"] < 0.5
+    assert list(table.drifted_auroc) == sorted(table.drifted_auroc, reverse=True)
+    assert (table.seeds == 2).all() and (table.drifted_pairs == 1).all()
+
+
+def test_a_folder_is_continued_with_more_rules(tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    config = PlantedConfig(PAIRS, ("own", "random"), **SMALL)
+    page = report_planted(config, out, progress=False)
+    lines = (out / "cells.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and "| `own` | prompts | 1.000 |" in page
+    assert {p.name for p in out.iterdir()} >= {"config.yaml", "results.csv", "summary.csv", "summary.md", "figures"}
+    more = PlantedConfig(PAIRS, ("own", "random", "depth"), **SMALL, single=("depth",))
+    page = report_planted(more, out, progress=False)
+    again = (out / "cells.jsonl").read_text().splitlines()
+    assert again[:8] == lines and len(again) == 10, "one seed of depth on each pair"
+    assert "`depth`" in page and (out / "figures" / "planted_benchmark.png").exists()
+
+
+def test_anothers_rule_by_plugin(tmp_path: Path, command: Any) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "import mechtransplant as mt\n\n\n"
+        '@mt.register_rule("their-rule", needs="nothing")\n'
+        "def theirs(pair, task, kind, **options):\n"
+        "    return [float(m in pair.planted) for m in pair.modules(kind)]\n"
+    )
+    sizes = ["--seeds", "1", "--discover", "8", "--choose", "8", "--test", "16"]
+    wanted = [
+        "--pairs",
+        PAIRS[1],
+        "--rules",
+        "their-rule,random",
+        "--plugin",
+        str(plugin),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    try:
+        code, out, _ = command("bench", "planted", *wanted, *sizes)
+        assert code == 0 and "| `their-rule` | nothing | 1.000 |" in out
+    finally:
+        RULES.pop("their-rule", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "family/generations"], "unknown planted pair 'family/generations'"),
+        (["--rules", "leo"], "unknown rule 'leo': did you mean lae"),
+        (["--seeds", "0"], "seeds must be a whole number of at least 1"),
+        (["--plugin", "nowhere.py"], "no file at nowhere.py"),
+        (["--options", "pool=4"], "--options is JSON"),
+        (["--options", '{"greedy": {"pol": 4}}'], "unknown option of rule 'greedy' 'pol': did you mean pool"),
+    ],
+)
+def test_wrong_input_gets_one_line_and_writes_nothing(
+    command: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, _, error = command("bench", "planted", *arguments, "--out", str(tmp_path / "out"))
+    assert code == 2 and message in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no such benchmark"):
+        report_planted(PlantedConfig(PAIRS, ("random",), **SMALL), tmp_path, progress=False)
+    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["precious.txt"]
