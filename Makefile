@@ -43,6 +43,7 @@ benchmarks: install  ## error rates, power, speed, and operators beside mergekit
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/real_null.py
 	$(BIN)/python benchmarks/power.py
+	$(BIN)/python benchmarks/screens.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/grafting_speed.py
 	$(BIN)/python benchmarks/operators.py

@@ -382,8 +382,42 @@ numbers, and no operator was tuned; without an ancestor, "linear" and "task_arit
 """
 
 
+def screens() -> str:
+    rows = pd.read_csv(RESULTS / "screens.csv")
+    grid = pd.DataFrame(
+        {
+            "pair": rows.pair,
+            "modules": [f"{r.modules} ({r.kinds})" for r in rows.itertuples()],
+            "rule": [f"`{r}`" for r in rows.rule],
+            "Spearman with single_swap": [f"{v:.2f}" for v in rows.spearman],
+            "top tenth shared": [f"{v:.0%}" for v in rows.top_tenth_shared],
+            "seconds": [f"{v:.2f}" for v in rows.seconds],
+            "single_swap, seconds": [f"{v:.1f}" for v in rows.single_swap_seconds],
+            "times cheaper": [f"{v:.0f}" for v in rows.times_cheaper],
+        }
+    )
+    return f"""## First-order screens against exact effects
+
+`python benchmarks/screens.py`: how far the rules from gradients rank modules as the exact effect of grafting each alone
+(`single_swap`) does, on {" or ".join(str(n) for n in dict.fromkeys(rows.questions))} questions, and what both cost in process
+time on one thread.
+
+{table(grid)}
+"""
+
+
 def page() -> str:
-    parts = [calibration(), coverage(), real_null(), power(), speed(), grafting_speed(), operators(), accuracy()]
+    parts = [
+        calibration(),
+        coverage(),
+        real_null(),
+        power(),
+        screens(),
+        speed(),
+        grafting_speed(),
+        operators(),
+        accuracy(),
+    ]
     return (
         "# What was measured about the software itself\n\nWritten by `python benchmarks/report.py` from "
         "`benchmarks/results/`. What the words mean: [docs/statistics.md](../docs/statistics.md).\n\n"

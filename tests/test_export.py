@@ -302,15 +302,20 @@ def test_a_run_exports_its_graft_with_its_statistics(
     code, _, error = command("export", str(tmp_path / "out"), "--run", str(run))
     assert code == 0, error
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert (
-        "TIR (this model / target): 1.222" in card
-        and "512 questions of boxed (the run's test split, which chose nothing; at most 16 new tokens)" in card
-    )
+    saved = json.loads((run / "outcome.json").read_text(encoding="utf-8"))["16"]
+    ratio = f"TIR (this model / target): {saved['tir']:.3f}"
+    what = "questions of boxed (the run's test split, which chose nothing; at most 16 new tokens)"
+    assert ratio in card and f"{saved['n']} {what}" in card
+    assert f"among {saved['controls']['n']} random sets matched" in card and "random orders: p = " in card
+    # what the run measured elsewhere
+    assert "| addition |" in card and "| perplexity |" in card.replace("perplexity of", "perplexity")
     assert command("verify", str(tmp_path / "out"), "--pair", "family/instruct")[0] == 0
     found = finished_run(run)
     export_adapter(found.pair, Graft(["L3H2"]), tmp_path / "adapter", outcome=found.outcome, name="Mine")
     card = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert "# Mine" in card and "TIR (this model / target): 1.222" in card
+    assert "# Mine" in card and ratio in card
+    assert found.outcome.curve is not None and found.outcome.curve.area_rank.n == found.outcome.curve.n
+    assert found.side_effects and set(found.side_effects) >= {"addition", "KL"}
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     assert (finished_run(copy).graft.kv, finished_run(copy).graft.operator.name) == ("never", "replace")
     chosen = json.loads((copy / "outcome.json").read_text())
@@ -380,5 +385,6 @@ def test_what_an_export_is_given_belongs_together(generations: Pair, addition: T
     card = (out / "README.md").read_text(encoding="utf-8")
     # whether they chose the graft, the outcome cannot know
     assert "On 32 questions of addition (split `test`):" in card and "did not serve" not in card
-    assert "| addition |" in card and "+0.0 [0, 0]" in card and "| not measured |" in card
+    low, high = (100 * end for end in outcome.interval)
+    assert "| addition |" in card and f"+0.0 [{low:.3g}, {high:.3g}]" in card and "| not measured |" in card
     assert len(repr(made)) < 500

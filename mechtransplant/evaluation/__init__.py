@@ -2,14 +2,16 @@
 
 from mechtransplant.evaluation.generation import Generation, generate
 from mechtransplant.evaluation.gold import GoldOutcomes, gold_outcomes, gold_passes, gold_scores
-from mechtransplant.evaluation.outcome import Outcome, compare
+from mechtransplant.evaluation.outcome import Change, Outcome, Truncation, compare
 from mechtransplant.evaluation.scoring import Evaluation, evaluate, evaluate_budgets
 
 __all__ = [
+    "Change",
     "Evaluation",
     "Generation",
     "GoldOutcomes",
     "Outcome",
+    "Truncation",
     "compare",
     "evaluate",
     "evaluate_budgets",

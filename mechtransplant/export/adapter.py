@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError, check_count, finite_number
-from mechtransplant.export.card import METHOD, NOT_MEASURED, front_matter, graft_section, outcome_lines
+from mechtransplant.export.card import (
+    METHOD,
+    NOT_MEASURED,
+    front_matter,
+    graft_section,
+    outcome_lines,
+    side_effect_lines,
+)
 from mechtransplant.export.given import check_given
 from mechtransplant.export.grafted import with_tensors, written_tensors
 from mechtransplant.export.manifest import describe
@@ -69,6 +76,7 @@ def export_adapter(
     max_rank: int = 64,
     tolerance: float = 1e-3,
     outcome: Outcome | None = None,
+    side_effects: Any = None,
     task: str | None = None,
     name: str | None = None,
     licence: str | None = None,
@@ -79,7 +87,8 @@ def export_adapter(
         folder: where; it must not exist yet, or be empty. It appears whole or not at all.
         max_rank: the largest rank of a layer.
         tolerance: the largest relative error of a layer (Frobenius norm).
-        outcome: what the graft itself did, for the model card, and ``task``, what that was measured on.
+        outcome: what the graft itself did, for the model card, and ``task``, what that was measured on;
+            ``side_effects``, what it costs elsewhere (see :func:`export_graft`).
         name: the model card's title.
         licence: an identifier of the hub, such as "apache-2.0".
 
@@ -112,6 +121,8 @@ def export_adapter(
         _write_config(pair, layers, temporary)
         title = name or Path(folder).expanduser().resolve().name
         measured = outcome_lines(outcome, task or "") if outcome else [NOT_MEASURED]
+        if side_effects is not None:
+            measured += ["", "### Side effects", "", *side_effect_lines(side_effects)]
         card = _card(pair, graft, made, tolerance, title, measured, licence)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         write_hashes(temporary)

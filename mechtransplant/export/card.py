@@ -157,6 +157,17 @@ def outcome_lines(outcome: Outcome, task: str) -> list[str]:
             f"- Recovery (share of the gap between source and target): {outcome.recovery:.1f} %, 95 % interval "
             f"{_interval(outcome.recovery_interval)} %"
         )
+    ranks, curve = outcome.controls, outcome.curve
+    if ranks is not None:
+        lines.append(
+            f"- among {ranks.n} random sets matched in kind, depth and parameters: beats {ranks.beaten}, one-sided "
+            f"permutation p = {ranks.p_value:.2g}; their median {ranks.median:.1%}, range {ranks.low:.1%} – "
+            f"{ranks.high:.1%}"
+        )
+    if curve is not None:
+        lines.append(
+            f"- the ranking's whole K-curve among {curve.n} random orders: p = {curve.p_value:.2g} (max-statistic)"
+        )
     # a ratio that is undefined or withheld has its reason among the notes
     return lines + [f"- {note}" for note in outcome.notes]
 

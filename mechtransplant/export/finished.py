@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mechtransplant.errors import UsageError
-from mechtransplant.evaluation import Outcome
+from mechtransplant.evaluation import Change, Outcome, Truncation
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, load_pair
+from mechtransplant.significance import CurveRank, RankAmong
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class FinishedRun:
     graft: Graft
     outcome: Outcome
     task: str
+    #: what it costs elsewhere, a row a task and text measure; None where the run measured none
+    side_effects: Any = None
 
 
 def finished_run(folder: str | Path) -> FinishedRun:
@@ -62,18 +65,57 @@ def finished_run(folder: str | Path) -> FinishedRun:
             f"the weights that {folder} names are not those that its run measured (environment.json): its outcome does "
             "not hold for them; run it again"
         )
-    return FinishedRun(pair, graft, outcome, task)
+    return FinishedRun(pair, graft, outcome, task, _side_effects(folder, graft))
+
+
+def _side_effects(folder: Path, graft: Graft) -> dict[str, dict[str, str]] | None:
+    """The graft's rows of ``side_effects.csv``, as the model card shows them."""
+    import pandas as pd
+
+    path = folder / "side_effects.csv"
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    first = rows[rows.role == "graft"].rule.iloc[0]
+    mine = rows[(rows.role == "graft") & (rows.rule == first) & (rows.k == len(graft))]
+    found = {}
+    for row in mine.to_dict("records"):
+        scale, unit = (1, "nats a token") if row["what"] == "KL" else (100, "%" if row["kind"] == "text" else "points")
+        change = f"{scale * row['change']:+.3g} {unit} [{scale * row['low']:.3g}, {scale * row['high']:.3g}]"
+        found[str(row["what"])] = {"change [95 %]": change, "n": str(row["n"])}
+    return found or None
+
+
+#: the parts of an outcome that are objects of their own
+_PARTS: dict[str, Any] = {
+    "log_probability": Change,
+    "logit_difference": Change,
+    "controls": RankAmong,
+    "log_probability_controls": RankAmong,
+    "curve": CurveRank,
+    "area_rank": RankAmong,
+}
 
 
 def _outcome(content: dict[str, Any]) -> Outcome:
     """An outcome from JSON, where an unbounded end of an interval is null."""
     values: dict[str, Any] = {}
     for f in fields(Outcome):
-        # runs from before the outcome said its questions
-        value = content.get(f.name, "") if f.name in ("task", "role", "questions") else content[f.name]
+        # runs from before an outcome had this part
+        value = content[f.name] if f.default is MISSING else content.get(f.name, f.default)
         if f.name == "notes":
             value = tuple(value)
-        elif isinstance(value, list):
-            value = tuple(math.inf if end is None else float(end) for end in value)
-        values[f.name] = value
+        elif f.name == "truncation" and value is not None:
+            value = {role: Truncation(**split) for role, split in value.items()}
+        values[f.name] = _part(f.name, value)
     return Outcome(**values)
+
+
+def _part(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        # a lower end is unbounded only together with the upper one
+        low, high = value
+        return (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+    if name in _PARTS and isinstance(value, dict):
+        return _PARTS[name](**{key: _part(key, inner) for key, inner in value.items()})
+    return value
