@@ -1,4 +1,4 @@
-"""The command line: ``mechtransplant demo | run | shifts | effects | export | verify | pairs | tasks | rules``."""
+"""The command line: ``mechtransplant demo | run | shifts | effects | heads-vs-mlps | export | verify | pairs | …``."""
 
 from __future__ import annotations
 
@@ -121,6 +121,39 @@ def effects(
     parts = tuple(part.strip() for part in kinds.split(","))
     folder = out or Path("runs") / f"effects-{pair.replace('/', '-')}"
     typer.echo(report_effects(EffectsConfig(pair, task, prompts, parts, point, policy, batch_size, seed), folder))
+    typer.echo(f"Tables and figures are in {folder}")
+
+
+@app.command("heads-vs-mlps")
+def heads_against_mlps(
+    pair: Annotated[str, typer.Argument(help="A pair's name.")],
+    task: Annotated[str | None, typer.Option(help="A task's name or a JSONL file; the pair's own by default.")] = None,
+    rule: Annotated[str, typer.Option(help="The rule that ranks heads, MLPs, and both.")] = "integrated_gradient",
+    counts: Annotated[str, typer.Option(help="Numbers of MLPs, with commas.")] = "1,2,4",
+    methods: Annotated[str, typer.Option(help="Ablations of the source, with commas: mean, zero.")] = "mean",
+    sets: Annotated[int, typer.Option(help="How many random sets each set is compared with.")] = 20,
+    discover: Annotated[int, typer.Option(help="Questions that rank.")] = 64,
+    test: Annotated[int, typer.Option(help="Questions that everything is measured on.")] = 256,
+    kv: Annotated[str, typer.Option(help="K and V under the graft of a head: never, group, whole-group.")] = "never",
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the split, the random sets and the bootstrap.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder (runs/heads-vs-mlps-PAIR by default). Started again, it continues.")
+    ] = None,
+) -> None:
+    """Graft and ablate heads, MLPs and both, at equal number and at equal parameters, by depth, with random sets."""
+    from mechtransplant.experiment import HeadsMlpsConfig, report_heads_and_mlps
+
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in _listed(counts)))
+    except ValueError as error:
+        raise UsageError(f"--counts is whole numbers with commas, for example 1,2,4, got {counts!r}") from error
+    # the library checks the names, and says which there are
+    policy: Any = kv
+    ablations: Any = tuple(dict.fromkeys(_listed(methods)))
+    config = HeadsMlpsConfig(pair, task, rule, numbers, ablations, sets, discover, test, batch_size, policy, seed)
+    folder = out or Path("runs") / f"heads-vs-mlps-{pair.replace('/', '-')}"
+    typer.echo(report_heads_and_mlps(config, folder))
     typer.echo(f"Tables and figures are in {folder}")
 
 

@@ -2,6 +2,7 @@
 
 from mechtransplant.experiment.config import RunConfig, parse_config, read_config
 from mechtransplant.experiment.effects_report import EffectsConfig, report_effects
+from mechtransplant.experiment.heads_mlps import HeadsMlpsConfig, report_heads_and_mlps
 from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
 from mechtransplant.experiment.run import Run, run_experiment
@@ -10,6 +11,7 @@ from mechtransplant.experiment.summary import RunResult
 
 __all__ = [
     "EffectsConfig",
+    "HeadsMlpsConfig",
     "PlantedConfig",
     "Run",
     "RunConfig",
@@ -20,6 +22,7 @@ __all__ = [
     "planted_pairs",
     "read_config",
     "report_effects",
+    "report_heads_and_mlps",
     "report_planted",
     "report_shifts",
     "run_experiment",

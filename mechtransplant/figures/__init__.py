@@ -1,14 +1,15 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
 ``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``effects`` (patches
-beside grafts), ``side_effects`` (gain against harm), ``calibration`` (what the tests keep of what they promise),
-``style``.
+beside grafts), ``heads_mlps`` (heads against MLPs), ``side_effects`` (gain against harm), ``calibration`` (what the
+tests keep of what they promise), ``style``.
 """
 
 from mechtransplant.figures.bench import planted_benchmark
 from mechtransplant.figures.calibration import calibration_plot, interval_coverage, power_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
+from mechtransplant.figures.heads_mlps import heads_against_mlps_bars
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
 from mechtransplant.figures.side_effects import gain_against_harm
 from mechtransplant.figures.style import BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, save_figure, style
@@ -23,6 +24,7 @@ __all__ = [
     "calibration_plot",
     "consistency_plot",
     "gain_against_harm",
+    "heads_against_mlps_bars",
     "interval_coverage",
     "k_curve",
     "lorenz",
