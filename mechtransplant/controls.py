@@ -17,10 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mechtransplant.errors import UsageError, check_count, check_seed
+from mechtransplant.evaluation import Evaluation, Outcome, compare, evaluate
+from mechtransplant.evaluation.outcome import check_questions
+from mechtransplant.grafting import KV, Graft
+from mechtransplant.pair import make_pair
+from mechtransplant.progress import track
 from mechtransplant.ranking.matched import Class, classes, kinds_among, matched_order
+from mechtransplant.selection import selections_of
+from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
-    from mechtransplant.pair import Pair
+    import pandas as pd
+
+    from mechtransplant.pair import LanguageModel, Pair
 
 #: how many different sets a depth level must allow for it to be a control
 ENOUGH_SETS = 1000
@@ -86,6 +95,101 @@ def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 
     parts, group = _strictest(pair, candidates, names[:k])
     rng = np.random.default_rng(seed)
     return RandomOrders([tuple(matched_order(group, names, rng)) for _ in range(n)], DEPTH_LEVELS[parts])
+
+
+@dataclass(frozen=True)
+class ControlledOutcome:
+    """A graft's outcome among its controls; ``table`` has one row a control.
+
+    Columns: role (target, source, graft, random, bottom, all, reverse, unrelated, self), set (of random ones), k,
+    accuracy with its 95 % interval low and high, log_probability (mean, nats). ``identical`` says whether the
+    self-graft answered exactly as the target, to the bit.
+    """
+
+    outcome: Outcome
+    table: pd.DataFrame
+    identical: bool
+
+    def __str__(self) -> str:
+        rows = self.table[self.table.role != "random"]
+        said = ", ".join(f"{r.role} {r.accuracy:.1%}" for r in rows.itertuples() if r.role not in ("target", "source"))
+        return f"{self.outcome}\ncontrols: {said}; self-graft {'' if self.identical else 'NOT '}identical"
+
+
+def graft_with_controls(
+    pair: Pair,
+    ranking: pd.DataFrame,
+    k: int,
+    task: Task,
+    *,
+    unrelated: pd.DataFrame | None = None,
+    random_sets: int = 100,
+    strength: float = 1.0,
+    kv: KV = "never",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> ControlledOutcome:
+    """Graft the K highest-ranked modules, and measure what every control does on the same questions.
+
+    Random sets matched in kind, depth and parameters; the K lowest-ranked; every candidate; the target's K modules in
+    the source (reverse); the target's own (self). ``mechtransplant run`` does the same for a whole curve.
+
+    Args:
+        ranking: as :func:`rank_modules` returns it. task: the ``test`` split.
+        unrelated: a ranking by the same rule on another task, for that control.
+
+    Raises:
+        UsageError: a K above the candidates, or questions that selected the modules.
+    """
+    import pandas as pd
+
+    check_count("k", k, most=len(ranking))
+    check_count("random_sets", random_sets, least=0)
+    order = list(ranking.module)
+    # before a hundred evaluations, not after
+    check_questions(task.name, task.role, task.keys, selections_of(order))
+    own = make_pair(pair.target, pair.target, "self")
+    bodies: list[tuple[str, str, Pair, list[str]]] = [
+        ("graft", "", pair, order[:k]),
+        ("bottom", "", pair, order[::-1][:k]),
+        ("all", "", pair, order),
+        ("reverse", "", pair.reversed(), order[:k]),
+        ("self", "", own, order[:k]),
+    ]
+    if unrelated is not None:
+        bodies.append(("unrelated", "", pair, list(unrelated.module[:k])))
+    drawn = random_matched(pair, order[:k], random_sets, seed)
+    bodies += [("random", str(number), pair, list(modules)) for number, modules in enumerate(drawn.sets)]
+
+    def measured(model: LanguageModel) -> Evaluation:
+        return evaluate(model, task, batch_size=batch_size)
+
+    found = [("target", "", 0, measured(pair.target)), ("source", "", 0, measured(pair.source))]
+    for role, number, body, modules in track(bodies, "controls", progress):
+        with Graft(modules, strength, kv=kv).applied(body):
+            found.append((role, number, len(modules), measured(body.target)))
+    by_role = {role: evaluation for role, _, _, evaluation in found if role != "random"}
+    outcome = compare(
+        by_role["target"],
+        by_role["source"],
+        by_role["graft"],
+        seed=seed,
+        controls=[e for role, _, _, e in found if role == "random"],
+        graft=Graft(order[:k], strength, kv=kv),
+        pair=pair,
+    )
+    rows = []
+    for role, number, size, e in found:
+        low, high = e.interval
+        mean = None if e.log_probability is None else float(e.log_probability.mean())
+        row = {"role": role, "set": number, "k": size, "accuracy": e.accuracy, "low": low, "high": high}
+        rows.append({**row, "log_probability": mean})
+    before, same = by_role["target"], by_role["self"]
+    identical = bool((before.correct == same.correct).all())
+    if before.log_probability is not None and same.log_probability is not None:
+        identical &= bool((before.log_probability == same.log_probability).all())
+    return ControlledOutcome(outcome, pd.DataFrame(rows), identical)
 
 
 def _strictest(pair: Pair, candidates: Sequence[str], chosen: Sequence[str]) -> tuple[int, dict[str, Class]]:

@@ -2,12 +2,11 @@
 
     python scripts/update_readme.py [--check]
 
-The lines between the two markers come from runs/*/results.parquet and outcome.json, and from nothing else.
+The lines between the two markers come from runs/*/rules.csv and results.parquet, and from nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,42 +19,67 @@ RUNS = ("family-generations", "family-instruct", "smollm2-generations", "smollm2
 BEGIN, END = "<!-- results: scripts/update_readme.py -->\n", "<!-- end of results -->\n"
 
 
+#: rules that search sets of modules: the ceiling, not a training-free rule
+SEARCHES = ("greedy", "mask")
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def row(folder: Path) -> str:
-    """One run as a row of the table."""
-    saved = json.loads((folder / "outcome.json").read_text())
-    budget, outcome = max(saved.items(), key=lambda item: int(item[0]))
+def shown(folder: Path) -> list[str]:
+    """The rules in the table: the headline (the paper's), the best training-free one on `choose`, and greedy search.
+
+    Accuracy on `choose` at each rule's own K decides, then log-probability there: what is reported decides nothing.
+    """
+    rules, results = pd.read_csv(folder / "rules.csv"), pd.read_parquet(folder / "results.parquet")
+    rules = rules[rules.budget == rules.budget.max()]
+    choose = results[(results.split == "choose") & (results.role == "graft") & (results.budget == results.budget.max())]
+    merged = rules[["rule", "k", "strength"]].merge(choose, on=["rule", "k", "strength"])
+    order = merged.sort_values(["accuracy", "log_probability"], ascending=False)
+    first = str(rules.rule.iloc[0])
+    free = [r for r in order.rule if r not in (*SEARCHES, "random", first)]
+    return [first, *free[:1], *[r for r in order.rule if r == "greedy"]]
+
+
+def rows(folder: Path) -> list[str]:
+    """One run as rows of the table."""
+    table = pd.read_csv(folder / "rules.csv").set_index("rule")
+    table = table[table.budget == table.budget.max()]
     results = pd.read_parquet(folder / "results.parquet")
-    test = results[(results.split == "test") & (results.budget == int(budget))]
-    everything = int(test[test.role == "all"].k.iloc[0])
-    k = len(outcome["modules"])
-    controls = test[(test.role == "random") & (test.k == k) & (test.strength == outcome["strength"])]
-    random = controls.accuracy
-    beaten = int((random < outcome["after_accuracy"]).sum())
-    tir = "undefined" if outcome["tir"] is None else f"{outcome['tir']:.2f}"
-    recovery = "withheld" if outcome["recovery"] is None else f"{outcome['recovery']:.0f} %"
-    cells: list[Any] = [
-        f"[{folder.name}](runs/{folder.name}/summary.md)",
-        *[percent(outcome[f"{role}_accuracy"]) for role in ("target", "source", "after")],
-        f"{k} of {everything} ({100 * k / everything:.0f} %)",
-        f"{percent(random.median())} ({percent(random.min())} – {percent(random.max())})",
-        f"{beaten} of {len(random)}",
-        tir,
-        recovery,
-        outcome["n"],
-    ]
-    return f"| {' | '.join(map(str, cells))} |"
+    everything = int(results[results.role == "all"].k.iloc[0])
+    found = []
+    for at, rule in enumerate(shown(folder)):
+        row = table.loc[rule]
+        controlled = not pd.isna(row.random_n)
+        random = (
+            f"{percent(row.random_median)} ({percent(row.random_low)} – {percent(row.random_high)})"
+            if controlled
+            else "–"
+        )
+        cells: list[Any] = [
+            f"[{folder.name}](runs/{folder.name}/summary.md)" if at == 0 else "",
+            f"`{rule}`",
+            *[percent(row[role]) for role in ("target", "source", "after")],
+            f"{row.k} of {everything}",
+            random,
+            f"{row.random_beaten:.0f} of {row.random_n:.0f} (p = {row.random_p_value:.2g})" if controlled else "–",
+            f"{row.curve_p_max:.2g}" if not pd.isna(row.curve_p_max) else "–",
+            "undefined" if pd.isna(row.tir) else f"{row.tir:.2f}",
+            "withheld" if pd.isna(row.recovery) else f"{row.recovery:.0f} %",
+            row.n,
+        ]
+        found.append(f"| {' | '.join(map(str, cells))} |")
+    return found
 
 
 def table() -> str:
     """The table of every committed run."""
-    found = [ROOT / "runs" / name for name in RUNS if (ROOT / "runs" / name / "outcome.json").exists()]
-    columns = "run, target, source, grafted, K, random at K: median (range), random sets beaten, TIR, Recovery, n"
+    found = [ROOT / "runs" / name for name in RUNS if (ROOT / "runs" / name / "rules.csv").exists()]
+    columns = "run, rule, target, source, grafted, K, random at K: median (range), random sets beaten, p of the K-curve"
+    columns += ", TIR, Recovery, n"
     head = f"| {columns.replace(', ', ' | ')} |"
-    lines = [head, "|" + "---|" * 10, *map(row, found)]
+    lines = [head, "|" + "---|" * 12, *(line for folder in found for line in rows(folder))]
     return "\n" + "\n".join(lines) + "\n\n"
 
 
@@ -71,7 +95,10 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(0 if updated(text) == text else "README.md is not what the runs say: python scripts/update_readme.py")
     path.write_text(updated(text), encoding="utf-8")
-    shutil.copy(ROOT / "runs" / RUNS[0] / "figures" / "k_curve.png", ROOT / "figures" / "k_curve.png")
+    for name in ("k_curve", "rule_curves", "gain_against_harm"):
+        shutil.copy(ROOT / "runs" / RUNS[0] / "figures" / f"{name}.png", ROOT / "figures" / f"{name}.png")
+    bench = ROOT / "runs" / "bench-planted" / "figures" / "planted_benchmark.png"
+    shutil.copy(bench, ROOT / "figures" / "planted_benchmark.png")
     shifts = ROOT / "runs" / "smollm2-shifts" / "figures" / "heatmap_magnitude.png"
     shutil.copy(shifts, ROOT / "figures" / "shift_heatmap_smollm2.png")
     effects = ROOT / "runs" / "family-effects" / "figures" / "patch_versus_graft.png"

@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechtransplant.controls import random_matched, random_orders
+from mechtransplant.controls import graft_with_controls, random_matched, random_orders
 from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import evaluate
+from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import rank_modules
 from mechtransplant.ranking.matched import classes
 from mechtransplant.significance import auroc, average_precision, curve_area, curve_rank, precision_at, rank_among
+from mechtransplant.tasks import Task, load_task
 
 
 def test_rank_among_controls_by_hand() -> None:
@@ -130,3 +133,30 @@ def test_random_orders_need_a_whole_order(generations: Pair) -> None:
         random_orders(generations, ["L0.mlp", "L1.mlp"], 3, 1)
     with pytest.raises(UsageError, match="no modules were named"):
         random_matched(generations, [], 3)
+
+
+def test_a_graft_among_its_controls_in_one_call(unchanged: Pair, addition: Task) -> None:
+    splits = addition.split(16, 16, 48)
+    rank = rank_modules(unchanged, splits.discover, "gradient")
+    other = rank_modules(unchanged, load_task("sort").split(16, 1, 1).discover, "gradient")
+    found = graft_with_controls(unchanged, rank, 6, splits.test, unrelated=other, random_sets=8, seed=2)
+    rows = found.table.set_index("role")
+    assert set(rows.index) == {"target", "source", "graft", "bottom", "all", "reverse", "self", "unrelated", "random"}
+    assert found.identical and rows.accuracy["self"] == rows.accuracy["target"]
+    assert len(rows.loc["random"]) == 8 and found.outcome.controls is not None
+    assert found.outcome.controls.beaten == (rows.loc["random"].accuracy < rows.accuracy["graft"]).sum()
+    with Graft(rank.module[:6]).applied(unchanged):
+        assert evaluate(unchanged.target, splits.test).accuracy == rows.accuracy["graft"]
+    with Graft(rank.module[:6]).applied(unchanged.reversed()):
+        assert evaluate(unchanged.source, splits.test).accuracy == rows.accuracy["reverse"]
+    assert found.outcome.parameter_share == pytest.approx(
+        Graft(rank.module[:6]).parameter_count(unchanged)
+        / Graft(unchanged.modules("linear")).parameter_count(unchanged)
+    )
+    assert "self-graft identical" in str(found)
+    for k, task, message in (
+        (29, splits.test, "k must be a whole number of at least 1 and at most 28"),
+        (6, splits.choose, "served to select"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            graft_with_controls(unchanged, rank, k, task, random_sets=1)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.scoring import Evaluation
+from mechtransplant.selection import Selection
 from mechtransplant.significance import (
     CurveRank,
     RankAmong,
@@ -205,15 +206,19 @@ def check_comparable(evaluations: Sequence[Any]) -> None:
 
 def check_unseen(evaluation: Evaluation) -> None:
     """Raise UsageError where an evaluation's questions selected what it is about."""
-    if evaluation.role in ("discover", "choose"):
+    check_questions(evaluation.task, evaluation.role, evaluation.questions, evaluation.selections)
+
+
+def check_questions(task: str, role: str, questions: Sequence[str], selections: Sequence[Selection]) -> None:
+    """The same for questions by their keys, before anything is evaluated."""
+    if role in ("discover", "choose"):
         raise UsageError(
-            f"these questions are the {evaluation.role!r} split, which served to select: report an effect on the test "
-            "split"
+            f"these questions are the {role!r} split, which served to select: report an effect on the test split"
         )
-    seen = set(evaluation.questions) & {q for s in evaluation.selections for q in s.questions}
+    seen = set(questions) & {q for s in selections for q in s.questions}
     if seen:
         raise UsageError(
-            f"{len(seen)} of these {len(evaluation)} questions of {evaluation.task!r} selected the modules (another "
+            f"{len(seen)} of these {len(questions)} questions of {task!r} selected the modules (another "
             "split of the same task, or the same one under another name): report on the test split of the split whose "
             "discover and choose questions selected"
         )
