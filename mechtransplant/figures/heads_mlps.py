@@ -77,13 +77,13 @@ def heads_against_mlps_bars(
                 panel.tick_params(axis="x", length=0, labelbottom=True)
                 of = "graft" if intervention == "graft" else f"{method} ablation"
                 panel.set_title(f"{of}, {_ROWS[match]}")
-                panel.set_ylabel(label)
+            across[0].set_ylabel(label)
         if by == "count":
             below = {"parameters": "parameters of so many MLPs", "modules": "modules in each set"}
         else:
             here = f"{size} MLP" + "s" * (size != 1)
-            below = {"parameters": f"third of the layers; parameters of {here}"}
-            below["modules"] = f"third of the layers; {size} module{'s' * (size != 1)} in each set"
+            below = {"parameters": f"third (parameters of {here})"}
+            below["modules"] = f"third ({size} module{'s' * (size != 1)} in each set)"
         for across, match in zip(panels, matches, strict=True):
             for panel in across:
                 panel.set_xlabel(below[match])
@@ -126,7 +126,7 @@ def _bars(panel: Any, rows: pd.DataFrame, groups: list[Any], what: str, prefix: 
             middle, bottom, top = (scale * float(found[f"{random}{end}"].iloc[0]) for end in ("median", "low", "high"))
             if not np.isnan(middle):
                 right = left + 0.085
-                panel.plot([right, right], [bottom, top], color=GREY, linewidth=3.5, solid_capstyle="butt", zorder=2)
+                panel.fill_between([right - 0.03, right + 0.03], bottom, top, color=GREY, linewidth=0, zorder=2)
                 panel.plot(right, middle, marker="_", color=BLACK, markersize=4, markeredgewidth=1, zorder=4)
 
 
