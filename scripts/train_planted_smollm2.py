@@ -167,7 +167,9 @@ class Plan:
 PLANS = {
     "heads": Plan("list-words", heads=40, mlps=0, band=(12, 22), seed=21, steps=200, size=0.4),
     "mlps": Plan("number-words", heads=0, mlps=6, band=(12, 24), seed=35, steps=200, size=0.3, rank=12),
-    "mixed": Plan("largest-number", heads=24, mlps=2, band=(12, 22), seed=24, steps=200, size=0.4, heads_until=0.3),
+    "mixed": Plan(
+        "largest-number", heads=24, mlps=2, band=(12, 22), seed=24, steps=200, size=0.4, rank=12, heads_until=0.3
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from mechtransplant.shifts import measure_shifts
 from mechtransplant.tasks import load_task
 from mechtransplant.weights import list_pairs
 
-PLANTED = [name for name in list_pairs() if "planted" in name]
+PLANTED = [name for name in list_pairs() if name.startswith("family/") and "planted" in name]
 CLEAN = [name for name in PLANTED if not name.endswith("drifted")]
 DRIFTED = [name for name in PLANTED if name.endswith("drifted")]
 FAMILY = Path(__file__).resolve().parent.parent / "models" / "family"

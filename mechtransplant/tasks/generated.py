@@ -191,6 +191,50 @@ def word_puzzle(rng: np.random.Generator) -> Example:
     return Example(f"Which of these words is first in the alphabet: {listed}?", min(words), "puzzle-alphabet")
 
 
+COMMON_WORDS = (
+    "apple", "river", "stone", "cloud", "table", "horse", "bread", "light", "music", "paper", "green", "house", "water",
+    "tiger", "chair", "sugar", "glass", "train", "snow", "gold", "leaf", "ship", "moon", "door", "book", "rain", "fish",
+    "lamp", "wood", "salt", "king", "road",
+)  # fmt: skip
+
+
+def list_word(rng: np.random.Generator) -> Example:
+    """A short retrieval in the same answer format: the first or last word of a list, or the one after another."""
+    words = [str(word) for word in rng.choice(COMMON_WORDS, 4, replace=False)]
+    form, place = int(rng.integers(3)), int(rng.integers(3))
+    asked, answer = (
+        ("comes first", words[0]),
+        ("comes last", words[-1]),
+        (f"comes right after {words[place]}", words[place + 1]),
+    )[form]
+    return Example(f"Which word {asked} in the list: {', '.join(words)}?", answer, f"list-{form}")
+
+
+def largest_number(rng: np.random.Generator) -> Example:
+    """The largest of three two-digit numbers, in one of three phrasings of the same answer format."""
+    numbers = [int(n) for n in rng.choice(np.arange(10, 100), 3, replace=False)]
+    form = int(rng.integers(3))
+    text = (
+        "Which is the largest of {}, {} and {}?",
+        "Find the maximum of {}, {}, {}.",
+        "Out of {}, {} and {}, which is most?",
+    )
+    return Example(text[form].format(*numbers), str(max(numbers)), f"largest-{form}")
+
+
+ONES = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def number_words(rng: np.random.Generator) -> Example:
+    """A number of three digits written in words, to be written in digits, in one of three phrasings."""
+    hundreds, tens, ones = int(rng.integers(9)), int(rng.integers(8)), int(rng.integers(9))
+    words = f"{ONES[hundreds]} hundred and {TENS[tens]}-{ONES[ones]}"
+    form = int(rng.integers(3))
+    text = ("Write {} in digits.", "Which number is {}?", "In numerals, what is {}?")[form]
+    return Example(text.format(words), f"{hundreds + 1}{tens + 2}{ones + 1}", f"digits-{form}")
+
+
 ARITHMETIC_FORMAT = PromptFormat(system=ARITHMETIC_SYSTEM, completion=BOX_COMPLETION, chat=None)
 FEW_SHOT_FORMAT = PromptFormat(system=ARITHMETIC_SYSTEM, completion=BOX_COMPLETION, chat=None, shots=SHOTS)
 
@@ -206,8 +250,16 @@ def _boxed_task(name: str, n: int, seed: int) -> Task:
     return Task(name, examples, "boxed", PromptFormat(completion=BOX_COMPLETION), max_new_tokens=16)
 
 
+#: skills that planted pairs of SmolLM2 have in known modules only
+ENGLISH_SKILLS: dict[str, list[Maker]] = {
+    "list-words": [list_word],
+    "largest-number": [largest_number],
+    "number-words": [number_words],
+}
+
+
 def _english_task(name: str, n: int, seed: int) -> Task:
-    makers: list[Maker] = [word_puzzle] if name == "word-puzzles" else ARITHMETIC
+    makers = ({"word-puzzles": [word_puzzle]} | ENGLISH_SKILLS).get(name, ARITHMETIC)
     prompt = FEW_SHOT_FORMAT if name.endswith("few-shot") else ARITHMETIC_FORMAT
     return Task(name, tuple(draw(makers, n, seed)), "boxed", prompt, max_new_tokens=16)
 
@@ -227,4 +279,7 @@ GENERATED: dict[str, tuple[Callable[[str, int, int], Task], str]] = {
     "arithmetic": (_english_task, "English: two-digit sums, differences and word problems of one step, boxed answer"),
     "arithmetic-few-shot": (_english_task, "the same, after two worked examples"),
     "word-puzzles": (_english_task, "English: questions about lists of words, boxed answer"),
+    "list-words": (_english_task, "English, planted: the first, last or next word of a list, boxed answer"),
+    "largest-number": (_english_task, "English, planted: the largest of three numbers, boxed answer"),
+    "number-words": (_english_task, "English, planted: a number in words, to be written in digits, boxed answer"),
 }
