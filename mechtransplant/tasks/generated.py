@@ -259,7 +259,7 @@ ENGLISH_SKILLS: dict[str, list[Maker]] = {
 
 
 def _english_task(name: str, n: int, seed: int) -> Task:
-    makers = ({"word-puzzles": [word_puzzle]} | ENGLISH_SKILLS).get(name, ARITHMETIC)
+    makers: list[Maker] = [word_puzzle] if name == "word-puzzles" else ENGLISH_SKILLS.get(name, ARITHMETIC)
     prompt = FEW_SHOT_FORMAT if name.endswith("few-shot") else ARITHMETIC_FORMAT
     return Task(name, tuple(draw(makers, n, seed)), "boxed", prompt, max_new_tokens=16)
 
