@@ -190,13 +190,14 @@ def export(
 
     # before any weights are loaded
     check_free(out)
-    outcome = task = None
+    outcome = task = side_effects = None
     given = (1.0, "never", "replace", "float32")
     if run is not None:
         if pair or source or target or base or modules or (strength, kv, operator, dtype) != given:
             raise UsageError("--run takes the pair and the graft from the run: give --run, or --pair and --modules")
         found = finished_run(run)
         models, graft, outcome, task = found.pair, found.graft, found.outcome, found.task
+        side_effects = found.side_effects
     else:
         chosen = [part.strip() for part in (modules or "").split(",") if part.strip()]
         if not chosen:
@@ -213,12 +214,21 @@ def export(
             tolerance=tolerance,
             outcome=outcome,
             task=task,
+            side_effects=side_effects,
             name=name,
             licence=licence,
         )
     else:
         made = export_graft(
-            models, graft, out, outcome=outcome, task=task, name=name, licence=licence, shard_size=shard_size
+            models,
+            graft,
+            out,
+            outcome=outcome,
+            task=task,
+            side_effects=side_effects,
+            name=name,
+            licence=licence,
+            shard_size=shard_size,
         )
     typer.echo(str(made))
 
@@ -322,16 +332,21 @@ def bench_planted_command(
     test: Annotated[int, typer.Option(help="Questions that Recovery is measured on.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 64,
     options: Annotated[str, typer.Option(help='Options of rules, as JSON: {"greedy": {"pool": 4}}.')] = "{}",
+    config: Annotated[Path | None, typer.Option(help="A YAML file instead of the options above.")] = None,
     out: Annotated[Path, typer.Option(help="The folder. Started again, it continues.")] = Path("runs/bench-planted"),
 ) -> None:
     """Every rule on every planted pair: AUROC, average precision, precision, Recovery, stability."""
     import json
 
     from mechtransplant.experiment import PlantedConfig, report_planted
-    from mechtransplant.experiment.planted_report import load_plugin
+    from mechtransplant.experiment.planted_report import load_plugin, read_planted_config
 
     if plugin is not None:
         load_plugin(plugin)
+    if config is not None:
+        typer.echo(report_planted(read_planted_config(config), out))
+        typer.echo(f"Tables and figures are in {out}")
+        return
     try:
         given = json.loads(options)
         if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
@@ -339,8 +354,8 @@ def bench_planted_command(
     except ValueError as error:
         raise UsageError(f'--options is JSON such as {{"greedy": {{"pool": 4}}}}, got {options!r} ({error})') from error
     names, wanted, once = (tuple(_listed(text)) for text in (pairs, rules, single))
-    config = PlantedConfig(names, wanted, seeds, discover, choose, test, batch_size, given, once)
-    typer.echo(report_planted(config, out))
+    made = PlantedConfig(names, wanted, seeds, discover, choose, test, batch_size, given, once)
+    typer.echo(report_planted(made, out))
     typer.echo(f"Tables and figures are in {out}")
 
 

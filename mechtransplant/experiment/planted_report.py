@@ -7,11 +7,11 @@ A folder holds ``config.yaml``, ``environment.json``, ``cells.jsonl`` (one cell 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.errors import UsageError, check_count
+from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.planted import (
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """What is measured; see :func:`bench_planted`. ``single``: rules that get one seed only (they are expensive)."""
+    """What is measured; see :func:`bench_planted`.
+
+    ``single``: rules that get one seed only (they are expensive), after all others. ``overrides``: beginning of a
+    pair's name → other values for it of ``seeds``, ``discover``, ``choose``, ``test``, ``batch_size``, ``options``,
+    ``single``.
+    """
 
     pairs: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
@@ -45,6 +50,40 @@ class PlantedConfig:
     batch_size: int = 64
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     single: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, pair: str) -> PlantedConfig:
+        """The config with what is overridden for a pair."""
+        changed = self
+        for prefix, values in self.overrides.items():
+            if pair.startswith(prefix):
+                changed = replace(changed, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return changed
+
+
+def read_planted_config(path: str | Path) -> PlantedConfig:
+    """The configuration in a YAML file; raises UsageError naming the first wrong key."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no config at {path}: give the path of a YAML file, for example configs/bench-planted.yaml")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML ({error}): fix it") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected keys and values (rules: …, seeds: …), got {type(content).__name__}")
+    known = [f.name for f in fields(PlantedConfig)]
+    for key in content:
+        if key not in known:
+            raise UnknownNameError(f"key of {path}", key, known)
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    return PlantedConfig(**given)
+
+
+#: what may differ between pairs
+_OVERRIDABLE = ("seeds", "discover", "choose", "test", "batch_size", "options", "single")
 
 
 def load_plugin(path: str | Path) -> list[str]:
@@ -76,12 +115,18 @@ def report_planted(config: PlantedConfig, folder: str | Path, progress: bool = T
     from filelock import FileLock, Timeout
 
     folder = Path(folder)
-    for key in ("seeds", "discover", "choose", "test", "batch_size"):
-        check_count(key, getattr(config, key))
     pairs, rules = list(config.pairs or planted_pairs()), list(config.rules or default_rules())
-    check_names(pairs, rules, {r: o for r, o in config.options.items() if r in rules})
-    for rule in (*config.options, *config.single):
-        get_rule(rule)
+    for values in config.overrides.values():
+        for key in values:
+            if key not in _OVERRIDABLE:
+                raise UnknownNameError("override", key, _OVERRIDABLE)
+    for name in ("", *pairs):
+        mine = config.of(name)
+        for key in ("seeds", "discover", "choose", "test", "batch_size"):
+            check_count(key, getattr(mine, key))
+        check_names([name] * bool(name), rules, {r: o for r, o in mine.options.items() if r in rules})
+        for rule in (*mine.options, *mine.single):
+            get_rule(rule)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
@@ -115,23 +160,26 @@ def _measure(
     import pandas as pd
 
     rows = []
+    # expensive rules last, so that a run that is cut short has compared all others
     jobs = [
         (name, seed, rule)
+        for expensive in (False, True)
         for name in pairs
-        for seed in range(config.seeds)
+        for seed in range(config.of(name).seeds)
         for rule in rules
-        if seed == 0 or rule not in config.single
+        if (rule in config.of(name).single) == expensive and not (expensive and seed)
     ]
     pair, problem, problem_seed = None, None, 0
     for name, seed, rule in track(jobs, "planted pairs", progress):
         if pair is None or pair.name != name:
             pair, problem = load_pair(name), None
+        mine = config.of(name)
         if problem is None or problem_seed != seed:
-            problem, problem_seed = Problem(pair, _splits(config, pair, seed), config.batch_size), seed
+            problem, problem_seed = Problem(pair, _splits(mine, pair, seed), mine.batch_size), seed
             prints = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
             prints |= {s.role: s.fingerprint for s in problem.splits}
-        options = config.options.get(rule, {})
-        content = {**prints, "rule": rule, "seed": seed, "options": options, "batch_size": config.batch_size}
+        options = mine.options.get(rule, {})
+        content = {**prints, "rule": rule, "seed": seed, "options": options, "batch_size": mine.batch_size}
         content["planted"] = list(pair.planted)
         found = store.get(content, lambda p=problem, r=rule, s=seed, o=options: p.measure(r, s, o))  # type: ignore[misc]
         rows.append({"pair": name, "drifted": is_drifted(name), **{k: v for k, v in found.items() if k != "key"}})
