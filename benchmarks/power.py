@@ -108,7 +108,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "power.csv"
     rows = []
-    for name in (n for n in list_pairs() if "planted" in n):
+    for name in (n for n in list_pairs() if n.startswith("family/planted")):
         rows += powers_of(name, arguments.repeats)
         print(name, flush=True)
     frame = pd.DataFrame(rows)

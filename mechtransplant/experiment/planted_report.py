@@ -57,7 +57,8 @@ class PlantedConfig:
         changed = self
         for prefix, values in self.overrides.items():
             if pair.startswith(prefix):
-                changed = replace(changed, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+                given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+                changed = replace(changed, **given)
         return changed
 
 
