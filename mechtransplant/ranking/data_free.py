@@ -38,6 +38,18 @@ def weight_delta(
     return scores
 
 
+@register_rule(
+    "weight_delta_relative",
+    "s(m) = ‖W_source − W_target‖ / ‖W_target‖ (Frobenius)",
+    needs="nothing",
+    cost="none",
+    sign="the weights moved far for their size",
+)
+def weight_delta_relative(pair: Pair, task: Task | None, kind: Kinds, *, kv: KV = "never", seed: int = 0) -> Scores:
+    """The same relative to the weights, so that a large module has no lead over a small one."""
+    return weight_delta(pair, task, kind, relative=True, kv=kv)
+
+
 @register_rule("random", "s(m) uniform on [0, 1)", needs="nothing", cost="none", sign="nothing")
 def random(pair: Pair, task: Task | None, kind: Kinds, *, seed: int = 0) -> Scores:
     """No information: what any other rule must beat."""
