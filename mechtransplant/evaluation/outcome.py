@@ -33,6 +33,8 @@ Interval = tuple[float, float]
 FEW = 10
 #: below so many questions an interval is wide whatever the method, and the continuous outcomes' are too narrow
 SMALL = 50
+#: mean log-probabilities that are no further apart than this are ties: rounding tells them apart
+SAME_NATS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,12 @@ def compare(
     else:
         recovery = 100 * (grafted - base) / (best - base)
         shares = recovery_interval(target.correct, source.correct, after.correct)
+    tried = max((len(s.tried.get(after.fingerprint, ())) for s in after.selections), default=0)
+    if tried > 1:
+        notes.append(
+            f"{tried} grafts of this ranking were evaluated on these questions: if the best of them was picked, its "
+            "numbers are too good, and p does not count the picking"
+        )
     if not controls:
         notes.append("no random sets were compared: the graft may do no better than chance")
     return Outcome(
@@ -254,11 +262,14 @@ def _mean_rank(after: Evaluation, controls: Sequence[Evaluation]) -> RankAmong |
     others = [c.log_probability for c in controls if c.log_probability is not None]
     if after.log_probability is None or not others or len(others) < len(controls):
         return None
-    return rank_among(float(after.log_probability.mean()), [float(o.mean()) for o in others])
+    means = [float(o.mean()) for o in (after.log_probability, *others)]
+    # a graft that overflows has no log-probability, and no rank by it
+    return rank_among(means[0], means[1:], SAME_NATS) if np.isfinite(means).all() else None
 
 
 def _share(graft: Any, pair: Any) -> float | None:
     """The graft's share of the numbers in the linear layers (all of what could be grafted)."""
     if graft is None or pair is None:
         return None
-    return float(graft.parameter_count(pair) / type(graft)(pair.modules("linear")).parameter_count(pair))
+    plain = getattr(graft, "graft", graft)
+    return float(plain.parameter_count(pair) / type(plain)(pair.modules("linear")).parameter_count(pair))

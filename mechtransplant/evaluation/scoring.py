@@ -19,7 +19,7 @@ from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.batches import check_model, check_task, encode
 from mechtransplant.evaluation.generation import generate
 from mechtransplant.evaluation.gold import gold_outcomes
-from mechtransplant.selection import Selection, selections_on
+from mechtransplant.selection import Selection, selections_on, what_acts_on
 from mechtransplant.significance import wilson_interval
 from mechtransplant.tasks import Task
 from mechtransplant.tasks.scorers import extract_boxed
@@ -174,9 +174,11 @@ def evaluate_budgets(
 def _noted(model: LanguageModel, task: Task) -> tuple[Selection, ...]:
     """What selected the modules that act on the model; a selecting split on which they are tried joins it."""
     found = selections_on(model.hf)
-    if task.role in ("discover", "choose"):
-        for selection in found:
+    for selection in found:
+        if task.role in ("discover", "choose"):
             selection.questions.update(task.keys)
+        else:
+            selection.tried.setdefault(task.fingerprint, set()).add(what_acts_on(model.hf))
     return found
 
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import compare
-from mechtransplant.side_effects import Baseline, measure_side_effects, pareto_front, side_effect_baseline
+from mechtransplant.experiment.config import SideEffectSpec
+from mechtransplant.side_effects import (
+    Baseline,
+    NeutralText,
+    load_texts,
+    measure_side_effects,
+    neutral_texts,
+    pareto_front,
+    side_effect_baseline,
+)
+from mechtransplant.tasks import Task, list_tasks, load_task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,49 +26,53 @@ if TYPE_CHECKING:
 
 
 class Elsewhere:
-    """The side effects of a run's grafts; the target's own are measured once, and only if a cell is missing."""
+    """The side effects of a run's grafts; the target's own are measured once, and only if a cell is missing.
+
+    Names and files are looked up when it is made, before anything is computed. Raises UsageError for the run's own
+    task, and for what cannot be found.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run, self.spec = run, run.config.side_effects
-
-    @property
-    def tasks(self) -> list[str]:
-        """The names of the other tasks."""
-        if self.spec is None or not self.spec.questions:
-            return []
-        own = {self.run.task.name, self.run.pair.default_task}
-        return (
-            list(self.spec.tasks) if self.spec.tasks is not None else [t for t in self.run.pair.tasks if t not in own]
-        )
+        self.tasks: tuple[Task, ...] = ()
+        self.file: NeutralText | None = None
+        if self.spec is None:
+            return
+        if self.spec.questions:
+            names = [t for t in run.pair.tasks if t != run.task.name] if self.spec.tasks is None else self.spec.tasks
+            self.tasks = tuple(_asked(run, name, self.spec) for name in names)
+        if self.spec.file is not None:
+            self.file = load_texts(self.spec.file)
 
     @property
     def text(self) -> Any:
-        """A file, neutral text yet to be sampled, or False."""
+        """A file's text, None for neutral text yet to be sampled, or False."""
         if self.spec is None:
             return False
-        return self.spec.file or (None if self.spec.texts else False)
+        return self.file or (None if self.spec.texts else False)
 
     @property
     def wanted(self) -> bool:
         """Whether anything is measured."""
         return bool(self.tasks) or self.text is not False
 
+    @property
+    def fingerprints(self) -> dict[str, Any]:
+        """What the numbers depend on besides the config."""
+        return {
+            "side_effect_tasks": {t.name: t.fingerprint for t in self.tasks},
+            "text_file": None if self.file is None else self.file.fingerprint,
+        }
+
     @cached_property
     def baseline(self) -> Baseline:
-        from mechtransplant.side_effects import neutral_texts
-
         run, spec = self.run, self.spec
         assert spec is not None
         text = self.text
         if text is None:
             text = neutral_texts(run.pair.target, spec.texts, spec.tokens, run.config.seed)
         return side_effect_baseline(
-            run.pair,
-            tasks=self.tasks,
-            text=text,
-            n=max(1, spec.questions),
-            seed=run.config.seed,
-            batch_size=run.config.batch_size,
+            run.pair, tasks=self.tasks, text=text, seed=run.config.seed, batch_size=run.config.batch_size
         )
 
     def of(self, role: str, rule: str, modules: tuple[str, ...], strength: float, **labels: Any) -> dict[str, Any]:
@@ -68,8 +83,8 @@ class Elsewhere:
             "what": "side effects",
             **run.fingerprints,
             **spec.model_dump(mode="json"),
-            "tasks": self.tasks,
-            "text_file": _content_of(spec.file),
+            **self.fingerprints,
+            **run.cells.ancestor,
             "seed": run.config.seed,
             "modules": sorted(modules),
             "strength": strength,
@@ -125,12 +140,14 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _content_of(file: str | None) -> str:
-    """What is in a file of texts, as a hash: another text is another cell."""
-    import hashlib
-    from pathlib import Path
-
-    if file is None:
-        return ""
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else file
+def _asked(run: Run, name: str, spec: SideEffectSpec) -> Task:
+    """The questions of another task: as many as asked, none of which selected."""
+    task = load_task(name, max(1024, spec.questions + 128)) if name in list_tasks() else load_task(name)
+    if task.name == run.task.name:
+        raise UsageError(f"side_effects.tasks: {name!r} is the run's own task, whose effect is the gain: leave it out")
+    known = {q for split in run.splits for q in split.keys}
+    first_of = {key: i for i, key in reversed(list(enumerate(task.keys))) if key not in known}
+    n = min(spec.questions, len(first_of) - 2)
+    if n < 1:
+        raise UsageError(f"side_effects.tasks: {name!r} has no question that the run's own task has not: leave it out")
+    return task.subset(sorted(first_of.values())).split(1, 1, n, run.config.seed).test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,9 +26,12 @@ class Evaluator:
 
     def __init__(self, config: RunConfig, pair: Pair, budgets: Sequence[int], store: CellStore) -> None:
         self.config, self.pair, self.budgets, self.store = config, pair, list(budgets), store
+        self.digests: dict[tuple[str, ...], dict[int, str]] = {}
+        self.ancestor = {} if pair.base is None else {"base": pair.base.fingerprint}
         self.fingerprints = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
         own = make_pair(pair.target, pair.target, "self")
-        own.base = pair.base
+        # with the ancestor of the real pair, t + λ (s − b) would not be t
+        own.base = None if pair.base is None else pair.target
         self.pairs: dict[Body, Pair] = {"graft": pair, "source": pair, "reverse": pair.reversed(), "self": own}
 
     def graft(self, modules: Sequence[str], strength: float) -> Graft:
@@ -52,6 +56,7 @@ class Evaluator:
         """
         content = {
             **self.fingerprints,
+            **self.ancestor,
             "task": split.fingerprint,
             "budgets": self.budgets,
             "body": body,
@@ -78,6 +83,7 @@ class Evaluator:
             }
 
         stored = self.store.get(content, compute)["budgets"]
+        self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.budgets}
         return {b: unpacked(split, b, stored[str(b)]) for b in self.budgets}
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
@@ -97,6 +103,8 @@ CONTINUOUS = ("log_probability", "logit_difference")
 def packed(evaluation: Evaluation, whole: bool = True) -> dict[str, Any]:
     """An evaluation as JSON: bits as strings, continuous outcomes to seven digits (float32 has no more)."""
     found: dict[str, Any] = {"correct": bits(evaluation.correct), "method": evaluation.method}
+    if whole:
+        found["digest"] = digest(evaluation)
     for name in CONTINUOUS:
         values = getattr(evaluation, name)
         if values is not None:
@@ -107,6 +115,15 @@ def packed(evaluation: Evaluation, whole: bool = True) -> dict[str, Any]:
         if getattr(evaluation, name) is not None:
             found[name] = bits(getattr(evaluation, name))
     return found
+
+
+def digest(evaluation: Evaluation) -> str:
+    """Twenty digits of the verdicts and of every bit of the continuous outcomes."""
+    content = hashlib.sha256(bits(evaluation.correct).encode())
+    for name in CONTINUOUS:
+        values = getattr(evaluation, name)
+        content.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+    return content.hexdigest()[:20]
 
 
 def unpacked(split: Task, budget: int, content: dict[str, Any]) -> Evaluation:

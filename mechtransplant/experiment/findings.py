@@ -72,8 +72,8 @@ def _curve(run: Run, rule: str) -> CurveRank | None:
     strength, test = run.chosen[rule][run.budget][1], run.splits.test
     heights = [run.cells.cell(test, "graft", run.rankings.top(rule, k), strength)[run.budget].accuracy for k in ks]
     controls = [
-        [run.cells.cell(test, "random", drawn[:k], strength, whole=False)[run.budget].accuracy for k in ks]
-        for drawn in run.random_orders(rule).orders
+        [run.cells.cell(test, "random", drawn[k], strength, whole=False)[run.budget].accuracy for k in ks]
+        for drawn in run.random_curves(rule)[0]
     ]
     everything = run.cells.cell(test, "all", run.candidates, strength)[run.budget].accuracy
     ends = (run.baselines["target"][run.budget].accuracy, everything)

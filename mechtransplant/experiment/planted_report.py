@@ -6,7 +6,9 @@ A folder holds ``config.yaml``, ``environment.json``, ``cells.jsonl`` (one cell 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,17 +142,25 @@ def report_planted(config: PlantedConfig, folder: str | Path, progress: bool = T
         raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
 
 
+#: what a folder of this benchmark says it is
+WHAT = "planted benchmark"
+
+
 def _begin(folder: Path, config: PlantedConfig) -> None:
     import yaml
 
     path, now = folder / "environment.json", versions()
-    starts = [now]
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))["starts"]
-        starts = saved + [now] * (now not in saved)
-    elif any(p.name != ".lock" for p in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and holds no such benchmark: choose another --out folder")
-    write_atomically(path, json.dumps({"starts": starts}, indent=1) + "\n")
+    saved: dict[str, Any] = {"what": WHAT, "starts": []}
+    if any(p.name != ".lock" for p in folder.iterdir()):
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            ours = saved["what"] == WHAT and isinstance(saved["starts"], list)
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not ours:
+            raise UsageError(f"{folder} is not empty and holds no such benchmark: choose another --out folder")
+    saved["starts"] += [now] * (now not in saved["starts"])
+    write_atomically(path, json.dumps(saved, indent=1) + "\n")
     write_atomically(folder / "config.yaml", str(yaml.safe_dump(json.loads(json.dumps(asdict(config))))))
 
 
@@ -161,7 +171,7 @@ def _measure(
     import pandas as pd
 
     rows = []
-    # every pair at the first seed, then at the next, and expensive rules last: a run that is cut short has compared most
+    # every pair at the first seed, then the next, and expensive rules last: a run that is cut short has compared most
     jobs = [
         (name, seed, rule)
         for expensive in (False, True)
@@ -182,10 +192,24 @@ def _measure(
             prints |= {s.role: s.fingerprint for s in problem.splits}
         options = mine.options.get(rule, {})
         content = {**prints, "rule": rule, "seed": seed, "options": options, "batch_size": mine.batch_size}
-        content["planted"] = list(pair.planted)
+        content |= {"planted": list(pair.planted), **_code_of(rule)}
         found = store.get(content, lambda p=problem, r=rule, s=seed, o=options: p.measure(r, s, o))  # type: ignore[misc]
         rows.append({"pair": name, "drifted": is_drifted(name), **{k: v for k, v in found.items() if k != "key"}})
     return pd.DataFrame(rows)
+
+
+def _code_of(rule: str) -> dict[str, str]:
+    """The text of a rule that is not the package's own: an edited rule is another rule."""
+    import inspect
+
+    function = get_rule(rule).score
+    if function.__module__.startswith("mechtransplant."):
+        return {}
+    try:
+        return {"code": hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]}
+    except (OSError, TypeError):
+        # a rule that was typed in has no text to read: computed anew with each process
+        return {"code": f"{id(function)} {time.time()}"}
 
 
 def _splits(config: PlantedConfig, pair: Any, seed: int) -> Any:

@@ -10,6 +10,7 @@ from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.config import RunConfig
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.selection import remembering
 from mechtransplant.tasks import Splits
 
 if TYPE_CHECKING:
@@ -32,16 +33,26 @@ class Rankings:
         path = self.folder / ("ranking.csv" if first else f"rankings/{rule}.csv")
         return self._kept(path, lambda: self._rank(rule, self.splits))
 
-    def top(self, rule: str, k: int) -> tuple[str, ...]:
-        """The K modules to graft; a rule that is learned for one K has another ranking for each."""
-        frame = self.of(rule)
-        if get_rule(rule).takes("k") and "k" not in self.config.options_of(rule) and k < len(frame):
-            frame = self._kept(self.folder / f"rankings/{rule}-{k}.csv", lambda: self._rank(rule, self.splits, k=k))
-        return tuple(frame.module[:k])
+    def by_k(self, rule: str) -> bool:
+        """Whether the rule is learned for one K, and has another ranking for each."""
+        return get_rule(rule).takes("k") and "k" not in self.config.options_of(rule)
 
-    def unrelated(self, rule: str, splits: Splits) -> pd.DataFrame:
-        """All modules by a rule on another task."""
-        return self._kept(self.folder / f"rankings/{rule}-unrelated.csv", lambda: self._rank(rule, splits))
+    def frame(self, rule: str, k: int) -> pd.DataFrame:
+        """All modules by a rule, as it is for that K."""
+        frame = self.of(rule)
+        if self.by_k(rule) and k < len(frame):
+            return self._kept(self.folder / f"rankings/{rule}-{k}.csv", lambda: self._rank(rule, self.splits, k=k))
+        return frame
+
+    def top(self, rule: str, k: int) -> tuple[str, ...]:
+        """The K modules to graft."""
+        return tuple(self.frame(rule, k).module[:k])
+
+    def unrelated(self, rule: str, splits: Splits, k: int) -> pd.DataFrame:
+        """All modules by a rule on another task, as it is for that K."""
+        more = {"k": k} if self.by_k(rule) else {}
+        name = f"{rule}-{k}-unrelated" if more else f"{rule}-unrelated"
+        return self._kept(self.folder / f"rankings/{name}.csv", lambda: self._rank(rule, splits, **more))
 
     def _rank(self, rule: str, splits: Splits, **more: Any) -> pd.DataFrame:
         entry, config = get_rule(rule), self.config
@@ -49,8 +60,9 @@ class Rankings:
         if entry.needed(config.options_of(rule)) == "gradients":
             # a backward pass keeps every layer's activations
             own["batch_size"] = min(16, config.batch_size)
-        options = {key: value for key, value in own.items() if entry.takes(key)} | config.options_of(rule) | more
-        task = splits.choose if entry.splits[0] == "choose" else splits.discover
+        given = config.options_of(rule)
+        options = {key: value for key, value in own.items() if entry.takes(key, given)} | given | more
+        task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
         return rank_modules(self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options)
 
     def _kept(self, path: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -61,5 +73,8 @@ class Rankings:
                 path.parent.mkdir(exist_ok=True)
                 # 17 significant digits: the file gives back the very same numbers
                 write_atomically(path, compute().to_csv(index=False, float_format="%.17g"))
-            self.known[path] = pd.read_csv(path)
+            frame = pd.read_csv(path)
+            # a file forgets what selected: a run ranks on discover, or searches on choose, and picks K on choose
+            seen = [*self.splits.discover.keys, *self.splits.choose.keys]
+            self.known[path] = frame.assign(module=remembering(frame.module, seen).to_numpy())
         return self.known[path]

@@ -26,6 +26,7 @@ class Rows:
         rule: str = "",
         set: str = "",
         depth_matched: str = "",
+        digest: dict[int, str] | None = None,
     ) -> None:
         """Add an evaluation's rows: ``set`` numbers random sets and orders."""
         for budget, e in found.items():
@@ -50,6 +51,7 @@ class Rows:
                     "answered": None if e.answered is None else float(e.answered.mean()),
                     "ended": None if e.ended is None else float(e.ended.mean()),
                     "correct": bits(e.correct),
+                    "digest": (digest or {}).get(budget, ""),
                 }
             )
 

@@ -57,7 +57,7 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
     """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
     name = config.unrelated
     if name is None:
-        others = [t for t in pair.tasks if t != task.name and t != pair.default_task]
+        others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & set(task.keys)]
         if not others:
             return None
         name = others[0]
@@ -92,6 +92,7 @@ class Run:
         prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
         check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+        self.elsewhere = Elsewhere(self)
         self._check_folder()
 
     @property
@@ -108,8 +109,9 @@ class Run:
         if path.exists():
             try:
                 saved = json.loads(path.read_text(encoding="utf-8"))
-                for what in ("weights", "splits"):
-                    if saved[what] != now[what]:
+                for what in ("weights", "splits", "elsewhere"):
+                    # runs from before an entry was noted have none to compare
+                    if what in saved and saved[what] != now[what]:
                         raise UsageError(
                             f"{self.folder} holds a run of the same config with other {what} (see its "
                             "environment.json): choose another --out folder, or remove it"
@@ -192,7 +194,8 @@ class Run:
         for rule in self.config.with_controls:
             self._do(test, self._random(rule), f"random sets of {rule}")
         self._do(test, self._other_controls(), "other controls")
-        return write_report(self, find(self), self._side_effects())
+        self.side_effects = self._side_effects()
+        return write_report(self, find(self))
 
     def _curves(self) -> list[Job]:
         """Every rule at every K, at the strength that it chose, and everything grafted at those strengths."""
@@ -206,12 +209,21 @@ class Run:
             jobs.append(("all", "", tuple(self.candidates), strength, {}))
         return jobs
 
-    def random_orders(self, rule: str) -> RandomOrders:
-        """Random orders of all candidates, matched to a rule's ranking."""
-        k = self.chosen[rule][self.budget][0]
-        return random_orders(
-            self.pair, list(self.rankings.of(rule).module), self.config.curve_sets, k, self.config.seed
-        )
+    def random_curves(self, rule: str) -> tuple[list[dict[int, tuple[str, ...]]], str]:
+        """(random curves, each K → a set matched to the rule's own; how depth was matched).
+
+        They are the beginnings of random orders; a rule that is learned for one K has orders of its own at each.
+        """
+        config, chosen = self.config, self.chosen[rule][self.budget][0]
+        sizes = [k for k in self.counts if k < len(self.candidates)]
+        orders: dict[int, RandomOrders] = {}
+        for k in sizes:
+            order = list(map(str, self.rankings.frame(rule, k).module))
+            strictest = k if self.rankings.by_k(rule) else chosen
+            known = next((o for size, o in orders.items() if not self.rankings.by_k(rule)), None)
+            orders[k] = known or random_orders(self.pair, order, config.curve_sets, strictest, config.seed)
+        curves = [{k: orders[k].orders[i][:k] for k in sizes} for i in range(config.curve_sets)]
+        return curves, ", ".join(dict.fromkeys(o.depth for o in orders.values()))
 
     def random_sets(self, rule: str, k: int) -> RandomSets:
         """Random sets matched to a rule's K modules."""
@@ -220,10 +232,10 @@ class Run:
     def _random(self, rule: str) -> list[Job]:
         """Random orders for the whole curve, and random sets at the K that is reported."""
         jobs: list[Job] = []
-        strength, orders = self.chosen[rule][self.budget][1], self.random_orders(rule)
-        for number, drawn in enumerate(orders.orders):
-            more = {"set": f"order-{number}", "depth_matched": orders.depth}
-            jobs += [("random", rule, drawn[:k], strength, more) for k in self.counts if k < len(self.candidates)]
+        strength, (curves, depth) = self.chosen[rule][self.budget][1], self.random_curves(rule)
+        for number, curve in enumerate(curves):
+            more = {"set": f"order-{number}", "depth_matched": depth}
+            jobs += [("random", rule, modules, strength, more) for modules in curve.values()]
         for k, s in dict.fromkeys(self.chosen[rule].values()):
             controls = self.random_sets(rule, k)
             for number, drawn in enumerate(controls.sets):
@@ -236,11 +248,11 @@ class Run:
         jobs: list[Job] = []
         for rule in config.with_controls:
             k, strength = self.chosen[rule][self.budget]
-            top, order = self.rankings.top(rule, k), self.rankings.of(rule)
+            top, order = self.rankings.top(rule, k), self.rankings.frame(rule, k)
             if "bottom" in config.controls:
                 jobs.append(("bottom", rule, tuple(order.module[::-1][:k]), strength, {}))
             if self.unrelated_rules(rule) and self.other is not None:
-                names = self.rankings.unrelated(rule, self.other.split(**self._other_sizes(self.other)))
+                names = self.rankings.unrelated(rule, self.other.split(**self._other_sizes(self.other)), k)
                 jobs.append(("unrelated", rule, tuple(names.module[:k]), strength, {}))
             if "reverse" in config.controls:
                 jobs.append(("reverse", rule, top, strength, {"body": "reverse"}))
@@ -250,7 +262,7 @@ class Run:
 
     def _side_effects(self) -> list[dict[str, Any]]:
         """Of every rule's graft, of everything grafted, of the headline's whole curve, and of some random sets."""
-        elsewhere = Elsewhere(self)
+        elsewhere = self.elsewhere
         if not elsewhere.wanted:
             return []
         jobs: list[tuple[str, str, tuple[str, ...], float]] = []
@@ -286,7 +298,7 @@ class Run:
             for role in ("target", "source")
         }
         for role, evaluations in found.items():
-            self.rows.note(split, role, evaluations)
+            self.rows.note(split, role, evaluations, digest=self.cells.digests[role,])
         return found
 
     def _do(self, split: Task, jobs: list[Job], what: str) -> None:
@@ -294,6 +306,7 @@ class Run:
             body: Body = more.get("body", "graft")
             found = self.cells.cell(split, role, modules, strength, body=body, whole=role != "random")
             labels = {key: value for key, value in more.items() if key != "body"}
+            labels["digest"] = self.cells.digests[(role, *modules)]
             self.rows.note(split, role, found, len(modules), strength, rule=rule, **labels)
 
     def _turn_to_better(self) -> None:
@@ -321,9 +334,13 @@ def environment(run: Run) -> dict[str, Any]:
     """What the run's numbers depend on besides the config: versions, machine, weights, task."""
     return {
         "starts": [versions()],
-        "weights": run.fingerprints,
+        "weights": run.fingerprints | ({} if run.pair.base is None else {"base": run.pair.base.fingerprint}),
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},
+        "elsewhere": {
+            "unrelated": None if run.other is None else {"name": run.other.name, "fingerprint": run.other.fingerprint},
+            **run.elsewhere.fingerprints,
+        },
     }
 
 

@@ -49,14 +49,14 @@ class RunResult:
         return self.grafts[max(self.grafts)]
 
 
-def write_report(run: Run, findings: Findings, elsewhere: list[dict[str, Any]]) -> RunResult:
+def write_report(run: Run, findings: Findings) -> RunResult:
     """Write results.parquet, rules.csv, side_effects.csv, outcome.json, summary.md and figures/; the same as a
     RunResult."""
     import pandas as pd
 
     plane = effects = None
-    if elsewhere:
-        plane, effects = side_effect_tables(elsewhere)
+    if run.side_effects:
+        plane, effects = side_effect_tables(run.side_effects)
         write_atomically(run.folder / "side_effects.csv", effects.to_csv(index=False, float_format="%.8g"))
 
     results = pd.DataFrame(run.rows.rows)
@@ -83,6 +83,8 @@ def _saved(graft: Graft, outcome: Outcome) -> dict[str, Any]:
         "strength": graft.strengths[0],
         "kv": graft.kv,
         "operator": {"name": graft.operator.name, **options_of(graft.operator)},
+        # so that an export of the run, and what is compared with it, know what selected
+        "selected_on": sorted(q for s in graft.selections for q in s.questions),
         **asdict(outcome),
     }
 
@@ -102,6 +104,7 @@ def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFra
         save_figure(figure, folder, "gain_against_harm", named)
     if run.config.kinds == ("linear",):
         k = len(findings.grafts[headline][run.budget])
+        ranking = run.rankings.frame(headline, k)
         figure, _ = score_heatmap(ranking, k, f"{run.pair.name}: rule {headline}")
         save_figure(figure, folder, "score_heatmap", ranking)
 
@@ -298,23 +301,25 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     same = self_graft_is_identical(run)
     if same is not None:
         lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
-    left_out = [c for c in ("bottom", "all", "reverse", "unrelated", "self") if c not in run.config.controls]
+    wanted = run.config.controls if headline in run.config.with_controls else ()
+    left_out = [c for c in ("bottom", "reverse", "unrelated", "self") if c not in wanted]
     if left_out:
         lines += ["", f"Left out, as the config asked: {', '.join(left_out)}."]
-    elif run.other is None:
+    if "unrelated" in wanted and run.other is None:
         lines += ["", "No unrelated ranking: the pair names no other task (give `unrelated:`)."]
+    elif "unrelated" in wanted and not run.unrelated_rules(headline):
+        lines += ["", f"No unrelated ranking: `{headline}` looks at no task."]
     return lines
 
 
 def self_graft_is_identical(run: Run) -> bool | None:
-    """Whether the target with its own modules grafted answers exactly as the target; None where it was not asked."""
+    """Whether the target with its own modules grafted answers exactly as the target, to the last bit of every
+    log-probability; None where it was not asked."""
     found = run.rows.where(split="test", role="self")
     if not found:
         return None
-    base = run.rows.where(split="test", role="target")
-    keys = ("correct", "log_probability", "logit_difference")
-    by_budget = {r["budget"]: [r[k] for k in keys] for r in base}
-    return all([r[k] for k in keys] == by_budget[r["budget"]] for r in found)
+    base = {r["budget"]: r["digest"] for r in run.rows.where(split="test", role="target")}
+    return all(r["digest"] == base[r["budget"]] for r in found)
 
 
 def _rules(run: Run, findings: Findings) -> list[str]:
@@ -328,7 +333,7 @@ def _rules(run: Run, findings: Findings) -> list[str]:
         row = findings.table[(findings.table.rule == rule) & (findings.table.budget == run.budget)].iloc[0]
         ranks, curve, change = outcome.controls, outcome.curve, outcome.log_probability
         random = "–" if ranks is None else f"{_percent(ranks.median)} ({_percent(ranks.low)} – {_percent(ranks.high)})"
-        others = ["–" if math.isnan(v) else _percent(v) for v in (row.bottom, row.unrelated, row.reverse)]
+        others = ["–" if v is None or math.isnan(v) else _percent(v) for v in (row.bottom, row.unrelated, row.reverse)]
         cells = [f"`{rule}`", row.needs, row.k, _percent(row.after), *_ratios(outcome)]
         cells += ["–" if change is None else f"{change.change:+.2f}", random]
         cells += ["–", "–"] if ranks is None else [f"{ranks.beaten} of {ranks.n}", f"{ranks.p_value:.2g}"]
@@ -353,6 +358,8 @@ def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[
     for graft in plane[plane.role != "random"].to_dict("records"):
         own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
         lines.append(_row(_side_effects_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
+    notes = dict.fromkeys(note for c in run.side_effects for note in c["notes"])
+    lines += ["", *(f"- {note}" for note in notes)] if notes else []
     random = plane[plane.role == "random"]
     if len(random) and "harm" in plane:
         lines += [
@@ -406,7 +413,7 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
         same = test[(test.k == point.k) & (test.strength == point.strength)]
         grafted = same[same.role == "graft"].accuracy
-        sets = same[(same.role == "random")].accuracy
+        sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
         band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
         cells = [point.k, f"{point.strength:g}", _percent(point.accuracy)]
         lines.append(_row([*cells, _percent(grafted.iloc[0]) if len(grafted) else "–", band]))

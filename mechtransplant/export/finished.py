@@ -12,6 +12,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Change, Outcome, Truncation
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, load_pair
+from mechtransplant.selection import remembering
 from mechtransplant.significance import CurveRank, RankAmong
 
 
@@ -45,7 +46,8 @@ def finished_run(folder: str | Path) -> FinishedRun:
         chosen = found[budget]
         # runs of before these could be chosen had the defaults
         options = {"kv": chosen.get("kv", "never"), "operator": chosen.get("operator", "replace")}
-        graft = Graft(chosen["modules"], float(chosen["strength"]), **options)
+        modules = list(remembering(chosen["modules"], chosen.get("selected_on", ())))
+        graft = Graft(modules, float(chosen["strength"]), **options)
         outcome = _outcome(chosen)
         named, dtype = config["pair"], str(config["dtype"])
         weights = dict(environment["weights"])

@@ -9,7 +9,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.grafting.operators import Operator, Replace
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
-from mechtransplant.selection import put_on, take_off
+from mechtransplant.selection import put_on, selected_by, take_off
 
 if TYPE_CHECKING:
     from mechtransplant.grafting.graft import Graft
@@ -40,6 +40,7 @@ class Applied:
     def __init__(self, graft: Graft, pair: Pair, regions: dict[Region, float]) -> None:
         self.graft, self.pair, self.regions = graft, pair, regions
         self.entries: list[Entry] = []
+        self.chosen = (selected_by(pair.target.hf, graft.modules), graft.label)
 
     def __repr__(self) -> str:
         state = "in place" if self.entries else "not in place: use it in a `with` block"
@@ -52,7 +53,7 @@ class Applied:
         entry = Entry()
         self.entries.append(entry)
         self.pair.applied.append(entry)
-        put_on(self.pair.target.hf, self.graft.selections)
+        put_on(self.pair.target.hf, *self.chosen)
         try:
             for region, strength in self.regions.items():
                 if strength != 0:
@@ -77,7 +78,7 @@ class Applied:
 
     def _leave(self) -> None:
         self.entries.pop().left = True
-        take_off(self.pair.target.hf, self.graft.selections)
+        take_off(self.pair.target.hf, *self.chosen)
         try:
             # a graft that was left too early waits for those above it, or it would restore over their weights
             while self.pair.applied and self.pair.applied[-1].left:

@@ -22,7 +22,7 @@ from mechtransplant.grafting.graft import Graft, checked
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 from mechtransplant.pair import holds_copies
-from mechtransplant.selection import put_on, take_off
+from mechtransplant.selection import put_on, selected_by, take_off
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
@@ -75,6 +75,8 @@ class AppliedConditional:
         self.intervention = Intervention(conditional.when != "always", conditional.accepts)
         self.ends: list[Callable[[], None]] = []
         self.inside = False
+        graft = conditional.graft
+        self.chosen = (selected_by(pair.target.hf, graft.modules), (graft.label, conditional.when))
 
     @guard.protect
     def __enter__(self) -> ConditionalGraft:
@@ -86,7 +88,7 @@ class AppliedConditional:
         self.pair.conditional.append(self.regions)
         interventions_on(self.pair.target.hf).append(self.intervention)
         self.pair.target.when_bridged.append(self._on_bridge)
-        put_on(self.pair.target.hf, self.conditional.graft.selections)
+        put_on(self.pair.target.hf, *self.chosen)
         try:
             self._listen(self.pair.target.hf)
             if "bridge" in self.pair.target.__dict__:
@@ -108,7 +110,7 @@ class AppliedConditional:
                 self.ends.pop()()
             self.entry.restore()
             self.pair.target.when_bridged.remove(self._on_bridge)
-            take_off(self.pair.target.hf, self.conditional.graft.selections)
+            take_off(self.pair.target.hf, *self.chosen)
             interventions_on(self.pair.target.hf).remove(self.intervention)
             self.pair.conditional[:] = [r for r in self.pair.conditional if r is not self.regions]
             self.inside = False

@@ -26,7 +26,15 @@ from mechtransplant.grafting.applied import Applied, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
-from mechtransplant.selection import SelectedModule, Selection, put_on, selections_of, selections_on
+from mechtransplant.selection import (
+    SelectedModule,
+    Selection,
+    put_on,
+    selected_by,
+    selections_of,
+    selections_on,
+    what_acts_on,
+)
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel, Pair
@@ -85,6 +93,11 @@ class Graft:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    @property
+    def label(self) -> tuple[Any, ...]:
+        """What tells this graft from another one."""
+        return (*sorted(zip(map(str, self.modules), self.strengths, strict=True)), self.kv, repr(self.operator))
 
     @property
     def mode(self) -> str:
@@ -210,7 +223,8 @@ class Graft:
         for region, strength in regions.items():
             if strength != 0:
                 region.of(parameters[region.parameter].data).copy_(written(self.operator, pair, region, strength))
-        put_on(hf, (*selections_on(pair.target.hf), *self.selections))
+        chosen = (*selections_on(pair.target.hf), *selected_by(pair.target.hf, self.modules))
+        put_on(hf, chosen, (*what_acts_on(pair.target.hf), self.label))
         return new
 
 

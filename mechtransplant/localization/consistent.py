@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count, check_level, check_seed
 from mechtransplant.localization.resampling import FEWEST, jackknife
+from mechtransplant.selection import remember
 from mechtransplant.significance import wilson_interval
 from mechtransplant.significance.table import one_measure, refuse_norms, shift_matrix
 
@@ -79,7 +80,7 @@ def consistency(
                     f"the vectors have {len(found)} prompts and the shifts {len(values)}: measure the same task"
                 )
             row.update(_alignment(found, vectors.gram(row["module"]), level, flips, rng))
-    return pd.DataFrame(rows)
+    return remember(pd.DataFrame(rows), shifts)
 
 
 def _sign_share(values: Floats, level: float) -> dict[str, float]:

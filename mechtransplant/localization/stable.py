@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError
 from mechtransplant.localization.resampling import check_k, check_resampling, refuse_overlap
+from mechtransplant.selection import remember
 from mechtransplant.significance import wilson_interval
 from mechtransplant.significance.table import one_measure, shift_matrix
 
@@ -88,6 +89,7 @@ def topk_stability(
         }
     )
     low, high = np.quantile(overlap, [0.025, 0.975])
+    frame = remember(frame, shifts)
     return Stability(k, frame, float(overlap.mean()), float(low), float(high), _chance_overlap(k, m))
 
 

@@ -72,7 +72,8 @@ class Pair:
     def modules(self, kind: Kind | Iterable[Kind]) -> list[str]:
         """Every address of a kind, or of several: "linear", "head", "mlp", "attn", "block", "part", "norm" or
         "embedding"."""
-        return [m for each in ([kind] if isinstance(kind, str) else kind) for m in self.layout.of_kind(each)]
+        kinds = [kind] if isinstance(kind, str) else kind
+        return list(dict.fromkeys(m for each in kinds for m in self.layout.of_kind(each)))
 
     def check_free(self, regions: Iterable[Region]) -> None:
         """Raise UsageError if a conditional graft in place writes the same parameters."""

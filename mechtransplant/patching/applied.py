@@ -12,7 +12,7 @@ from mechtransplant.interrupts import guard
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, read_pass
 from mechtransplant.patching.sites import Body, Site
-from mechtransplant.selection import put_on, selections_of, take_off
+from mechtransplant.selection import put_on, selected_by, take_off
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,9 @@ class AppliedPatch:
     ) -> None:
         self.remember = remember
         self.patch, self.target, self.source, self.watched = patch, target, source, list(watched)
-        self.selections = selections_of(getattr(getattr(patch, "patch", None), "modules", ()))
+        what = getattr(patch, "patch", None)
+        modules = tuple(getattr(what, "modules", ()))
+        self.chosen = (selected_by(target.hf, modules), (type(what).__name__, modules))
         self.entries: list[tuple[list[Installed], Intervention, Callable[[Any], None]]] = []
 
     def __repr__(self) -> str:
@@ -152,7 +154,7 @@ class AppliedPatch:
         self.entries.append((installed, intervention, on_bridge))
         interventions_on(self.target.hf).append(intervention)
         self.target.when_bridged.append(on_bridge)
-        put_on(self.target.hf, self.selections)
+        put_on(self.target.hf, *self.chosen)
         try:
             source = None if self.source is None else Body(self.source)
             installed.append(Installed(self.patch, Body(self.target), source, self.watched, self.remember))
@@ -175,6 +177,6 @@ class AppliedPatch:
             stack.callback(guard.release)
             stack.callback(interventions_on(self.target.hf).remove, intervention)
             stack.callback(self.target.when_bridged.remove, on_bridge)
-            stack.callback(take_off, self.target.hf, self.selections)
+            stack.callback(take_off, self.target.hf, *self.chosen)
             for each in installed:
                 stack.callback(each.remove)

@@ -19,6 +19,7 @@ from mechtransplant.patching.passes import Pass, Where
 from mechtransplant.patching.patch import Copying, HeadPoint, Patch
 from mechtransplant.patching.sites import Site, modules_of
 from mechtransplant.progress import track
+from mechtransplant.selection import remembering
 from mechtransplant.significance import bootstrap_indices, percentile_interval
 from mechtransplant.tasks import Task
 
@@ -86,6 +87,7 @@ def patch_versus_graft(
     frame = pd.concat([module_frame(names).assign(n=len(task)), pd.DataFrame(rows)], axis=1)
     for role, (correct, log_probability) in (("target", base), ("source", best)):
         frame.attrs[role] = {"accuracy": float(correct.mean()), "log_probability": float(log_probability.mean())}
+    frame["module"] = remembering(frame.module, task.keys)
     return frame
 
 

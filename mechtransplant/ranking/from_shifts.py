@@ -85,6 +85,8 @@ def _lae(
     kinds = kinds_of(kind)
     if kinds == ("linear",):
         relative = measure == "lae_relative"
+        if text not in (None, "target") and alignment in (None, "own-text"):
+            raise UsageError("text= says what both models read, and own-text has none: add alignment='teacher-forced'")
         alignment = alignment or "own-text"
         shifts = decoding_shifts(pair, task, alignment, text, max_new_tokens, batch_size, progress, relative)
     elif alignment == "own-text":

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechtransplant.errors import UsageError
 from mechtransplant.modules import Kind, parse_address
 from mechtransplant.ranking.registry import Kinds, Scores, get_rule, register_rule
 from mechtransplant.tasks import Task
@@ -57,9 +56,6 @@ def matched_order(classes: dict[str, Class], order: Sequence[str], rng: np.rando
 def _order_of(pair: Pair, task: Task | None, kind: Kinds, of: str, seed: int, options: dict[str, Any]) -> list[str]:
     """All modules by another rule, best first."""
     rule = get_rule(of)
-    if rule.takes("of"):
-        raise UsageError(f"rule {of!r} is itself made of another rule: name a rule that scores modules")
-    rule.check(kind, options)
     modules = pair.modules(kind)
     scores = np.asarray(rule.score(pair, task, kind, seed=seed, **options), dtype=float)
     return [modules[i] for i in np.argsort(-scores, kind="stable")]
@@ -83,7 +79,7 @@ def random_matched(
 
 @register_rule(
     "bottom",
-    "s(m) = −s_of(m)",
+    "s(m) = the place of m in the ranking `of`, so that its last comes first",
     cost="that of the rule it turns around",
     sign="the rule `of` ranks it low",
 )

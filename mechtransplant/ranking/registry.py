@@ -11,7 +11,7 @@ A rule is a function of (pair, task, kind, options) that returns one score a mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import TaskError, UnknownNameError, UsageError
 from mechtransplant.modules import KINDS, Kind, module_frame
-from mechtransplant.selection import SelectedModule, Selection
+from mechtransplant.selection import note_ranking, remembering
 from mechtransplant.tasks import Role, Task
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ class Rule:
                     f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {each!r}: for {each!r} use {others}"
                 )
         parameters = inspect.signature(self.score).parameters
+        inner = self.made_of(options)
+        if inner is not None:
+            if inner.made_of({}) is not None:
+                raise UsageError(f"rule {inner.name!r} is itself made of another rule: name a rule that scores modules")
+            inner.check(kind, {k: v for k, v in options.items() if k not in parameters})
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         takes = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
@@ -74,22 +79,41 @@ class Rule:
                 raise UsageError(f"{name} is no option of a rule: the run's own is used")
             if name not in takes:
                 raise UnknownNameError(f"option of rule {self.name!r}", name, takes)
-            choices = get_args(hints[name]) if get_origin(hints.get(name)) is Literal else ()
+            choices = _choices(hints.get(name))
+            if value is None and type(None) in get_args(hints.get(name)):
+                continue
             if choices and value not in choices:
                 raise UsageError(f"unknown {name} {value!r}: expected {' or '.join(map(str, choices))}")
             counts = int in (hints.get(name), *get_args(hints.get(name)))
             if counts and value is not None and (type(value) is not int or value < 1):
                 raise UsageError(f"option {name} of rule {self.name!r} is a whole number of at least 1, got {value!r}")
 
-    def takes(self, option: str) -> bool:
-        """Whether the rule has an option of that name."""
-        return option in inspect.signature(self.score).parameters
+    def made_of(self, options: dict[str, Any]) -> Rule | None:
+        """The rule that this one is made of, where it is."""
+        parameters = inspect.signature(self.score).parameters
+        return get_rule(options.get("of", parameters["of"].default)) if "of" in parameters else None
+
+    def takes(self, option: str, options: dict[str, Any] | None = None) -> bool:
+        """Whether the rule, or the one that it is made of, has an option of that name."""
+        inner = self.made_of(options or {})
+        inside = inner is not None and inner.takes(option)
+        return inside or option in inspect.signature(self.score).parameters
+
+    def sees(self, options: dict[str, Any]) -> tuple[Role, ...]:
+        """The splits that it may see with these options."""
+        inner = self.made_of(options)
+        return self.splits if inner is None else inner.splits
 
     def needed(self, options: dict[str, Any]) -> Needs:
         """What it needs with these options: a rule made ``of`` another needs what that one needs."""
-        if not self.takes("of"):
-            return self.needs
-        return get_rule(options.get("of", inspect.signature(self.score).parameters["of"].default)).needs
+        inner = self.made_of(options)
+        return self.needs if inner is None else inner.needs
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that an option may have, where its type names them."""
+    parts = [hint] if get_origin(hint) is Literal else [a for a in get_args(hint) if get_origin(a) is Literal]
+    return tuple(value for part in parts for value in get_args(part))
 
 
 RULES: dict[str, Rule] = {}
@@ -107,6 +131,9 @@ def register_rule(
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
     if needs not in get_args(Needs):
         raise UnknownNameError("need of a rule", needs, get_args(Needs))
+
+    if name in RULES:
+        raise UsageError(f"a rule named {name!r} exists already: choose another name")
 
     def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
         summary = (function.__doc__ or "").strip().split("\n")[0]
@@ -158,10 +185,12 @@ def get_rule(name: str) -> Rule:
 
 def kinds_of(kind: Kinds | Sequence[Kind]) -> tuple[Kind, ...]:
     """One kind or several as a tuple; raises UnknownNameError, and UsageError for none."""
-    kinds = (kind,) if isinstance(kind, str) else tuple(kind)
+    kinds = (kind,) if isinstance(kind, str) else tuple(dict.fromkeys(kind))
     for each in kinds:
         if each not in KINDS:
             raise UnknownNameError("kind of module", each, KINDS)
+    if {"linear", "part"} <= set(kinds):
+        raise UsageError("kinds linear and part name the same weights twice: rank one of them")
     if not kinds:
         raise UsageError("no kind of module was named: expected head, mlp, linear, …, or several of them")
     return kinds
@@ -198,16 +227,15 @@ def rank_modules(
     modules = pair.modules(kinds)
     if task is not None and not isinstance(task, Task):
         raise UsageError(f"expected a task's split, got {type(task).__name__}: pass task.split(…).{entry.splits[0]}")
-    if task is not None and task.role not in entry.splits:
+    splits = entry.sees(options)
+    if task is not None and task.role not in splits:
         what = "whole task, with the questions that report," if task.role == "all" else f"{task.role} split"
-        raise TaskError(
-            f"rule {rule!r} does not rank on the {what} of {task.name!r}: pass task.split(…).{entry.splits[0]}"
-        )
+        raise TaskError(f"rule {rule!r} does not rank on the {what} of {task.name!r}: pass task.split(…).{splits[0]}")
     needs = entry.needed(options)
     if task is None and needs != "nothing":
         raise UsageError(f"rule {rule!r} needs {needs}: pass a task's {entry.splits[0]} split")
     given = kinds[0] if len(kinds) == 1 else kinds
-    shown = {"progress": progress} if entry.takes("progress") else {}
+    shown = {"progress": progress} if entry.takes("progress", options) else {}
     scores = np.asarray(entry.score(pair, task, given, seed=seed, **shown, **options), dtype=float)
     if scores.shape != (len(modules),) or not np.isfinite(scores).all():
         raise UsageError(
@@ -216,13 +244,6 @@ def rank_modules(
     frame = module_frame(modules).assign(score=scores)
     order = np.argsort(-scores, kind="stable")
     frame = frame.iloc[order].reset_index(drop=True)
-    frame["module"] = remembering(frame.module, None if needs == "nothing" else task)
+    frame["module"] = remembering(frame.module, () if task is None or needs == "nothing" else task.keys)
+    note_ranking(pair.target.hf, list(frame.module))
     return frame.assign(rank=np.arange(1, len(frame) + 1))
-
-
-def remembering(modules: Iterable[str], task: Task | None) -> Any:
-    """Module names as a column that remembers a task's questions as those that selected them."""
-    import pandas as pd
-
-    selection = Selection(() if task is None else task.keys)
-    return pd.Series([SelectedModule(str(m), selection) for m in modules], dtype=object)

@@ -7,7 +7,7 @@ With L the mean over questions of the gold answer's log-probability under the ta
   (attribution patching, Nanda 2023; Syed, Rager and Conmy 2023).
 
 Gradients of weights are multiplied with the change and dropped parameter by parameter, as the backward pass makes
-them, so no second copy of the model is ever held.
+them, so they are never all held; a rule that grafts while it scores holds the changes themselves (``keep``).
 """
 
 from __future__ import annotations
@@ -71,17 +71,26 @@ class WeightChanges:
 def _gradients_of(model: LanguageModel, parameters: Iterable[str], consume: Callable[[str, Tensor], None]) -> Any:
     """Within the block, a backward pass hands every parameter's gradient over and keeps none."""
     wanted = {name: model.hf.get_parameter(name) for name in parameters}
-    before = {name: p.requires_grad for name, p in model.hf.named_parameters()}
+    before = [(p, p.requires_grad, p.grad) for p in model.hf.parameters()]
+
+    def restore() -> None:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+
     with ExitStack() as stack:
+        # first of all: an interrupt between any two lines leaves nothing changed
+        stack.callback(restore)
         for name, parameter in model.hf.named_parameters():
+            # somebody's gradient would be added to
+            parameter.grad = None
             parameter.requires_grad_(name in wanted)
-        stack.callback(lambda: [model.hf.get_parameter(n).requires_grad_(r) for n, r in before.items()])
 
         def take(name: str) -> Callable[[Tensor], None]:
             def taken(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                consume(name, parameter.grad)
-                parameter.grad = None
+                gradient, parameter.grad = parameter.grad, None
+                assert gradient is not None
+                consume(name, gradient)
 
             return taken
 

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from mechtransplant.activations import Batch, Positions, Text, plan_reading, written_texts
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.evaluation.batches import PaddingSide
+from mechtransplant.selection import QUESTIONS
 from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES, shift_frame
 from mechtransplant.shifts.heads import HeadWrites
 from mechtransplant.shifts.recorder import SLOT_KINDS, PairRecorder, Slot, SlotKind, slots_of
@@ -138,7 +139,9 @@ def _measured(
         else:
             assert collector.vectors is not None
             frames.append(collector.vectors.frame(measure, seed))
-    return pd.concat(frames, ignore_index=True), collector.vectors
+    whole = pd.concat(frames, ignore_index=True)
+    whole.attrs[QUESTIONS] = list(task.keys)
+    return whole, collector.vectors
 
 
 def check_pair(pair: object, task: object) -> None:

@@ -35,17 +35,20 @@ class RankAmong:
         return f"beats {self.beaten} of {self.n}{ties}, p = {self.p_value:.3g}"
 
 
-def rank_among(value: float, controls: Sequence[float] | Floats) -> RankAmong:
-    """Where a value stands among controls; raises ValueError without any, or for a number that is not finite."""
+def rank_among(value: float, controls: Sequence[float] | Floats, tolerance: float = 0.0) -> RankAmong:
+    """Where a value stands among controls; raises ValueError without any, or for a number that is not finite.
+
+    ``tolerance``: what is no further apart is a tie (means of log-probabilities that rounding alone tells apart).
+    """
     others = np.asarray(controls, dtype=float)
     if others.size == 0 or not np.isfinite([value, *others]).all():
         raise ValueError("a rank needs at least one control and finite numbers")
     return RankAmong(
         float(value),
         len(others),
-        int((others < value).sum()),
-        int((others == value).sum()),
-        rank_p_value(value, others),
+        int((others < value - tolerance).sum()),
+        int((np.abs(others - value) <= tolerance).sum()),
+        rank_p_value(value - tolerance, others),
         float(np.median(others)),
         float(others.min()),
         float(others.max()),

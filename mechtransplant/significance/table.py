@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_level, check_seed
+from mechtransplant.selection import remember
 from mechtransplant.significance.corrections import CORRECTIONS, adjust
 from mechtransplant.significance.effects import Effects, one_sample_effects, two_sample_effects
 from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
@@ -77,6 +78,7 @@ def test_shifts(
         duplicate rows, fewer than two prompts.
     """
     _check_names(test, correction, permutations, level, seed)
+    measured = [frame for frame in (shifts, control) if frame is not None]
     shifts = _chosen(shifts, measure, "shifts")
     kind = _resolve(shifts, control, test)
     if kind == "direction":
@@ -101,7 +103,7 @@ def test_shifts(
         if others is None
         else two_sample_effects(values, others, level, seed=seed)
     )
-    return _table(columns, kind, values, others, found, p_adjusted, effects)
+    return remember(_table(columns, kind, values, others, found, p_adjusted, effects), *measured)
 
 
 # a user's test file that imports it has no test of this name
