@@ -59,18 +59,23 @@ def selections_of(modules: Iterable[Any]) -> tuple[Selection, ...]:
 
 
 def remembering(modules: Iterable[str], questions: Iterable[str]) -> pd.Series:
-    """Module names as a column that remembers the questions that selected them, or that none did."""
+    """Module names as a column that remembers the questions that selected them, or that none did.
+
+    A Series of objects with the index of ``modules``, if that is one: pandas would turn an array of them into its own
+    strings, which remember nothing.
+    """
     import pandas as pd
 
     selection = Selection(questions)
-    return pd.Series([SelectedModule(str(m), selection) for m in modules], dtype=object)
+    names = [SelectedModule(str(m), selection) for m in modules]
+    return pd.Series(names, index=getattr(modules, "index", None) if hasattr(modules, "iloc") else None, dtype=object)
 
 
 def remember(table: pd.DataFrame, *measured: Any) -> pd.DataFrame:
     """A table of modules, whose names remember the questions of the frames that it was made from."""
     questions = [q for frame in measured for q in getattr(frame, "attrs", {}).get(QUESTIONS, ())]
     if questions and "module" in table:
-        table = table.assign(module=remembering(table.module, questions).to_numpy())
+        table = table.assign(module=remembering(table.module, questions))
     return table
 
 

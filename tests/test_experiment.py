@@ -160,6 +160,76 @@ def test_several_rules_in_one_run(several: Any) -> None:
     assert set(zip(at.rule, at.k, strict=True)) == {(r, k) for r in several.rules.rule for k in (2, 6)}
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rule": ["weight_delta", "depth"]},
+        {"rule": ["weight_delta", "gradient"], "controlled": []},
+        {"pair": {"source": "repo:family/first", "target": "repo:family/second"}, "rule": ["depth", "random"]},
+        {"rule": ["weight_delta", "gradient"], "controls": ["self"], "k": [28]},
+    ],
+)
+def test_runs_without_some_controls_come_to_their_end(tmp_path: Path, changes: dict[str, Any]) -> None:
+    small = config(**{"k": [2], "random_sets": 1, "curve_sets": 1, **changes, "side_effects": None})
+    result = run_experiment(small, tmp_path / "out", progress=False)
+    assert "Left out" in result.summary or "No unrelated ranking" in result.summary
+
+
+def test_a_rule_learned_for_one_k_has_random_sets_like_its_own(tmp_path: Path, generations: Any) -> None:
+    from collections import Counter
+
+    small = config(
+        rule="mask", rule_options={"steps": 2, "swaps": 1}, kind=["head", "mlp"], k=[3, 6], side_effects=None
+    )
+    run = Run(small, tmp_path / "out", progress=False)
+    run.execute()
+    curves, _ = run.random_curves("mask")
+    for k in (3, 6):
+        kinds = Counter("H" in m for m in run.rankings.top("mask", k))
+        assert all(Counter("H" in m for m in curve[k]) == kinds for curve in curves)
+    names = {p.name for p in (tmp_path / "out" / "rankings").iterdir()}
+    assert {f"mask-{len(run.cells.graft(run.rankings.top('mask', k), 1))}.csv" for k in (3, 6)} <= names
+    assert any(n.endswith("-unrelated.csv") and n != "mask-unrelated.csv" for n in names)
+
+
+def test_a_runs_graft_remembers_the_runs_questions(finished: Any, generations: Any, addition: Any) -> None:
+    from mechtransplant.evaluation import compare, evaluate
+    from mechtransplant.export import finished_run
+
+    other = addition.split(8, 8, 900, seed=11).test
+    for graft in (finished.graft, finished_run(finished.folder).graft):
+        with graft.applied(generations), pytest.raises(UsageError, match="selected the modules"):
+            compare(
+                *[evaluate(m, other) for m in (generations.target, generations.source)],
+                evaluate(generations.target, other),
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"side_effects": {"tasks": ["sortt"]}}, "unknown task 'sortt'"),
+        ({"side_effects": {"tasks": ["addition"]}}, "is the run's own task"),
+        ({"side_effects": {"file": "nowhere.txt"}}, "nowhere.txt"),
+        ({"rule_options": {"alignment": "bogus"}}, "unknown alignment 'bogus'"),
+        ({"rule": "bottom", "rule_options": {"of": "nonsense"}}, "unknown rule 'nonsense'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_experiment(config(**changes), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_self_graft_of_a_pair_with_an_ancestor_changes_nothing(tmp_path: Path) -> None:
+    pair = {"source": "repo:family/second", "target": "repo:family/instruct", "base": "repo:family/first"}
+    small = config(pair=pair, operator="task_arithmetic", rule="weight_delta", k=[4], random_sets=1, side_effects=None)
+    result = run_experiment(small, tmp_path / "out", progress=False)
+    assert "are bit-identical" in result.summary
+
+
 def test_verdict_says_what_the_ranks_say(several: Any) -> None:
     outcome = several.outcomes[8]
     ranks, curve = outcome.controls, outcome.curve

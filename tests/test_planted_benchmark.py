@@ -63,6 +63,26 @@ def test_a_folder_is_continued_with_more_rules(tmp_path: Path) -> None:
     assert "`depth`" in page and (out / "figures" / "planted_benchmark.png").exists()
 
 
+def test_an_edited_rule_is_computed_again(tmp_path: Path) -> None:
+    from mechtransplant.experiment.planted_report import load_plugin
+
+    plugin, found = tmp_path / "mine.py", []
+    for sign in ("", "-"):
+        plugin.write_text(
+            "import mechtransplant as mt\n\n\n"
+            '@mt.register_rule("edited", needs="nothing")\n'
+            "def edited(pair, task, kind, **options):\n"
+            f"    return [{sign}float(m in pair.planted) for m in pair.modules(kind)]\n"
+        )
+        try:
+            load_plugin(plugin)
+            report_planted(PlantedConfig(PAIRS[1:], ("edited",), **{**SMALL, "seeds": 1}), tmp_path / "o", False)
+            found.append(float(pd.read_csv(tmp_path / "o" / "results.csv").auroc.iloc[0]))
+        finally:
+            RULES.pop("edited", None)
+    assert found == [1.0, 0.0]
+
+
 def test_anothers_rule_by_plugin(tmp_path: Path, command: Any) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text(
@@ -110,6 +130,9 @@ def test_wrong_input_gets_one_line_and_writes_nothing(
 
 def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
+    # the folder of a run has a file of that name too
+    (tmp_path / "environment.json").write_text('{"starts": [], "weights": {}}')
     with pytest.raises(UsageError, match="holds no such benchmark"):
         report_planted(PlantedConfig(PAIRS, ("random",), **SMALL), tmp_path, progress=False)
-    assert [p.name for p in tmp_path.iterdir() if p.name != ".lock"] == ["precious.txt"]
+    assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {"precious.txt", "environment.json"}
+    assert "weights" in (tmp_path / "environment.json").read_text()

@@ -15,7 +15,7 @@ from mechtransplant.evaluation import evaluate, gold_outcomes, gold_passes, gold
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.patching import Patch
-from mechtransplant.ranking import RULES, list_rules, rank_modules, rules_frame, weight_effects
+from mechtransplant.ranking import RULES, list_rules, rank_modules, register_rule, rules_frame, weight_effects
 from mechtransplant.ranking.sensitivity import WeightChanges
 from mechtransplant.shifts import measure_shifts
 from mechtransplant.significance import test_shifts as shift_table
@@ -413,6 +413,103 @@ def test_a_module_name_stays_a_string(generations: Pair, splits: Any, tmp_path: 
     rank.to_parquet(tmp_path / "rank.parquet")
     assert list(pd.read_parquet(tmp_path / "rank.parquet").module) == list(rank.module)
     assert (rank.merge(pd.DataFrame({"module": generations.modules("linear")})).module == rank.module).all()
+
+
+def test_tables_of_shifts_remember_what_they_were_measured_on(generations: Pair, addition: Task) -> None:
+    from mechtransplant.evaluation import compare
+    from mechtransplant.localization import topk_stability
+    from mechtransplant.patching import patch_versus_graft
+
+    test = addition.split(8, 8, 24).test
+    shifts = measure_shifts(generations, test, ("mlp",), ("magnitude", "own"))
+    chosen = [
+        shift_table(shifts, measure="magnitude", permutations=99).module[:2],
+        topk_stability(shifts[shifts.measure == "own"], 2, resamples=50).frequency.module[:2],
+        patch_versus_graft(generations, test, ["L1.mlp", "L2.mlp"], resamples=50).module,
+    ]
+    for modules in chosen:
+        with Graft(modules).applied(generations):
+            after = evaluate(generations.target, test)
+        with pytest.raises(UsageError, match="selected the modules"):
+            compare(evaluate(generations.target, test), evaluate(generations.source, test), after)
+
+
+def test_a_graft_of_a_rankings_first_k_is_recognised_by_plain_names(generations: Pair, addition: Task) -> None:
+    from dataclasses import replace
+
+    from mechtransplant.evaluation import compare
+
+    splits = addition.split(24, 8, 40, seed=3)
+    rank = rank_modules(generations, splits.discover, "own")
+    plain = sorted({str(m) for m in rank.module[:9]})
+    relabelled = replace(splits.discover, role="test")
+    both = [evaluate(m, relabelled) for m in (generations.target, generations.source)]
+    with Graft(plain).applied(generations), pytest.raises(UsageError, match="selected the modules"):
+        compare(*both, evaluate(generations.target, relabelled))
+    # another set of the same size is somebody's own choice
+    other = [*plain[1:], str(rank.module[20])]
+    with Graft(other).applied(generations):
+        assert compare(*both, evaluate(generations.target, relabelled)).n == 24
+    # what no question selected may be reported on any
+    with Graft(rank_modules(generations, None, "weight_delta").module[:9]).applied(generations):
+        assert compare(*both, evaluate(generations.target, relabelled)).n == 24
+
+
+def test_grafts_that_were_tried_on_the_reporting_questions_are_counted(generations: Pair, splits: Any) -> None:
+    from mechtransplant.evaluation import compare
+
+    rank = rank_modules(generations, splits.discover, "own", "mlp")
+    before, best = evaluate(generations.target, splits.test), evaluate(generations.source, splits.test)
+    for k, said in ((1, False), (1, False), (2, True)):
+        with Graft(rank.module[:k]).applied(generations):
+            notes = " ".join(compare(before, best, evaluate(generations.target, splits.test)).notes)
+        assert ("2 grafts of this ranking were evaluated on these questions" in notes) == said
+
+
+def test_gradients_that_were_there_are_left_alone(generations: Pair, splits: Any) -> None:
+    clean = scores(generations, splits.discover, "gradient")
+    parameters = dict(generations.target.hf.named_parameters())
+    name = "model.layers.1.mlp.up_proj.weight"
+    parameters[name].requires_grad_(True)
+    parameters[name].grad = torch.ones_like(parameters[name])
+    try:
+        np.testing.assert_array_equal(scores(generations, splits.discover, "gradient"), clean)
+        assert parameters[name].requires_grad and (parameters[name].grad == 1).all()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(WeightChanges, "products", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            rank_modules(generations, splits.discover, "gradient")
+        assert (parameters[name].grad == 1).all()
+    finally:
+        parameters[name].grad = None
+        parameters[name].requires_grad_(False)
+    assert all(p.grad is None and not p.requires_grad for p in parameters.values())
+    np.testing.assert_array_equal(scores(generations, splits.discover, "gradient"), clean)
+
+
+def test_rules_made_of_others_have_their_options_splits_and_checks(generations: Pair, splits: Any) -> None:
+    group = list(rank_modules(generations, splits.discover, "gradient", "head", kv="group").module)
+    assert (
+        list(rank_modules(generations, splits.discover, "bottom", "head", of="gradient", kv="group").module)
+        == group[::-1]
+    )
+    searched = rank_modules(generations, splits.choose, "bottom", "mlp", of="greedy")
+    assert list(searched.module)[::-1] == list(rank_modules(generations, splits.choose, "greedy", "mlp").module)
+    with pytest.raises(UsageError, match="unknown option of rule 'own' 'pool'"):
+        rank_modules(generations, splits.discover, "bottom", of="own", pool=3)
+    with pytest.raises(UsageError, match="unknown rule 'nonsense'"):
+        rank_modules(generations, splits.discover, "bottom", of="nonsense")
+
+
+def test_kinds_and_options_that_make_no_sense(generations: Pair, splits: Any) -> None:
+    assert len(rank_modules(generations, None, "weight_delta", ["head", "head"])) == 32
+    with pytest.raises(UsageError, match="name the same weights twice"):
+        rank_modules(generations, None, "weight_delta", ["linear", "part"])
+    with pytest.raises(UsageError, match="unknown alignment 'bogus'"):
+        rank_modules(generations, splits.discover, "lae", "head", alignment="bogus")
+    with pytest.raises(UsageError, match="add alignment='teacher-forced'"):
+        rank_modules(generations, splits.discover, "lae", text="gold")
+    with pytest.raises(UsageError, match="a rule named 'lae' exists already"):
+        register_rule("lae")
 
 
 # --- continuous outcomes ----------------------------------------------------------------------------------------------

@@ -31,6 +31,11 @@ def test_rank_among_controls_by_hand() -> None:
             rank_among(value, controls)
 
 
+def test_values_that_rounding_tells_apart_are_ties() -> None:
+    found = rank_among(-14.3, [-14.3 - 1e-7, -14.3 + 1e-7, -15.0], tolerance=1e-5)
+    assert (found.beaten, found.tied, found.p_value) == (1, 2, 3 / 4)
+
+
 def test_area_is_the_mean_height() -> None:
     assert curve_area([0, 1], [0.2, 0.6]) == pytest.approx(0.4)
     assert curve_area([0, 0.25, 1], [0, 1, 1]) == pytest.approx(0.875)

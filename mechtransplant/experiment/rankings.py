@@ -76,5 +76,5 @@ class Rankings:
             frame = pd.read_csv(path)
             # a file forgets what selected: a run ranks on discover, or searches on choose, and picks K on choose
             seen = [*self.splits.discover.keys, *self.splits.choose.keys]
-            self.known[path] = frame.assign(module=remembering(frame.module, seen).to_numpy())
+            self.known[path] = frame.assign(module=remembering(frame.module, seen))
         return self.known[path]
