@@ -333,6 +333,9 @@ def bench_planted_command(
     batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 64,
     options: Annotated[str, typer.Option(help='Options of rules, as JSON: {"greedy": {"pool": 4}}.')] = "{}",
     config: Annotated[Path | None, typer.Option(help="A YAML file instead of the options above.")] = None,
+    finished_only: Annotated[
+        bool, typer.Option("--finished-only", help="Report what is there; compute nothing.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The folder. Started again, it continues.")] = Path("runs/bench-planted"),
 ) -> None:
     """Every rule on every planted pair: AUROC, average precision, precision, Recovery, stability."""
@@ -344,7 +347,7 @@ def bench_planted_command(
     if plugin is not None:
         load_plugin(plugin)
     if config is not None:
-        typer.echo(report_planted(read_planted_config(config), out))
+        typer.echo(report_planted(read_planted_config(config), out, finished_only=finished_only))
         typer.echo(f"Tables and figures are in {out}")
         return
     try:
@@ -355,7 +358,7 @@ def bench_planted_command(
         raise UsageError(f'--options is JSON such as {{"greedy": {{"pool": 4}}}}, got {options!r} ({error})') from error
     names, wanted, once = (tuple(_listed(text)) for text in (pairs, rules, single))
     made = PlantedConfig(names, wanted, seeds, discover, choose, test, batch_size, given, once)
-    typer.echo(report_planted(made, out))
+    typer.echo(report_planted(made, out, finished_only=finished_only))
     typer.echo(f"Tables and figures are in {out}")
 
 

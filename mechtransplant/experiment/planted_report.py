@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
-from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.planted import (
     Problem,
@@ -109,10 +109,12 @@ def load_plugin(path: str | Path) -> list[str]:
     return found
 
 
-def report_planted(config: PlantedConfig, folder: str | Path, progress: bool = True) -> str:
+def report_planted(
+    config: PlantedConfig, folder: str | Path, progress: bool = True, *, finished_only: bool = False
+) -> str:
     """Measure and draw; writes the folder and returns its page.
 
-    A folder may be continued with more pairs, rules or seeds: what it holds is not computed again. Raises UsageError
+    ``finished_only`` computes nothing and reports what is there. A folder may be continued with more pairs, rules or seeds: what it holds is not computed again. Raises UsageError
     for unknown names, and for a folder that holds something else.
     """
     from filelock import FileLock, Timeout
@@ -134,7 +136,9 @@ def report_planted(config: PlantedConfig, folder: str | Path, progress: bool = T
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             _begin(folder, config)
-            rows = _measure(config, pairs, rules, CellStore(folder / "cells.jsonl"), progress)
+            rows = _measure(config, pairs, rules, CellStore(folder / "cells.jsonl"), progress, finished_only)
+            if rows.empty:
+                raise UsageError(f"{folder} holds no finished cell of this config: run it without --finished-only")
             return _write(folder, rows)
     except Timeout as error:
         raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
@@ -165,7 +169,7 @@ def _begin(folder: Path, config: PlantedConfig) -> None:
 
 
 def _measure(
-    config: PlantedConfig, pairs: list[str], rules: list[str], store: CellStore, progress: bool
+    config: PlantedConfig, pairs: list[str], rules: list[str], store: CellStore, progress: bool, finished_only: bool
 ) -> pd.DataFrame:
     """Every pair, seed and rule, from the cells where they are there."""
     import pandas as pd
@@ -193,6 +197,8 @@ def _measure(
         options = mine.options.get(rule, {})
         content = {**prints, "rule": rule, "seed": seed, "options": options, "batch_size": mine.batch_size}
         content |= {"planted": list(pair.planted), **_code_of(rule)}
+        if finished_only and cell_key(content) not in store.cells:
+            continue
         found = store.get(content, lambda p=problem, r=rule, s=seed, o=options: p.measure(r, s, o))  # type: ignore[misc]
         rows.append({"pair": name, "drifted": is_drifted(name), **{k: v for k, v in found.items() if k != "key"}})
     return pd.DataFrame(rows)
@@ -243,16 +249,16 @@ def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
         "grafting those K recovers of the gap on questions that ranked nothing, K being the number planted; "
         "stability: Jaccard index of the K highest between seeds. Means over pairs of means over seeds.",
         "",
-        "| rule | needs | AUROC, drifted | worst pair | AP | P@K | Recovery, % | AUROC, clean | Recovery, % | "
-        "stability | seeds | s |",
-        "|" + "---|" * 12,
+        "| rule | needs | drifted pairs | AUROC, drifted | worst pair | AP | P@K | Recovery, % | AUROC, clean | "
+        "Recovery, % | stability | seeds | s |",
+        "|" + "---|" * 13,
     ]
 
     def shown(value: Any, digits: int = 3) -> str:
         return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
 
     for row in summary.to_dict("records"):
-        cells = [f"`{row['rule']}`", row["needs"]]
+        cells = [f"`{row['rule']}`", row["needs"], str(row["drifted_pairs"])]
         cells += [shown(row.get(f"drifted_{n}")) for n in ("auroc", "worst", "average_precision", "precision")]
         cells += [
             shown(row.get("drifted_recovery"), 0),
@@ -262,6 +268,10 @@ def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
         cells += [shown(row["stability"], 2), str(row["seeds"]), shown(row["seconds"], 1)]
         lines.append(f"| {' | '.join(cells)} |")
     withheld = int(rows.recovery.isna().sum())
+    asked = summary.drifted_pairs.max()
+    if (summary.drifted_pairs < asked).any():
+        fewer = ", ".join(f"`{r}`" for r in summary[summary.drifted_pairs < asked].rule)
+        lines += ["", f"Not measured on every pair yet, and no fair comparison with the others: {fewer}."]
     lines += ["", f"Recovery is withheld in {withheld} of {len(rows)} rows.", ""] if withheld else [""]
     lines += ["## AUROC, pair by pair (mean over seeds)", ""]
     lines += [f"| rule | {' | '.join(pairs)} |", "|" + "---|" * (len(pairs) + 1)]

@@ -90,6 +90,10 @@ def _saved(graft: Graft, outcome: Outcome) -> dict[str, Any]:
 
 
 def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFrame | None) -> None:
+    import pandas as pd
+
+    from mechtransplant.side_effects import pareto_front
+
     folder, headline = run.folder / "figures", run.config.rules[0]
     data, test = results.drop(columns="correct"), results[results.split == "test"]
     ranking = run.rankings.of(headline)
@@ -102,6 +106,11 @@ def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFra
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
         figure, _ = gain_against_harm(named, title=run.pair.name)
         save_figure(figure, folder, "gain_against_harm", named)
+        if "kl" in named:
+            grafts = pareto_front(named[named.role != "random"], harm="kl")
+            both = pd.concat([grafts, named[named.role == "random"]], ignore_index=True)
+            figure, _ = gain_against_harm(both, harm="kl", title=run.pair.name)
+            save_figure(figure, folder, "gain_against_kl", both)
     if run.config.kinds == ("linear",):
         k = len(findings.grafts[headline][run.budget])
         ranking = run.rankings.frame(headline, k)

@@ -100,7 +100,7 @@ def rule_curves(
     random = rows[(rows.role == "random")].groupby("k")[outcome]
     groups = [list(rules[i : i + PANEL]) for i in range(0, len(rules), PANEL)]
     with style():
-        figure, grid = new_figure(PAGE, 2.6, columns=len(groups))
+        figure, grid = new_figure(PAGE, 2.9, columns=len(groups))
         panels = list(np.atleast_1d(grid))
         for panel, names in zip(panels, groups, strict=True):
             for role, dashes in (("source", "--"), ("target", ":")):
@@ -108,7 +108,13 @@ def rule_curves(
             if len(random):
                 ks = np.array(list(random.groups))
                 panel.fill_between(
-                    ks, scale * random.min(), scale * random.max(), color=GREY, alpha=0.2, linewidth=0, label="random"
+                    ks,
+                    scale * random.min(),
+                    scale * random.max(),
+                    color=GREY,
+                    alpha=0.2,
+                    linewidth=0,
+                    label="random sets",
                 )
             for index, name in enumerate(names):
                 line = rows[(rows.role == "graft") & (rows.rule == name)].sort_values("k")
@@ -127,7 +133,7 @@ def rule_curves(
             panel.set_xticks(ticks, [str(k) for k in ticks])
             panel.minorticks_off()
             panel.set_xlabel(f"grafted modules K (of {candidates})")
-            panel.legend(loc="best", fontsize=6)
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), fontsize=6, ncols=2)
         panels[0].set_ylabel(unit)
         figure.suptitle(
             f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target; band: random sets, range"
