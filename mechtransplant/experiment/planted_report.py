@@ -114,8 +114,9 @@ def report_planted(
 ) -> str:
     """Measure and draw; writes the folder and returns its page.
 
-    ``finished_only`` computes nothing and reports what is there. A folder may be continued with more pairs, rules or seeds: what it holds is not computed again. Raises UsageError
-    for unknown names, and for a folder that holds something else.
+    ``finished_only`` computes nothing and reports what is there. A folder may be continued with more pairs, rules or
+    seeds: what it holds is not computed again. Raises UsageError for unknown names, and for a folder that holds
+    something else.
     """
     from filelock import FileLock, Timeout
 
