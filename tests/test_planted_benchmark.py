@@ -54,7 +54,7 @@ def test_a_folder_is_continued_with_more_rules(tmp_path: Path) -> None:
     config = PlantedConfig(PAIRS, ("own", "random"), **SMALL)
     page = report_planted(config, out, progress=False)
     lines = (out / "cells.jsonl").read_text().splitlines()
-    assert len(lines) == 8 and "| `own` | prompts | 1.000 |" in page
+    assert len(lines) == 8 and "| `own` | prompts | 1 | 1.000 |" in page
     assert {p.name for p in out.iterdir()} >= {"config.yaml", "results.csv", "summary.csv", "summary.md", "figures"}
     more = PlantedConfig(PAIRS, ("own", "random", "depth"), **SMALL, single=("depth",))
     page = report_planted(more, out, progress=False)
@@ -104,7 +104,7 @@ def test_anothers_rule_by_plugin(tmp_path: Path, command: Any) -> None:
     ]
     try:
         code, out, _ = command("bench", "planted", *wanted, *sizes)
-        assert code == 0 and "| `their-rule` | nothing | 1.000 |" in out
+        assert code == 0 and "| `their-rule` | nothing | 1 | 1.000 |" in out
     finally:
         RULES.pop("their-rule", None)
 

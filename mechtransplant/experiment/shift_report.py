@@ -26,7 +26,6 @@ from mechtransplant.localization import (
 )
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.shifts import average_by_template, measure_shifts, shifts_and_vectors
-from mechtransplant.shifts.frames import DIRECT
 from mechtransplant.shifts.recorder import SLOT_KINDS
 from mechtransplant.significance import CORRECTIONS, NORMS, SIGNED, test_shifts
 from mechtransplant.tasks import Task, load_task
@@ -34,7 +33,9 @@ from mechtransplant.tasks import Task, load_task
 if TYPE_CHECKING:
     import pandas as pd
 
-_NORMS = tuple(m for m in DIRECT if m in NORMS)
+#: what is measured; the seed paper's `lae` is a rule, and its absolute values have no direction to test
+_DIRECT = ("magnitude", "distance", "own", "inherited")
+_NORMS = tuple(m for m in _DIRECT if m in NORMS)
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,12 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
         raise UsageError(f"k must be at most {len(modules)}, the number of modules, got {config.k}")
     against, vectors = None, None
     if config.unit == "template":
-        shifts = average_by_template(measure_shifts(pair, task, config.kinds, DIRECT, **options), task)
+        shifts = average_by_template(measure_shifts(pair, task, config.kinds, _DIRECT, **options), task)
     else:
-        wanted = (*DIRECT, "projection")
+        wanted = (*_DIRECT, "projection")
         shifts, vectors = shifts_and_vectors(pair, task, config.kinds, wanted, seed=config.seed, **options)
     if control is not None:
-        against = measure_shifts(pair, control, config.kinds, DIRECT, **options)
+        against = measure_shifts(pair, control, config.kinds, _DIRECT, **options)
         against = average_by_template(against, control) if config.unit == "template" else against
     own = shifts[shifts.measure == "own"].groupby("module", observed=True)["value"].max()
     # on a clean planted pair fewer modules than k change at all
@@ -130,7 +131,7 @@ def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftCon
     signed = [m for m in SIGNED if (shifts.measure == m).any()]
     tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in signed]
     if against is not None:
-        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in DIRECT]
+        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in _DIRECT]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -162,7 +163,7 @@ def _draw(folder: Path, shifts: pd.DataFrame, tables: dict[str, pd.DataFrame], p
     signed = [m for m in SIGNED if (table.measure == m).any()]
     maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in signed}
     if (table.test == "control").any():
-        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in DIRECT}
+        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _DIRECT}
     if {"head", "mlp"} & set(config.kinds):
         for name, rows in maps.items():
             title = f"{pair.name}: " + ("task against control" if name.endswith("control") else rows.test.iloc[0])
