@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.environment import versions
+from mechtransplant.experiment.environment import begin
 from mechtransplant.figures import patch_versus_graft_plot, save_figure
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
@@ -69,7 +69,7 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
-            _begin(folder, began)
+            begin(folder, began)
             table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
             write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
             title = f"{pair.name}, n = {len(task)}"
@@ -89,24 +89,6 @@ def _depends_on(pair: Pair, task: Task) -> dict[str, Any]:
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
         "questions": {"n": len(task), "fingerprint": task.fingerprint},
     }
-
-
-def _begin(folder: Path, began: dict[str, Any]) -> None:
-    """Note what the numbers depend on; refuse a folder that holds something else."""
-    import yaml
-
-    path, now = folder / "environment.json", versions()
-    starts = [now]
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        for what, value in began.items():
-            if saved.get(what) != value:
-                raise UsageError(f"{folder} was begun with another {what}: choose another --out folder, or remove it")
-        starts = saved["starts"] + [now] * (now not in saved["starts"])
-    elif any(p.name != ".lock" for p in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and holds no such analysis: choose another --out folder")
-    write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")
-    write_atomically(folder / "config.yaml", str(yaml.safe_dump(began["config"], sort_keys=False)))
 
 
 def _measure(config: EffectsConfig, pair: Pair, task: Task, store: CellStore, progress: bool) -> pd.DataFrame:

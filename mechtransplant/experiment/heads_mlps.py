@@ -15,7 +15,7 @@ from typing import Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.effects_report import _begin as begin
+from mechtransplant.experiment.environment import begin
 from mechtransplant.experiment.heads_mlps_page import page_of
 from mechtransplant.experiment.heads_mlps_sets import ARMS, Arm, sets_of
 from mechtransplant.experiment.heads_mlps_study import Study

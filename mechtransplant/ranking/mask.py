@@ -59,7 +59,7 @@ def mask(
     gates = _Gates(pair, task, modules, kv, batch_size)
     sizes = np.unique(np.round(np.geomspace(1, max(len(modules) - 1, 1), 12)).astype(int))
     rng = np.random.default_rng(seed)
-    theta = gates.start(None if k is None else k)
+    theta = gates.start(k)
     ascent = Ascent(len(modules), 0.1)
     for step in track(range(steps), "mask", progress):
         size = int(rng.choice(sizes)) if k is None else k
