@@ -224,6 +224,21 @@ def test_greedy_takes_the_best_next_module(generations: Pair, splits: Any) -> No
         assert max(values, key=lambda m: values[m]) == order[at]
 
 
+def test_greedy_moves_keys_and_values_once_their_group_is_whole(generations: Pair, splits: Any) -> None:
+    """The second head of a group brings K and V along: a search by single heads would never try that."""
+    task = splits.choose.subset(range(8), "choose")
+    heads = list(rank_modules(generations, task, "greedy", "head", kv="whole-group", stop=4).module[:4])
+    for at in range(1, 4):
+        values = {}
+        for module in generations.modules("head"):
+            if module not in heads[:at]:
+                with Graft([*heads[:at], module], kv="whole-group").applied(generations):
+                    values[module] = gold_scores(generations.target, task)[1].mean()
+        assert max(values, key=lambda m: values[m]) == heads[at], at
+    groups = [(h.split("H")[0], int(h.split("H")[1]) // 2) for h in heads]
+    assert len(set(groups)) < len(groups), f"no group became whole, and nothing was tested: {heads}"
+
+
 def test_a_pool_of_everything_is_plain_greedy(generations: Pair, splits: Any) -> None:
     plain, pooled = (
         list(rank_modules(generations, splits.choose, "greedy", "mlp", **o).module) for o in ({}, {"pool": 4})

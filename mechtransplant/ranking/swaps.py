@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -73,28 +73,29 @@ def greedy(
     order: list[str] = []
     left = list(modules)
     last = len(modules) if stop is None else min(stop, len(modules))
-    with ExitStack() as stack:
-        for _ in track(range(last), "greedy", progress):
-            candidates = (
-                left if pool is None or pool >= len(left) else _steepest(pair, task, left, kv, batch_size)[:pool]
-            )
-            if len(candidates) == 1:
-                best = candidates[0]
-            else:
-                values = _tried(pair, task, candidates, kv, batch_size, False)
-                best = candidates[int(np.argmax(values))]
-            order.append(best)
-            left.remove(best)
-            stack.enter_context(Graft([best], kv=kv).applied(pair))
-        if left:
-            order += _steepest(pair, task, left, kv, batch_size)
+    for _ in track(range(last), "greedy", progress):
+        candidates = left
+        if pool is not None and pool < len(left):
+            candidates = _steepest(pair, task, order, left, kv, batch_size)[:pool]
+        if len(candidates) == 1:
+            best = candidates[0]
+        else:
+            values = _tried(pair, task, candidates, kv, batch_size, False, order)
+            best = candidates[int(np.argmax(values))]
+        order.append(best)
+        left.remove(best)
+    if left:
+        order += _steepest(pair, task, order, left, kv, batch_size)
     place = {m: at for at, m in enumerate(order)}
     return [len(modules) - place[m] for m in modules]
 
 
-def _steepest(pair: Pair, task: Task, modules: Sequence[str], kv: KV, batch_size: int) -> list[str]:
-    """Modules by the gradient at the weights as they are now, largest first."""
-    effects, _ = weight_effects(WeightChanges(pair, modules, kv), task, min(batch_size, 16))
+def _steepest(
+    pair: Pair, task: Task, order: Sequence[str], modules: Sequence[str], kv: KV, batch_size: int
+) -> list[str]:
+    """Modules by the gradient with those of ``order`` grafted, largest first."""
+    with _grafted(pair, order, kv):
+        effects, _ = weight_effects(WeightChanges(pair, modules, kv), task, min(batch_size, 16))
     return [modules[i] for i in np.argsort(-effects, kind="stable")]
 
 
@@ -102,12 +103,27 @@ def _objective(pair: Pair, task: Task, batch_size: int) -> float:
     return float(gold_scores(pair.target, task, batch_size)[1].mean())
 
 
-def _tried(pair: Pair, task: Task, modules: Sequence[str], kv: KV, batch_size: int, progress: bool) -> list[float]:
-    """The mean log-probability with every module grafted alone, on top of what is in place."""
+def _tried(
+    pair: Pair,
+    task: Task,
+    modules: Sequence[str],
+    kv: KV,
+    batch_size: int,
+    progress: bool,
+    order: Sequence[str] = (),
+) -> list[float]:
+    """The mean log-probability with every module grafted in turn, together with those of ``order``.
+
+    One graft of them all, since a set may move more than its members one by one (``kv="whole-group"``).
+    """
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
     values = []
     for module in track(modules, "grafts", progress):
-        with Graft([module], kv=kv).applied(pair):
+        with _grafted(pair, [*order, module], kv):
             values.append(_objective(pair, task, batch_size))
     return values
+
+
+def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:
+    return Graft(modules, kv=kv).applied(pair) if modules else nullcontext()
