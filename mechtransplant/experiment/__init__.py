@@ -1,13 +1,16 @@
-"""A config becomes a run: ``config``, ``cells`` (what is finished), ``run`` (the flow), ``summary`` (the page)."""
+"""A config becomes a run.
+
+``config``, ``cells`` (what is finished), ``run`` (the flow), ``result`` (its files), ``summary`` (the page).
+"""
 
 from mechtransplant.experiment.config import RunConfig, parse_config, read_config
 from mechtransplant.experiment.effects_report import EffectsConfig, report_effects
 from mechtransplant.experiment.heads_mlps import HeadsMlpsConfig, report_heads_and_mlps
 from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
+from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
-from mechtransplant.experiment.summary import RunResult
 
 __all__ = [
     "EffectsConfig",

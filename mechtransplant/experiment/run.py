@@ -23,8 +23,8 @@ from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.evaluator import Body, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.rankings import Rankings
+from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
-from mechtransplant.experiment.summary import RunResult, write_report
 from mechtransplant.grafting import get_operator
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.progress import track
