@@ -67,7 +67,7 @@ def test_the_page_and_the_figure(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompts": 9}, "begun with another config"),
+        ({"prompts": 9}, "begun with different config"),
         ({"kinds": ("linear",)}, "unknown kind of module"),
         ({"heads": "q"}, "expected z or result"),
         ({"kv": "always"}, "unknown K/V policy"),

@@ -256,4 +256,4 @@ def test_a_folder_of_something_else_is_refused(command: Run, folder: Path, tmp_p
     code, _, error = command("heads-vs-mlps", MLPS.pair, "--counts", "1", "--out", str(tmp_path))
     assert code == 2 and "holds no such analysis" in error
     code, _, error = command("heads-vs-mlps", MLPS.pair, "--counts", "1", "--out", str(folder))
-    assert code == 2 and "begun with another config" in error
+    assert code == 2 and "begun with different config" in error

@@ -79,10 +79,12 @@ class GoldPass:
         import torch
 
         device = self.logits.device
-        scores = self.logits.float().log_softmax(-1)
-        chosen = scores.gather(-1, self.gold.to(device)[..., None])[..., 0]
-        ended = scores[..., self.ends.to(device)].logsumexp(-1)
-        return torch.where(self.last.to(device), ended, chosen).masked_fill(~self.real.to(device), 0).sum(1)
+        chosen = self.logits.gather(-1, self.gold.to(device)[..., None])[..., 0].float()
+        ended = self.logits[..., self.ends.to(device)].float().logsumexp(-1)
+        # a row at a time: float32 copies of a whole batch's logits take gigabytes with a large vocabulary
+        whole = torch.stack([row.float().logsumexp(-1) for row in self.logits])
+        scores = torch.where(self.last.to(device), ended, chosen) - whole
+        return scores.masked_fill(~self.real.to(device), 0).sum(1)
 
     @cached_property
     def logit_difference(self) -> Tensor:
@@ -90,12 +92,13 @@ class GoldPass:
         import torch
 
         device = self.logits.device
-        logits, gold, last = self.logits.float(), self.gold.to(device)[..., None], self.last.to(device)
-        ends = self.ends.to(device)
-        ours = torch.where(last, logits[..., ends].amax(-1), logits.gather(-1, gold)[..., 0])
-        others = logits.scatter(-1, gold, -torch.inf).amax(-1)
-        without_ends = logits.index_fill(-1, ends, -torch.inf).amax(-1)
-        margins = ours - torch.where(last, without_ends, others)
+        gold, last, ends = self.gold.to(device)[..., None], self.last.to(device), self.ends.to(device)
+        ours = torch.where(last, self.logits[..., ends].amax(-1), self.logits.gather(-1, gold)[..., 0])
+        # one more than can be the answer, so that another token is always among them
+        highest = self.logits.topk(len(ends) + 1, -1)
+        answer = torch.where(last[..., None], torch.isin(highest.indices, ends), highest.indices == gold)
+        others = highest.values.masked_fill(answer, -torch.inf).amax(-1)
+        margins = ours.float() - others.float()
         return margins.masked_fill(~self.real.to(device), torch.inf).amin(1)
 
 

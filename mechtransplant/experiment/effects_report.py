@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.environment import begin
+from mechtransplant.experiment.folder import begin, locked
 from mechtransplant.figures import patch_versus_graft_plot, save_figure
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
@@ -48,8 +48,6 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
     Questions are the ``discover`` split. Raises UsageError for anything wrong in the config, for a folder that holds
     something else, and for one that was begun with another config or other weights.
     """
-    from filelock import FileLock, Timeout
-
     folder = Path(folder)
     check_seed(config.seed)
     for key in ("prompts", "batch_size"):
@@ -66,21 +64,15 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
         raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
     task = load_task(name).split(config.prompts, 1, 1, config.seed).discover
     began = {"config": json.loads(json.dumps(asdict(config))), **_depends_on(pair, task)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            begin(folder, began)
-            table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
-            write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
-            title = f"{pair.name}, n = {len(task)}"
-            figure, _ = patch_versus_graft_plot(table, pair.planted, title=title)
-            save_figure(figure, folder / "figures", "patch_versus_graft", table)
-            page = summarise(config, pair, task, table)
-            write_atomically(folder / "summary.md", page)
-    except Timeout as error:
-        raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+    with locked(folder):
+        begin(folder, began)
+        table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
+        write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
+        title = f"{pair.name}, n = {len(task)}"
+        figure, _ = patch_versus_graft_plot(table, pair.planted, title=title)
+        save_figure(figure, folder / "figures", "patch_versus_graft", table)
+        page = summarise(config, pair, task, table)
+        write_atomically(folder / "summary.md", page)
     return page
 
 

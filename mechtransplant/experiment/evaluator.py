@@ -27,6 +27,8 @@ class Evaluator:
     def __init__(self, config: RunConfig, pair: Pair, budgets: Sequence[int], store: CellStore) -> None:
         self.config, self.pair, self.budgets, self.store = config, pair, list(budgets), store
         self.digests: dict[tuple[str, ...], dict[int, str]] = {}
+        #: of a self-graft: the ungrafted target's digests, from the same process
+        self.beside: dict[tuple[str, ...], dict[int, str]] = {}
         self.ancestor = {} if pair.base is None else {"base": pair.base.fingerprint}
         self.fingerprints = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
         own = make_pair(pair.target, pair.target, "self")
@@ -67,12 +69,17 @@ class Evaluator:
             "whole": whole,
             **{key: getattr(self.config, key) for key in ("kv", "operator")},
         }
+        if body == "self":
+            content["beside"] = "target"
 
         def compute() -> dict[str, Any]:
             pair = self.pairs[body]
             model = pair.source if body == "source" else pair.target
             with self.graft(modules, strength).applied(pair):
                 found = self._evaluate(model, split)
+            # another processor rounds differently, and the target's own cell may be from another start: bits are
+            # compared within one process
+            beside = self._evaluate(model, split) if body == "self" else {}
             return {
                 "split": split.role,
                 "role": role,
@@ -80,9 +87,12 @@ class Evaluator:
                 "strength": strength,
                 "modules": list(map(str, modules)),
                 "budgets": {str(b): packed(e, whole) for b, e in found.items()},
+                **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
             }
 
-        stored = self.store.get(content, compute)["budgets"]
+        cell = self.store.get(content, compute)
+        stored = cell["budgets"]
+        self.beside[(role, *modules)] = {int(b): d for b, d in cell.get("beside", {}).items()}
         self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.budgets}
         return {b: unpacked(split, b, stored[str(b)]) for b in self.budgets}
 

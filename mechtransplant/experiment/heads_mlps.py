@@ -15,7 +15,7 @@ from typing import Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.environment import begin
+from mechtransplant.experiment.folder import begin, locked
 from mechtransplant.experiment.heads_mlps_page import page_of
 from mechtransplant.experiment.heads_mlps_sets import ARMS, Arm, sets_of
 from mechtransplant.experiment.heads_mlps_study import Study
@@ -76,7 +76,6 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
     begun with another config, other weights or other questions.
     """
     import pandas as pd
-    from filelock import FileLock, Timeout
 
     folder = Path(folder)
     config.check()
@@ -94,37 +93,31 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
         "questions": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in (splits.discover, splits.test)},
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            begin(folder, began)
-            rankings = {
-                arm: _ranking(config, pair, splits.discover, arm, folder / "rankings" / f"{arm}.csv", progress)
-                for arm in ARMS
-            }
-            study = Study(config, pair, splits, CellStore(folder / "cells.jsonl"))
-            sets, left_out = sets_of(pair, rankings, config.counts, config.kv)
-            written = study.table(sets, progress).to_csv(index=False, float_format="%.8g")
-            write_atomically(folder / "study.csv", written)
-            # figures and page say what the file says
-            table = pd.read_csv(folder / "study.csv")
-            # free-form answers of a model without an end token have no log-probability
-            outcome: Any = "log_probability" if table.log_probability_change.notna().all() else "accuracy"
-            thirds = (table.depth != "all").any()
-            for name, options in {
-                "heads_against_mlps": {"outcome": "accuracy"},
-                f"heads_against_mlps_{outcome}": {"outcome": outcome},
-                "heads_against_mlps_by_depth": {"outcome": outcome, "by": "depth"},
-            }.items():
-                if thirds or "by" not in options:
-                    figure, _ = heads_against_mlps_bars(table, **options)
-                    save_figure(figure, folder / "figures", name)
-            page = page_of(config, pair, study.base("target"), study.base("source"), table, left_out)
-            write_atomically(folder / "summary.md", page)
-    except Timeout as error:
-        raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+    with locked(folder):
+        begin(folder, began)
+        rankings = {
+            arm: _ranking(config, pair, splits.discover, arm, folder / "rankings" / f"{arm}.csv", progress)
+            for arm in ARMS
+        }
+        study = Study(config, pair, splits, CellStore(folder / "cells.jsonl"))
+        sets, left_out = sets_of(pair, rankings, config.counts, config.kv)
+        written = study.table(sets, progress).to_csv(index=False, float_format="%.8g")
+        write_atomically(folder / "study.csv", written)
+        # figures and page say what the file says
+        table = pd.read_csv(folder / "study.csv")
+        # free-form answers of a model without an end token have no log-probability
+        outcome: Any = "log_probability" if table.log_probability_change.notna().all() else "accuracy"
+        thirds = (table.depth != "all").any()
+        for name, options in {
+            "heads_against_mlps": {"outcome": "accuracy"},
+            f"heads_against_mlps_{outcome}": {"outcome": outcome},
+            "heads_against_mlps_by_depth": {"outcome": outcome, "by": "depth"},
+        }.items():
+            if thirds or "by" not in options:
+                figure, _ = heads_against_mlps_bars(table, **options)
+                save_figure(figure, folder / "figures", name)
+        page = page_of(config, pair, study.base("target"), study.base("source"), table, left_out)
+        write_atomically(folder / "summary.md", page)
     return page
 
 

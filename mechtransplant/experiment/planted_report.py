@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
-from mechtransplant.experiment.environment import versions
+from mechtransplant.experiment.folder import check_ours, locked, write_starts
 from mechtransplant.experiment.planted import (
     Problem,
     check_names,
@@ -118,8 +118,6 @@ def report_planted(
     seeds: what it holds is not computed again. Raises UsageError for unknown names, and for a folder that holds
     something else.
     """
-    from filelock import FileLock, Timeout
-
     folder = Path(folder)
     pairs, rules = list(config.pairs or planted_pairs()), list(config.rules or default_rules())
     for values in config.overrides.values():
@@ -133,18 +131,12 @@ def report_planted(
         check_names([name] * bool(name), rules, {r: o for r, o in mine.options.items() if r in rules})
         for rule in (*mine.options, *mine.single):
             get_rule(rule)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            _begin(folder, config)
-            rows = _measure(config, pairs, rules, CellStore(folder / "cells.jsonl"), progress, finished_only)
-            if rows.empty:
-                raise UsageError(f"{folder} holds no finished cell of this config: run it without --finished-only")
-            return _write(folder, rows)
-    except Timeout as error:
-        raise UsageError(f"another process is running in {folder}: wait, or choose another --out folder") from error
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
+    with locked(folder):
+        _begin(folder, config)
+        rows = _measure(config, pairs, rules, CellStore(folder / "cells.jsonl"), progress, finished_only)
+        if rows.empty:
+            raise UsageError(f"{folder} holds no finished cell of this config: run it without --finished-only")
+        return _write(folder, rows)
 
 
 #: what a folder of this benchmark says it is
@@ -154,18 +146,8 @@ WHAT = "planted benchmark"
 def _begin(folder: Path, config: PlantedConfig) -> None:
     import yaml
 
-    path, now = folder / "environment.json", versions()
-    saved: dict[str, Any] = {"what": WHAT, "starts": []}
-    if any(p.name != ".lock" for p in folder.iterdir()):
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            ours = saved["what"] == WHAT and isinstance(saved["starts"], list)
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not ours:
-            raise UsageError(f"{folder} is not empty and holds no such benchmark: choose another --out folder")
-    saved["starts"] += [now] * (now not in saved["starts"])
-    write_atomically(path, json.dumps(saved, indent=1) + "\n")
+    check_ours(folder, "benchmark", what=WHAT)
+    write_starts(folder, {"what": WHAT}, ("what",))
     write_atomically(folder / "config.yaml", str(yaml.safe_dump(json.loads(json.dumps(asdict(config))))))
 
 

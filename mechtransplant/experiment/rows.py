@@ -27,8 +27,10 @@ class Rows:
         set: str = "",
         depth_matched: str = "",
         digest: dict[int, str] | None = None,
+        beside: dict[int, str] | None = None,
     ) -> None:
-        """Add an evaluation's rows: ``set`` numbers random sets and orders."""
+        """Add an evaluation's rows: ``set`` numbers random sets and orders; ``beside`` is the digest of what a
+        self-graft must equal."""
         for budget, e in found.items():
             low, high = e.interval
             self.rows.append(
@@ -52,6 +54,7 @@ class Rows:
                     "ended": None if e.ended is None else float(e.ended.mean()),
                     "correct": bits(e.correct),
                     "digest": (digest or {}).get(budget, ""),
+                    "beside": (beside or {}).get(budget, ""),
                 }
             )
 

@@ -7,7 +7,6 @@ and ``figures/``.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig, read_config
 from mechtransplant.experiment.elsewhere import Elsewhere
-from mechtransplant.experiment.environment import versions
 from mechtransplant.experiment.evaluator import Body, Evaluator
 from mechtransplant.experiment.findings import find
+from mechtransplant.experiment.folder import locked, write_starts
 from mechtransplant.experiment.rankings import Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
@@ -100,27 +99,6 @@ class Run:
         """The token budget that decides: the largest."""
         return max(self.budgets)
 
-    def _note_environment(self) -> None:
-        """Write what the numbers depend on; refuse other weights or questions than those that the folder began with.
-
-        A later start with other versions or threads is noted beside the earlier ones, never instead of them.
-        """
-        path, now = self.folder / "environment.json", environment(self)
-        if path.exists():
-            try:
-                saved = json.loads(path.read_text(encoding="utf-8"))
-                for what in ("weights", "splits", "elsewhere"):
-                    # runs from before an entry was noted have none to compare
-                    if what in saved and saved[what] != now[what]:
-                        raise UsageError(
-                            f"{self.folder} holds a run of the same config with other {what} (see its "
-                            "environment.json): choose another --out folder, or remove it"
-                        )
-                now["starts"] = saved["starts"] + [start for start in now["starts"] if start not in saved["starts"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{path} is broken ({error}): choose another --out folder, or remove it") from error
-        write_atomically(path, json.dumps(now, indent=1) + "\n")
-
     def _load_pair(self) -> Pair:
         named = self.config.pair
         options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
@@ -152,30 +130,18 @@ class Run:
 
     def execute(self) -> RunResult:
         """Do what is left to do, and write every table and figure."""
-        from filelock import FileLock, Timeout
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.folder / ".lock", timeout=0):
-                # again under the lock: another start may have come first
-                self._check_folder()
-                write_atomically(self.folder / "config.yaml", self._config_text)
-                self.store = CellStore(self.folder / "cells.jsonl")
-                return self._execute()
-        except Timeout as error:
-            raise UsageError(
-                f"another process is running in {self.folder}: wait for it, or choose another --out folder"
-            ) from error
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.folder}: {error.strerror or error}; choose another --out folder"
-            ) from error
+        with locked(self.folder):
+            # again under the lock: another start may have come first
+            self._check_folder()
+            write_atomically(self.folder / "config.yaml", self._config_text)
+            self.store = CellStore(self.folder / "cells.jsonl")
+            return self._execute()
 
     def _execute(self) -> RunResult:
         self.cells = Evaluator(self.config, self.pair, self.budgets, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
-        self._note_environment()
+        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",))
         self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
@@ -307,6 +273,7 @@ class Run:
             found = self.cells.cell(split, role, modules, strength, body=body, whole=role != "random")
             labels = {key: value for key, value in more.items() if key != "body"}
             labels["digest"] = self.cells.digests[(role, *modules)]
+            labels["beside"] = self.cells.beside[(role, *modules)]
             self.rows.note(split, role, found, len(modules), strength, rule=rule, **labels)
 
     def _turn_to_better(self) -> None:
@@ -330,10 +297,9 @@ class Run:
         return best["k"], best["strength"]
 
 
-def environment(run: Run) -> dict[str, Any]:
-    """What the run's numbers depend on besides the config: versions, machine, weights, task."""
+def depends_on(run: Run) -> dict[str, Any]:
+    """What the run's numbers depend on besides the config and the versions: weights, task."""
     return {
-        "starts": [versions()],
         "weights": run.fingerprints | ({} if run.pair.base is None else {"base": run.pair.base.fingerprint}),
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},

@@ -218,8 +218,7 @@ def self_graft_is_identical(run: Run) -> bool | None:
     found = run.rows.where(split="test", role="self")
     if not found:
         return None
-    base = {r["budget"]: r["digest"] for r in run.rows.where(split="test", role="target")}
-    return all(r["digest"] == base[r["budget"]] for r in found)
+    return all(r["digest"] == r["beside"] for r in found)
 
 
 def _rules(run: Run, findings: Findings) -> list[str]:

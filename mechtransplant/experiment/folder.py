@@ -1,0 +1,99 @@
+"""A folder that one process at a time writes, that says what its numbers depend on, and that can be continued."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mechtransplant.errors import UsageError
+from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.environment import versions
+
+#: where a write fails without naming its file
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+ELSEWHERE = "choose another --out folder"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold its lock.
+
+    Raises UsageError where another process holds it, and where the folder cannot be written; an error about another
+    file passes as it is.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise UsageError(f"another process is running in {folder}: wait for it, or {ELSEWHERE}") from error
+    except OSError as error:
+        if not _is_about(folder, error):
+            raise
+        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; {ELSEWHERE}") from error
+
+
+def _is_about(folder: Path, error: OSError) -> bool:
+    if error.errno in NO_ROOM:
+        return True
+    named = [Path(str(name)) for name in (error.filename, error.filename2) if name]
+    # making the folder may fail at one of its parents
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in named)
+
+
+def begin(folder: Path, began: dict[str, Any]) -> None:
+    """Note the config and what the numbers depend on; refuse a folder that holds something else.
+
+    A later start with other versions or threads is noted beside the earlier ones, never instead of them.
+    """
+    import yaml
+
+    check_ours(folder, "analysis")
+    write_starts(folder, began, tuple(began))
+    write_atomically(folder / "config.yaml", str(yaml.safe_dump(began["config"], sort_keys=False)))
+
+
+def check_ours(folder: Path, name: str, **wanted: str) -> None:
+    """Refuse a folder that holds files and no ``environment.json``, or one without the wanted entries."""
+    if all(p.name == ".lock" for p in folder.iterdir()):
+        return
+    path = folder / "environment.json"
+    ours = path.exists()
+    if ours and wanted:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            ours = all(saved.get(key) == value for key, value in wanted.items())
+        except (ValueError, AttributeError):
+            ours = False
+    if not ours:
+        raise UsageError(f"{folder} is not empty and holds no such {name}: {ELSEWHERE}")
+
+
+def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str], added: Sequence[str] = ()) -> None:
+    """Write ``environment.json``: what was begun, and the versions of every start.
+
+    ``compared``: the entries in which an earlier start must agree; ``added``: those that a folder may lack, since they
+    were not always noted. Raises UsageError where one differs, and for a file that cannot be read.
+    """
+    path, now = folder / "environment.json", versions()
+    starts = [now]
+    if path.exists():
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            known = [what for what in (*compared, *added) if what in saved or what in compared]
+            changed = [what for what in known if saved.get(what) != began[what]]
+            starts = saved["starts"] + [now] * (now not in saved["starts"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
+        if changed:
+            raise UsageError(
+                f"{folder} was begun with different {' and '.join(changed)} (see its environment.json): {ELSEWHERE}, "
+                "or remove it"
+            )
+    write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")
