@@ -83,6 +83,16 @@ def _counts(sizes: Any) -> str:
     return str(high) if low == high else f"{low}–{high}"
 
 
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """Those of the sizes whose labels do not touch on a logarithmic axis, the largest first."""
+    least = 0.09 * np.log2(sizes[-1] / sizes[0]) if len(sizes) > 1 else 0.0
+    kept = list(sizes[-1:])
+    for size in reversed(sizes[:-1]):
+        if np.log2(kept[0] / size) >= least:
+            kept.insert(0, size)
+    return kept
+
+
 #: how many curves stay legible in one panel
 PANEL = 5
 
@@ -99,9 +109,14 @@ def rule_curves(
     scale, unit = (100, "accuracy, %") if outcome == "accuracy" else (1, "log p(gold answer), nats")
     random = rows[(rows.role == "random")].groupby("k")[outcome]
     groups = [list(rules[i : i + PANEL]) for i in range(0, len(rules), PANEL)]
+    lines = -(-len(groups) // 2)
+    ticks = _apart(sorted(rows[rows.role == "graft"].k.unique()))
     with style():
-        figure, grid = new_figure(PAGE, 2.9, columns=len(groups))
-        panels = list(np.atleast_1d(grid))
+        figure, grid = new_figure(PAGE, 0.6 + 1.6 * lines, columns=min(2, len(groups)), rows=lines)
+        panels = list(np.atleast_1d(grid).flat)
+        for panel in panels[len(groups) :]:
+            panel.remove()
+        del panels[len(groups) :]
         for panel, names in zip(panels, groups, strict=True):
             for role, dashes in (("source", "--"), ("target", ":")):
                 panel.axhline(scale * float(rows[rows.role == role][outcome].iloc[0]), color=GREY, linestyle=dashes)
@@ -129,12 +144,13 @@ def rule_curves(
                     label=name,
                 )
             panel.set_xscale("log", base=2)
-            ticks = sorted(rows[rows.role == "graft"].k.unique())
             panel.set_xticks(ticks, [str(k) for k in ticks])
             panel.minorticks_off()
+            panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
+        for panel in panels[-2:]:
             panel.set_xlabel(f"grafted modules K (of {candidates})")
-            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), fontsize=6, ncols=2)
-        panels[0].set_ylabel(unit)
+        for panel in panels[::2]:
+            panel.set_ylabel(unit)
         figure.suptitle(
             f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target; band: random sets, range"
         )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 #: where a name may stand beside its point, in points: the first place that is free is taken
 _PLACES = [(3, 3), (3, -8), (-3, 3), (-3, -8), (3, 10), (3, -15), (-3, 10), (-3, -15)]
+_PLACES += [(3, 18), (3, -23), (-3, 18), (-3, -23)]
 
 
 def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
@@ -37,7 +38,8 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
             covers = sum(box.overlaps(other) for other in taken)
             # a point under a name is bad, a name under a name worse
             covers += 0.5 * sum(box.contains(*point) for point in points)
-            covers += 0.25 * (box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1)
+            # and a name outside, over the axis labels, worst
+            covers += 2 * (box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1 or not axes.bbox.containsy(box.y0))
             if best is None or covers < best[0]:
                 if best is not None:
                     best[1].remove()

@@ -66,14 +66,14 @@ def _displayed_figure() -> Any:
     return DisplayedFigure
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    """(figure, axes) of a size in inches; with several columns an array of axes that share their y axis."""
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
+    """(figure, axes) of a size in inches; with several columns or rows an array of axes that share their y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     # not pyplot: nothing is registered, shown, or kept alive
     figure = _displayed_figure()(figsize=(width, height))
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, sharey=columns > 1)
+    return figure, figure.subplots(rows, columns, sharey=columns * rows > 1)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame | None = None) -> None:
