@@ -15,6 +15,12 @@ class UsageError(Exception):
         super().__init__(" ".join(str(message).split()))
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message, to stand inside one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:
     """Raise UsageError unless ``value`` is a whole number (numpy's too) from ``least`` to ``most``."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)

