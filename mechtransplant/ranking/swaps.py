@@ -10,7 +10,9 @@ import numpy as np
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import gold_scores
+from mechtransplant.evaluation.resumed import remembering, resuming
 from mechtransplant.grafting import KV, Graft
+from mechtransplant.modules import parse_address
 from mechtransplant.progress import track
 from mechtransplant.ranking.gradients import GAIN
 from mechtransplant.ranking.registry import CHOOSE, Kinds, Scores, register_rule
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     "single_swap",
     "s(m) = L(target with m grafted) − L(target), L the mean log-probability of the gold answer",
     needs="gold answers",
-    cost="N + 1 forward passes",
+    cost="1 forward pass, and N from the module's layer on",
     sign=GAIN + ", exactly",
 )
 def single_swap(
@@ -39,9 +41,8 @@ def single_swap(
     progress: bool = False,
 ) -> Scores:
     """The exact effect of every module grafted alone."""
-    modules = pair.modules(kind)
-    base = _objective(pair, task, batch_size)
-    return np.array(_tried(pair, task, modules, kv, batch_size, progress)) - base
+    base, values = _tried(pair, task, pair.modules(kind), kv, batch_size, progress)
+    return np.array(values) - base
 
 
 @register_rule(
@@ -80,7 +81,7 @@ def greedy(
         if len(candidates) == 1:
             best = candidates[0]
         else:
-            values = _tried(pair, task, candidates, kv, batch_size, False, order)
+            _, values = _tried(pair, task, candidates, kv, batch_size, False, order)
             best = candidates[int(np.argmax(values))]
         order.append(best)
         left.remove(best)
@@ -111,18 +112,21 @@ def _tried(
     batch_size: int,
     progress: bool,
     order: Sequence[str] = (),
-) -> list[float]:
-    """The mean log-probability with every module grafted in turn, together with those of ``order``.
+) -> tuple[float, list[float]]:
+    """The mean log-probability with ``order`` grafted, and with every module grafted in turn, together with those.
 
-    One graft of them all, since a set may move more than its members one by one (``kv="whole-group"``).
+    One graft of them all, since a set may move more than its members one by one (``kv="whole-group"``). A module
+    changes nothing below its layer, so every pass begins there.
     """
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
+    with remembering(pair.target) as memory, _grafted(pair, order, kv):
+        base = _objective(pair, task, batch_size)
     values = []
     for module in track(modules, "grafts", progress):
-        with _grafted(pair, [*order, module], kv):
+        with _grafted(pair, [*order, module], kv), resuming(pair.target, memory, parse_address(module).layer):
             values.append(_objective(pair, task, batch_size))
-    return values
+    return base, values
 
 
 def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:
