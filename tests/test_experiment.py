@@ -230,6 +230,17 @@ def test_the_self_graft_of_a_pair_with_an_ancestor_changes_nothing(tmp_path: Pat
     assert "are bit-identical" in result.summary
 
 
+def test_searches_stand_beside_the_best_other_rule(several: Any, finished: Any) -> None:
+    rows = several.results[(several.results.split == "choose") & (several.results.role == "graft")]
+    assert "## Searches on `choose`" in several.summary and "## Searches" not in finished.summary
+    for k in (2, 6):
+        at = rows[rows.k == k].set_index("rule").log_probability
+        rival = at.drop("mask").idxmax()
+        assert (
+            f"| {k} | {at[rival]:.3f} `{rival}` | {at['mask']:.3f} ({at['mask'] - at[rival]:+.3f}) |" in several.summary
+        )
+
+
 def test_verdict_says_what_the_ranks_say(several: Any) -> None:
     outcome = several.outcomes[8]
     ranks, curve = outcome.controls, outcome.curve
@@ -305,7 +316,7 @@ def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any)
     with (
         Graft(["L0.mlp"]).applied(changed),
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UsageError, match="other weights"),
+        pytest.raises(UsageError, match="different weights"),
     ):
         patch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: changed)
         run_experiment(config(), finished.folder)

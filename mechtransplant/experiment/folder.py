@@ -93,7 +93,7 @@ def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str], a
             raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
         if changed:
             raise UsageError(
-                f"{folder} was begun with different {' and '.join(changed)} (see its environment.json): {ELSEWHERE}, "
+                f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, "
                 "or remove it"
             )
     write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")

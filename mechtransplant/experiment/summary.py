@@ -11,6 +11,7 @@ from mechtransplant.experiment.config import PAPER_SHARES
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
+from mechtransplant.ranking import get_rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,6 +109,7 @@ def summarise(
     if len(outcomes) > 1:
         lines += _budgets(run, findings)
     lines += _sweep(run, results, findings)
+    lines += _searches(run, results)
     lines += _consequences(run, findings.grafts[headline][run.budget], outcomes[run.budget])
     return "\n".join(lines) + "\n"
 
@@ -321,6 +323,24 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         lines += ["", "## Feed-forward / attention layers among the K highest, at the paper's five shares", ""]
         lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
     return lines
+
+
+def _searches(run: Run, results: pd.DataFrame) -> list[str]:
+    """What searching sets on ``choose`` adds there to the rules that look at each module once; [] without both."""
+    searches = [r for r in run.config.rules if get_rule(r).splits[0] == "choose"]
+    others = [r for r in run.config.rules if r not in searches]
+    rows = results[(results.split == "choose") & (results.role == "graft") & (results.budget == run.budget)]
+    if not searches or not others or rows.log_probability.isna().any():
+        return []
+    grid = rows.pivot_table(index="k", columns="rule", values="log_probability", aggfunc="max")
+    best, names = grid[others].max(axis=1), grid[others].idxmax(axis=1)
+    said = {r: ", ".join(f"{key} = {value}" for key, value in run.config.options_of(r).items()) for r in searches}
+    columns = ["K", "best other rule", *(f"`{r}`" + f" ({said[r]})" * bool(said[r]) for r in searches)]
+    lines = ["", "## Searches on `choose`: log-probability of the gold answer, nats", "", *_head(columns)]
+    for k in grid.index:
+        found = [f"{grid.loc[k, r]:.3f} ({grid.loc[k, r] - best[k]:+.3f})" for r in searches]
+        lines.append(_row([k, f"{best[k]:.3f} `{names[k]}`", *found]))
+    return [*lines, "", "In brackets: the search less the best other rule."]
 
 
 def _consequences(run: Run, graft: Graft, outcome: Outcome) -> list[str]:
