@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from architectures import ARCHITECTURES, random_pair_of
 
 import mechtransplant as mt
-from mechtransplant.evaluation import gold_outcomes, gold_scores
+from mechtransplant.evaluation import evaluate, gold_outcomes, gold_scores, resumed
 from mechtransplant.evaluation.resumed import remembering, resuming
 from mechtransplant.grafting import Graft
+from mechtransplant.pair import LanguageModel
 from mechtransplant.patching import Patch
 
 
@@ -26,13 +28,22 @@ def same(found: Any, expected: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def deep(architecture: str, tokenizer: Any) -> Any:
+    """A random pair of four layers; Gemma's alternate between local and global attention."""
+    config = ARCHITECTURES[architecture][0]()
+    changes: dict[str, Any] = {"n_layer" if architecture == "gpt2" else "num_hidden_layers": 4}
+    if getattr(config, "layer_types", None):
+        changes["layer_types"] = config.layer_types * 2
+    return random_pair_of(architecture, tokenizer, **changes)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_layer_of_every_architecture(architecture: str, generations: Any, questions: Any) -> None:
-    pair = random_pair_of(architecture, generations.target.tokenizer)
+    pair = deep(architecture, generations.target.tokenizer)
     with remembering(pair.target) as memory:
         base = gold_outcomes(pair.target, questions, 5)
     assert memory.usable and same(base, gold_outcomes(pair.target, questions, 5))
-    for layer in range(pair.layout.layers):
+    for layer in range(1, 4):
         with Graft([f"L{layer}"]).applied(pair):
             whole = gold_outcomes(pair.target, questions, 5)
             with resuming(pair.target, memory, layer):
@@ -65,13 +76,16 @@ def test_layers_below_do_not_run(generations: Any, questions: Any) -> None:
     blocks = [target.hf.get_submodule(target.layout.block(n)) for n in range(4)]
     with remembering(target) as memory:
         gold_scores(target, questions)
-    hooks = [b.mlp.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, b in enumerate(blocks)]
-    try:
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+
+            def counted(*inputs: Any, own: Any = block.mlp.forward, at: int = number) -> Any:
+                ran.append(at)
+                return own(*inputs)
+
+            stack.enter_context(resumed._answering(block.mlp, counted))
         with resuming(target, memory, 2):
             gold_scores(target, questions)
-    finally:
-        for hook in hooks:
-            hook.remove()
     assert set(ran) == {2, 3}
     assert all("forward" not in b.__dict__ for b in blocks)
 
@@ -115,6 +129,94 @@ def test_under_a_patch_passes_are_whole(generations: Any, questions: Any) -> Non
         with remembering(target) as patched:
             assert same(gold_scores(target, questions), whole)
     assert not patched.usable and memory.usable and not same(whole, plain)
+    # a patch that comes later
+    late = Patch(["L1.mlp"]).applied(generations)
+    with resuming(target, memory, 3), late, pytest.raises(RuntimeError, match="patch inside"):
+        gold_scores(target, questions)
+    with remembering(target) as patched, Patch(["L1.mlp"]).applied(generations):
+        assert same(gold_scores(target, questions), whole)
+    assert not patched.usable
+
+
+def test_under_a_users_hook_passes_are_whole(generations: Any, questions: Any) -> None:
+    target = generations.target
+    block = target.hf.get_submodule(target.layout.block(1))
+    with remembering(target) as memory:
+        gold_scores(target, questions)
+    hook = block.register_forward_hook(lambda module, inputs, output: output + 0.5)
+    try:
+        with Graft(["L2.mlp"]).applied(generations):
+            whole = gold_scores(target, questions)
+            with resuming(target, memory, 2):
+                assert same(gold_scores(target, questions), whole)
+        with remembering(target) as hooked:
+            gold_scores(target, questions)
+    finally:
+        hook.remove()
+    assert not hooked.usable
+
+
+def test_one_block_inside_another_is_whole(generations: Any, questions: Any) -> None:
+    target = generations.target
+    with remembering(target) as memory:
+        base = gold_scores(target, questions)
+    with resuming(target, memory, 2), remembering(target) as inner:
+        assert same(gold_scores(target, questions), base)
+    assert not inner.usable
+    with remembering(target) as outer, resuming(target, memory, 2):
+        gold_scores(target, questions)
+    with Graft(["L3.mlp"]).applied(generations):
+        whole = gold_scores(target, questions)
+        with resuming(target, outer, 3):
+            assert same(gold_scores(target, questions), whole)
+
+
+def test_decoding_step_by_step_is_computed_whole(generations: Any, questions: Any) -> None:
+    target = generations.target
+    with remembering(target) as memory:
+        written = evaluate(target, questions, method="generate")
+    assert not memory.usable
+    with resuming(target, memory, 2):
+        assert (evaluate(target, questions, method="generate").correct == written.correct).all()
+
+
+def test_with_gradients_passes_are_whole(random_model: Any, questions: Any) -> None:
+    model = random_model()
+    with remembering(model) as memory:
+        gold_scores(model, questions)
+    model.hf.requires_grad_(True)
+    assert memory.usable and not resumed.can_resume(model)
+    with torch.no_grad():
+        assert resumed.can_resume(model)
+
+
+def test_layers_that_pass_something_sideways_are_computed_whole(questions: Any, generations: Any) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=57,
+        vocab_size_per_layer_input=57,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_kv_shared_layers=2,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    model = LanguageModel(
+        "gemma3n", transformers.Gemma3nForCausalLM(config).eval().requires_grad_(False), generations.target.tokenizer
+    )
+    assert not resumed.can_resume(model)
+    with remembering(model) as memory:
+        base = gold_scores(model, questions)
+    with resuming(model, memory, 2):
+        assert same(gold_scores(model, questions), base)
 
 
 @pytest.mark.parametrize("kv", ["never", "whole-group"])
@@ -129,8 +231,6 @@ def test_rules_that_try_grafts_are_as_without_it(
     choose = mt.load_task("addition").split(1, 16, 1).choose
     options: Any = {"kind": "linear", "pool": 4, "stop": 6}
     quick = mt.rank_modules(generations, choose, "greedy", **options)
-    from mechtransplant.evaluation import resumed
-
     monkeypatch.setattr(resumed, "_shares_parameters", lambda blocks: True)
     whole = mt.rank_modules(generations, choose, "greedy", **options)
     assert list(quick.module) == list(whole.module)
@@ -138,7 +238,9 @@ def test_rules_that_try_grafts_are_as_without_it(
 
 def test_blocks_that_share_parameters_are_computed_whole(random_model: Any, questions: Any) -> None:
     model = random_model()
-    model.hf.model.layers[1].mlp.up_proj.weight = model.hf.model.layers[0].mlp.up_proj.weight
+    layers = model.hf.model.layers
+    # another parameter on the same memory
+    layers[1].mlp.up_proj.weight.data = layers[0].mlp.up_proj.weight.data
     with remembering(model) as memory:
         gold_scores(model, questions)
     assert not memory.usable

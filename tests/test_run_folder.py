@@ -24,7 +24,7 @@ def test_two_writers(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_no_room_names_the_folder(tmp_path: Path, code: int) -> None:
     with pytest.raises(UsageError, match=f"cannot write to .*/run: {os.strerror(code)}"), locked(tmp_path / "run"):
         raise OSError(code, os.strerror(code))
@@ -33,11 +33,20 @@ def test_no_room_names_the_folder(tmp_path: Path, code: int) -> None:
 def test_an_error_about_another_file_is_not_the_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="weights"), locked(tmp_path / "run"):
         (tmp_path / "weights").read_bytes()
+    elsewhere = OSError(errno.EROFS, os.strerror(errno.EROFS), "/cache/model")
+    with pytest.raises(OSError, match="/cache/model"), locked(tmp_path / "run"):
+        raise elsewhere
     inside = tmp_path / "run" / "table.csv"
     with pytest.raises(UsageError, match="cannot write to"), locked(tmp_path / "run"):
         inside.read_bytes()
     with pytest.raises(UsageError, match="cannot write to"), locked(tmp_path / "run"):
         os.replace(inside, inside.with_name("other"))
+
+
+def test_a_relative_folder_is_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="cannot write to run: "), locked(Path("run")):
+        (tmp_path / "run" / "table.csv").read_bytes()
 
 
 def test_what_a_folder_began_with_decides(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 A graft of layer ℓ leaves layers 0 … ℓ−1 as they were, so a sweep over modules needs each of them once: on average half
 of the work. The layers below answer with the very tensors that they wrote before, and everything else of the model's
-own code runs as always, so results are equal to the bit. ::
+own code runs as always, so results are equal to the bit. Where that cannot be promised (hooks or patches, gradients,
+layers that share parameters or pass something sideways, decoding step by step), passes are computed whole. ::
 
     with remembering(model) as memory:
         base = gold_scores(model, task)
@@ -12,7 +13,8 @@ own code runs as always, so results are equal to the bit. ::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
 #: bytes of layers' outputs that are kept; a workload that needs more is computed whole every time
 LIMIT = 2 << 30
+
+
+#: models in a block of either kind: one inside another is computed whole
+_ACTIVE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass
@@ -49,46 +55,67 @@ class Memory:
         self.passes, self.usable = [], False
 
 
+def can_resume(model: LanguageModel) -> bool:
+    """Whether passes of the model, as it is now, may begin at a layer."""
+    import torch
+
+    hf, blocks = model.hf, _blocks(model)
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for block in blocks for m in block.modules())
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in hf.parameters())
+    busy = hooked or trained or bool(interventions_on(hf)) or hf in _ACTIVE
+    # Gemma 3n and 4: upper layers read keys and values that lower ones made
+    sideways = bool(getattr(hf.config.get_text_config(), "num_kv_shared_layers", 0))
+    return not (busy or sideways or _shares_parameters(blocks))
+
+
 @contextmanager
 def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
     """A block whose forward passes are remembered, up to ``limit`` bytes of the layers' outputs."""
     memory, blocks = Memory(), _blocks(model)
-    if interventions_on(model.hf) or _shares_parameters(blocks):
+    if not can_resume(model):
         memory.forget()
         yield memory
         return
+    caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         cache = keywords.get("past_key_values")
-        began = cache is not None and cache.get_seq_length() == 0
-        memory.passes.append(RememberedPass(_ids(inputs, keywords), [], [] if began else None))
+        if interventions_on(model.hf) or (cache is not None and cache in caches):
+            memory.forget()
+        if cache is not None:
+            caches.add(cache)
+        if memory.usable:
+            began = cache is not None and cache.get_seq_length() == 0
+            memory.passes.append(RememberedPass(_ids(inputs, keywords), [], [] if began else None))
 
-    def wrote(_: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        memory.passes[-1].outputs.append(output)
-        memory.bytes += sum(t.numel() * t.element_size() for t in _tensors(output))
+    def wrote(own: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
+        output = own(*inputs, **keywords)
+        if any(isinstance(value, dict) for value in keywords.values()):
+            # something that layers write for one another
+            memory.forget()
+        if memory.usable:
+            memory.bytes += sum(t.numel() * t.element_size() for t in _tensors(output))
+            memory.passes[-1].outputs.append(output)
+            if memory.bytes > limit:
+                memory.forget()
+        return output
 
     def after(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        import copy
+
+        if not memory.usable:
+            return
         done = memory.passes[-1]
         if done.begun is not None:
-            done.begun = list(keywords["past_key_values"].layers)
-        if len(done.outputs) != len(blocks) or memory.bytes > limit:
-            stop()
+            # later passes may append to it
+            done.begun = copy.deepcopy(keywords["past_key_values"].layers)
+        if len(done.outputs) != len(blocks):
             memory.forget()
 
-    hooks = [
-        model.hf.register_forward_pre_hook(before, with_kwargs=True),
-        model.hf.register_forward_hook(after, with_kwargs=True),
-        *(block.register_forward_hook(wrote) for block in blocks),
-    ]
-
-    def stop() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    try:
+    with _acting(model, before, after) as stack:
+        for block in blocks:
+            stack.enter_context(_answering(block, partial(wrote, block.forward)))
         yield memory
-    finally:
-        stop()
 
 
 @contextmanager
@@ -96,43 +123,57 @@ def resuming(model: LanguageModel, memory: Memory, layer: int) -> Iterator[None]
     """A block whose forward passes, the remembered ones in their order, begin at ``layer``.
 
     Layers from there on may have other weights than when they were remembered. Where nothing usable is remembered, or
-    something acts on the model, passes are whole. Raises RuntimeError for a pass that is not the remembered one.
+    something acts on the model, passes are whole. Raises RuntimeError for a pass that is not the remembered one, and
+    where something began to act on the model inside the block.
     """
-    if layer <= 0 or not memory.usable or interventions_on(model.hf):
+    if layer <= 0 or not memory.usable or not can_resume(model):
         yield
         return
-    blocks, at = _blocks(model), iter(memory.passes)
+    at = iter(memory.passes)
     current: list[RememberedPass] = []
 
     def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         import torch
 
+        if interventions_on(model.hf):
+            raise RuntimeError("a patch inside a block of resumed passes would miss the layers that do not run")
         remembered, ids = next(at, None), _ids(inputs, keywords)
         if remembered is None or ids.shape != remembered.ids.shape or not torch.equal(ids, remembered.ids):
             raise RuntimeError("this forward pass is not the one that was remembered: ask the same questions again")
         current[:] = [remembered]
 
     def after(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+        import copy
+
         if current[0].begun is not None:
             # a cache that later passes continue: the layers that did not run have filled nothing in
-            keywords["past_key_values"].layers[:layer] = current[0].begun[:layer]
+            keywords["past_key_values"].layers[:layer] = copy.deepcopy(current[0].begun[:layer])
 
     def answer(number: int, *_: Any, **__: Any) -> Any:
         return current[0].outputs[number]
 
+    with _acting(model, before, after) as stack:
+        for number, block in enumerate(_blocks(model)[:layer]):
+            stack.enter_context(_answering(block, partial(answer, number)))
+        yield
+
+
+@contextmanager
+def _acting(model: LanguageModel, before: Callable[..., None], after: Callable[..., None]) -> Iterator[ExitStack]:
+    """A block in which every forward pass of the model has these two beside it, and no other block of this kind."""
     with ExitStack() as stack:
         for hook in (
             model.hf.register_forward_pre_hook(before, with_kwargs=True),
             model.hf.register_forward_hook(after, with_kwargs=True),
         ):
             stack.callback(hook.remove)
-        for number, block in enumerate(blocks[:layer]):
-            stack.enter_context(_answering(block, partial(answer, number)))
-        yield
+        _ACTIVE.add(model.hf)
+        stack.callback(_ACTIVE.discard, model.hf)
+        yield stack
 
 
 @contextmanager
-def _answering(block: Any, forward: Any) -> Iterator[None]:
+def _answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """A module whose forward is another function; its own is back afterwards."""
     mine = block.__dict__.get("forward")
     block.forward = forward
@@ -153,7 +194,7 @@ def _shares_parameters(blocks: list[Any]) -> bool:
     """Whether two blocks have a parameter in common: a graft of one would change the other."""
     known: set[int] = set()
     for block in blocks:
-        mine = {id(p) for p in block.parameters()}
+        mine = {p.data_ptr() for p in block.parameters()}
         if known & mine:
             return True
         known |= mine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ from mechtransplant.errors import UsageError
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
 
-#: where a write fails without naming its file
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 ELSEWHERE = "choose another --out folder"
 
 
@@ -40,11 +37,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _is_about(folder: Path, error: OSError) -> bool:
-    if error.errno in NO_ROOM:
-        return True
-    named = [Path(str(name)) for name in (error.filename, error.filename2) if name]
-    # making the folder may fail at one of its parents
-    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in named)
+    named = [Path(str(name)).absolute() for name in (error.filename, error.filename2) if name]
+    whole = folder.absolute()
+    # a write that finds no room names no file; making the folder may fail at one of its parents
+    return not named or any(path.is_relative_to(whole) or whole.is_relative_to(path) for path in named)
 
 
 def begin(folder: Path, began: dict[str, Any]) -> None:
@@ -93,7 +89,6 @@ def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str], a
             raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
         if changed:
             raise UsageError(
-                f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, "
-                "or remove it"
+                f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, or remove it"
             )
     write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import gold_scores
-from mechtransplant.evaluation.resumed import remembering, resuming
+from mechtransplant.evaluation.resumed import Memory, can_resume, remembering, resuming
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
 from mechtransplant.progress import track
@@ -41,15 +41,17 @@ def single_swap(
     progress: bool = False,
 ) -> Scores:
     """The exact effect of every module grafted alone."""
-    base, values = _tried(pair, task, pair.modules(kind), kv, batch_size, progress)
-    return np.array(values) - base
+    with remembering(pair.target) as memory:
+        base = _objective(pair, task, batch_size)
+    return np.array(_tried(pair, task, pair.modules(kind), kv, batch_size, progress, memory)) - base
 
 
 @register_rule(
     "greedy",
     "m₁ = argmax L(target with m), then m₂ = argmax L(target with m₁ and m), …; s = N − place",
     needs="gold answers",
-    cost="N (N + 1) / 2 forward passes; with a pool of p, about K forward and backward, and K p forward passes",
+    cost="N (N + 3) / 2 forward passes; with a pool of p, about K forward and backward, and K (p + 1) forward passes; "
+    "most of them from a module's layer on",
     sign="chosen early",
     splits=CHOOSE,
 )
@@ -81,7 +83,12 @@ def greedy(
         if len(candidates) == 1:
             best = candidates[0]
         else:
-            _, values = _tried(pair, task, candidates, kv, batch_size, False, order)
+            memory = Memory(usable=False)
+            # the pass that is remembered costs one, and saves about half of each
+            if len(candidates) > 2 and can_resume(pair.target):
+                with _grafted(pair, order, kv), remembering(pair.target) as memory:
+                    _objective(pair, task, batch_size)
+            values = _tried(pair, task, candidates, kv, batch_size, False, memory, order)
             best = candidates[int(np.argmax(values))]
         order.append(best)
         left.remove(best)
@@ -111,22 +118,21 @@ def _tried(
     kv: KV,
     batch_size: int,
     progress: bool,
+    memory: Memory,
     order: Sequence[str] = (),
-) -> tuple[float, list[float]]:
-    """The mean log-probability with ``order`` grafted, and with every module grafted in turn, together with those.
+) -> list[float]:
+    """The mean log-probability with every module grafted in turn, together with those of ``order``.
 
     One graft of them all, since a set may move more than its members one by one (``kv="whole-group"``). A module
-    changes nothing below its layer, so every pass begins there.
+    changes nothing below its layer, so a pass begins there where ``memory`` has the pass without the module.
     """
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
-    with remembering(pair.target) as memory, _grafted(pair, order, kv):
-        base = _objective(pair, task, batch_size)
     values = []
     for module in track(modules, "grafts", progress):
         with _grafted(pair, [*order, module], kv), resuming(pair.target, memory, parse_address(module).layer):
             values.append(_objective(pair, task, batch_size))
-    return base, values
+    return values
 
 
 def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:
