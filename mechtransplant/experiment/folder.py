@@ -82,8 +82,8 @@ def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str], a
     if path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            known = [what for what in (*compared, *added) if what in saved or what in compared]
-            changed = [what for what in known if saved.get(what) != began[what]]
+            wanted = [*compared, *(what for what in added if what in saved)]
+            changed = [what for what in wanted if saved.get(what) != began[what]]
             starts = saved["starts"] + [now] * (now not in saved["starts"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error

@@ -147,7 +147,7 @@ def _begin(folder: Path, config: PlantedConfig) -> None:
     import yaml
 
     check_ours(folder, "benchmark", what=WHAT)
-    write_starts(folder, {"what": WHAT}, ("what",))
+    write_starts(folder, {"what": WHAT}, compared=())
     write_atomically(folder / "config.yaml", str(yaml.safe_dump(json.loads(json.dumps(asdict(config))))))
 
 

@@ -340,14 +340,12 @@ def _searches(run: Run, results: pd.DataFrame) -> list[str]:
     for k in grid.index:
         found = [f"{grid.loc[k, r]:.3f} ({grid.loc[k, r] - best[k]:+.3f})" for r in searches]
         lines.append(_row([k, f"{best[k]:.3f} `{names[k]}`", *found]))
-    said_of_all = (
-        "In brackets: the search less the best other rule. Searches optimise this quantity on these questions, "
+    caution = (
+        "In brackets: the search less the best other rule. Searches optimise this quantity on these questions, and the "
+        "other rules rank on `discover`, so a positive difference is no finding: a negative one would be a failed "
+        "search, or one that stopped before that K (`stop`: the rest follow one gradient)."
     )
-    said_of_all += (
-        "and the other rules rank on `discover`, so a positive difference is no finding: a negative one would "
-    )
-    said_of_all += "be a failed search, or one that stopped before that K (`stop`: the rest follow one gradient)."
-    return [*lines, "", said_of_all]
+    return [*lines, "", caution]
 
 
 def _consequences(run: Run, graft: Graft, outcome: Outcome) -> list[str]:
