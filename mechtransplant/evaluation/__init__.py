@@ -1,7 +1,7 @@
 """Generation and scoring; TIR, Recovery and intervals."""
 
 from mechtransplant.evaluation.generation import Generation, generate
-from mechtransplant.evaluation.gold import GoldOutcomes, gold_outcomes, gold_passes, gold_scores
+from mechtransplant.evaluation.gold import GoldOutcomes, gold_outcomes, gold_passes, gold_scores, gold_variants
 from mechtransplant.evaluation.outcome import Change, Outcome, Truncation, compare
 from mechtransplant.evaluation.scoring import Evaluation, evaluate, evaluate_budgets
 
@@ -19,4 +19,5 @@ __all__ = [
     "gold_outcomes",
     "gold_passes",
     "gold_scores",
+    "gold_variants",
 ]

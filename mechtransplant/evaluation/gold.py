@@ -12,7 +12,7 @@ The end of the text may be written by any of the model's end tokens: for log-pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class GoldOutcomes(NamedTuple):
-    """One value a question, in the task's order (see the module's docstring)."""
+    """One value a question, in the task's order (see the module's docstring); of variants, one row each."""
 
     correct: NDArray[np.bool_]
     log_probability: NDArray[np.float64]
@@ -55,7 +55,7 @@ class GoldPass:
     """One batch's forward: ``logits`` (rows, answer tokens, vocabulary) at the answer's tokens.
 
     ``gold`` holds their ids, ``real`` which of them are no padding, ``last`` which end the text; ``ends`` are the
-    tokens that may.
+    tokens that may. Of several variants the rows come variant by variant.
     """
 
     rows: list[int]
@@ -111,15 +111,14 @@ def gold_passes(
 ) -> Iterator[GoldPass]:
     """One forward a batch of questions of similar lengths; inside ``torch.no_grad()`` or not, as the caller likes.
 
-    With gradients no prefix is shared. Raises TaskError where the tokenizer has no end token.
+    With gradients no prefix is shared. Passes that fork (see ``forked``) give every variant's rows. Raises TaskError
+    where the tokenizer has no end token.
     """
     import torch
 
     check_model(model)
     check_count("batch_size", batch_size)
-    if model.tokenizer.eos_token_id is None:
-        raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
-    ends = torch.tensor(end_tokens(model))
+    ends = accepted_ends(model)
     encoded = encode(task, model.tokenizer)
     hf = model.hf
     totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
@@ -160,12 +159,27 @@ def gold_passes(
                     if aligned:
                         logits = logits[:, :-1]
             if not aligned:
-                starts = torch.tensor([len(p) - 1 for p in prompts])
+                starts = torch.tensor([len(p) - 1 for p in prompts]).repeat(len(logits) // len(rows))
                 index = (starts[:, None] + torch.arange(gold.shape[1])).clamp_max(ids.shape[1] - 1)
-                logits = logits[torch.arange(len(rows))[:, None], index.to(logits.device)]
-            real = gold_mask.bool()
-            last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
-            yield GoldPass(rows, logits, gold, real, last, ends)
+                logits = logits[torch.arange(len(logits))[:, None], index.to(logits.device)]
+            yield gold_pass(rows, logits, gold, gold_mask, ends)
+
+
+def accepted_ends(model: LanguageModel) -> Tensor:
+    """The tokens that may end an answer; raises TaskError where the tokenizer has none."""
+    import torch
+
+    if model.tokenizer.eos_token_id is None:
+        raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
+    return torch.tensor(end_tokens(model))
+
+
+def gold_pass(rows: list[int], logits: Tensor, gold: Tensor, mask: Tensor, ends: Tensor) -> GoldPass:
+    """A batch's logits with what scores them: ``gold`` (rows, answer tokens) and its ``mask``, padded on the right."""
+    variants = len(logits) // len(rows)
+    real = mask.bool().repeat(variants, 1)
+    last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+    return GoldPass(rows * variants, logits, gold.repeat(variants, 1), real, last, ends)
 
 
 def gold_outcomes(
@@ -176,18 +190,50 @@ def gold_outcomes(
     share_prefix: bool = True,
 ) -> GoldOutcomes:
     """Verdict, log-probability and logit difference of every question: one teacher-forced forward a batch."""
+    found = gold_variants(model, task, 1, batch_size, padding_side, share_prefix)
+    return GoldOutcomes(*(values[0] for values in found))
+
+
+def gold_variants(
+    model: LanguageModel,
+    task: Task,
+    variants: int,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    share_prefix: bool = True,
+) -> GoldOutcomes:
+    """The outcomes of passes that fork (see ``forked``), each of shape (variants, questions)."""
     import torch
 
     check_model(model)
     check_task(task)
-    n = len(task)
-    found = GoldOutcomes(np.zeros(n, dtype=bool), np.zeros(n), np.zeros(n))
+    collected = GoldCollector(variants, len(task))
     with torch.no_grad():
         for done in gold_passes(model, task, batch_size, padding_side, share_prefix):
-            found.correct[done.rows] = done.hits.numpy()
-            found.log_probability[done.rows] = done.log_probability.cpu().double().numpy()
-            found.logit_difference[done.rows] = done.logit_difference.cpu().double().numpy()
-    return found
+            collected.add(done, range(variants))
+    return collected.outcomes
+
+
+class GoldCollector:
+    """Outcomes of shape (variants, questions), filled batch by batch or part by part."""
+
+    def __init__(self, variants: int, questions: int) -> None:
+        shape = (variants, questions)
+        self.outcomes = GoldOutcomes(np.zeros(shape, dtype=bool), np.zeros(shape), np.zeros(shape))
+
+    def add(self, done: GoldPass, variants: Sequence[int]) -> None:
+        """A batch under some of the variants."""
+        found = GoldOutcomes(
+            done.hits.numpy(),
+            done.log_probability.cpu().double().numpy(),
+            done.logit_difference.cpu().double().numpy(),
+        )
+        self.put(variants, done.rows[: len(done.rows) // len(variants)], found)
+
+    def put(self, variants: Sequence[int], rows: Sequence[int], found: GoldOutcomes) -> None:
+        """Outcomes of some questions under some of the variants."""
+        for into, new in zip(self.outcomes, found, strict=True):
+            into[np.ix_(variants, rows)] = new.reshape(len(variants), len(rows))
 
 
 def gold_scores(

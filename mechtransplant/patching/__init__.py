@@ -10,6 +10,7 @@ from mechtransplant.patching.effects import patch_versus_graft
 from mechtransplant.patching.heads_and_mlps import ablate_heads_and_mlps
 from mechtransplant.patching.patch import HeadPoint, Patch
 from mechtransplant.patching.shift import MeanShift, mean_shift
+from mechtransplant.patching.sweeps import patch_effects
 
 __all__ = [
     "Ablation",
@@ -18,6 +19,7 @@ __all__ = [
     "Patch",
     "ablate_heads_and_mlps",
     "mean_shift",
+    "patch_effects",
     "patch_versus_graft",
     "reference_activations",
 ]

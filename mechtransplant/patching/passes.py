@@ -11,13 +11,14 @@ from mechtransplant.errors import UnknownNameError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-Where = Literal["all", "prompt", "decoding", "last"] | Sequence[int]
+Where = Literal["all", "prompt", "decoding", "last", "answer"] | Sequence[int]
 #: name → the positions at which a patch acts
 WHERE: dict[str, str] = {
     "all": "every token, of the prompt and of what is written",
     "prompt": "every token of the prompt",
     "decoding": "every token that is written",
     "last": "the prompt's last token",
+    "answer": "what predicts the answer: the prompt's last token, and every token that is written",
 }
 
 
@@ -50,7 +51,7 @@ class Pass:
         if isinstance(positions, str):
             if positions == "all":
                 return self.real
-            if positions == "decoding":
+            if positions == "decoding" or (positions == "answer" and not self.prompt):
                 return self.real & (not self.prompt)
             if positions == "prompt":
                 return self.real & self.prompt

@@ -6,7 +6,7 @@ its own, so a patch acts alike while prompts are scored and while text is writte
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -33,8 +33,8 @@ class Patch:
     Args:
         modules: heads (``L5H3``), MLPs, attention blocks, or the residual stream (``L5.resid_pre``, ``L5.resid_post``;
             ``L5`` is the latter).
-        positions: "all", "prompt", "decoding", "last" (the prompt's last token), or token numbers of the prompt, from
-            0, or from −1 at its end.
+        positions: "all", "prompt", "decoding", "last" (the prompt's last token), "answer" (that and "decoding"), or
+            token numbers of the prompt, from 0, or from −1 at its end.
         heads: what of a head is moved: "z" (``hook_z``, which the target's own W_O then reads) or "result"
             (``hook_result``: z @ W_O, what the source's head writes to the residual stream).
         strength: λ in target + λ · (source − target); at 1 the source's activations as they are.
@@ -94,6 +94,7 @@ class Copying:
         pairs = frozenset((layer, head) for layer, heads in self.heads.items() for head in heads)
         self.heads_changed = pairs
         self.heads_exchanged = pairs if patch.heads == "result" else frozenset()
+        self.layer = min((module.site.layer for module in modules), default=0)
         #: the target's z of this pass, for writes that are exchanged where the heads' sum comes out
         self.z: dict[int, Tensor] = {}
 
@@ -112,29 +113,33 @@ class Copying:
     def new(self, site: Site, tensor: Tensor, now: Pass, source: Lockstep | None) -> Tensor:
         """The new activations of a site."""
         assert source is not None
+        return self.changed(site, tensor, source.seen)
+
+    def changed(self, site: Site, tensor: Tensor, seen: Mapping[Site, Tensor]) -> Tensor:
+        """The new activations of a site, where the source's are ``seen``."""
         if site.place == "z":
-            return self._z(site, tensor, source)
+            return self._z(site, tensor, seen)
         changed = tensor
         if site.place == "attn" and site.layer in self.z:
-            changed = tensor + self._exchanged(site, source)
+            changed = tensor + self._exchanged(site, seen)
         # a block's whole output says more than its heads'
-        return self._moved(tensor, source.seen[site]) if site in self.whole else changed
+        return self._moved(tensor, seen[site]) if site in self.whole else changed
 
-    def _z(self, site: Site, tensor: Tensor, source: Lockstep) -> Tensor:
+    def _z(self, site: Site, tensor: Tensor, seen: Mapping[Site, Tensor]) -> Tensor:
         if self.patch.heads == "result":
             self.z[site.layer] = tensor
             return tensor
         new = tensor.clone()
         heads = self.heads[site.layer]
-        new[..., heads, :] = self._moved(tensor[..., heads, :], source.seen[site].reshape(tensor.shape)[..., heads, :])
+        new[..., heads, :] = self._moved(tensor[..., heads, :], seen[site].reshape(tensor.shape)[..., heads, :])
         return new
 
-    def _exchanged(self, site: Site, source: Lockstep) -> Tensor:
+    def _exchanged(self, site: Site, seen: Mapping[Site, Tensor]) -> Tensor:
         """λ · Σ (z_source @ W_O,source − z_target @ W_O,target) over the layer's patched heads: 0 where both agree."""
         import torch
 
         heads, ours = self.heads[site.layer], self.z.pop(site.layer)
-        theirs = source.seen[Site("z", site.layer)].reshape(ours.shape)[..., heads, :]
+        theirs = seen[Site("z", site.layer)].reshape(ours.shape)[..., heads, :]
         ours = ours[..., heads, :]
         w_source, w_target = (w[heads].to(ours) for w in self.writes[site.layer])
         change = torch.einsum("bphd,hdm->bpm", theirs - ours, w_source)

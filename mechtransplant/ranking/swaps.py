@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError
-from mechtransplant.evaluation import gold_scores
-from mechtransplant.evaluation.resumed import Memory, can_resume, remembering, resuming
+from mechtransplant.evaluation.sweeps import Change, sweep
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
 from mechtransplant.progress import track
@@ -41,9 +41,7 @@ def single_swap(
     progress: bool = False,
 ) -> Scores:
     """The exact effect of every module grafted alone."""
-    with remembering(pair.target) as memory:
-        base = _objective(pair, task, batch_size)
-    return np.array(_tried(pair, task, pair.modules(kind), kv, batch_size, progress, memory)) - base
+    return _gains(pair, task, pair.modules(kind), kv, batch_size, progress)
 
 
 @register_rule(
@@ -80,16 +78,9 @@ def greedy(
         candidates = left
         if pool is not None and pool < len(left):
             candidates = _steepest(pair, task, order, left, kv, batch_size)[:pool]
-        if len(candidates) == 1:
-            best = candidates[0]
-        else:
-            memory = Memory(usable=False)
-            # the pass that is remembered costs one, and saves about half of each
-            if len(candidates) > 2 and can_resume(pair.target):
-                with _grafted(pair, order, kv), remembering(pair.target) as memory:
-                    _objective(pair, task, batch_size)
-            values = _tried(pair, task, candidates, kv, batch_size, False, memory, order)
-            best = candidates[int(np.argmax(values))]
+        best = candidates[0]
+        if len(candidates) > 1:
+            best = candidates[int(np.argmax(_gains(pair, task, candidates, kv, batch_size, False, order)))]
         order.append(best)
         left.remove(best)
     if left:
@@ -107,32 +98,27 @@ def _steepest(
     return [modules[i] for i in np.argsort(-effects, kind="stable")]
 
 
-def _objective(pair: Pair, task: Task, batch_size: int) -> float:
-    return float(gold_scores(pair.target, task, batch_size)[1].mean())
-
-
-def _tried(
+def _gains(
     pair: Pair,
     task: Task,
     modules: Sequence[str],
     kv: KV,
     batch_size: int,
     progress: bool,
-    memory: Memory,
     order: Sequence[str] = (),
-) -> list[float]:
-    """The mean log-probability with every module grafted in turn, together with those of ``order``.
-
-    One graft of them all, since a set may move more than its members one by one (``kv="whole-group"``). A module
-    changes nothing below its layer, so a pass begins there where ``memory`` has the pass without the module.
-    """
+) -> NDArray[np.float64]:
+    """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place."""
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
-    values = []
-    for module in track(modules, "grafts", progress):
-        with _grafted(pair, [*order, module], kv), resuming(pair.target, memory, parse_address(module).layer):
-            values.append(_objective(pair, task, batch_size))
-    return values
+    with _grafted(pair, order, kv):
+        changes = []
+        for module in modules:
+            layer = parse_address(module).layer
+            # a set may move more than its members one by one (kv="whole-group"), all of it in their layer
+            beside = [m for m in order if parse_address(m).layer == layer]
+            changes.append(Change(layer, Graft([*beside, module], kv=kv).applied(pair)))
+        before, after = sweep(pair.target, task, changes, batch_size, progress=progress, what="grafts")
+    return np.asarray(after.log_probability.mean(1) - before.log_probability.mean())
 
 
 def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,18 @@ import torch
 from architectures import ARCHITECTURES, random_pair_of
 
 import mechtransplant as mt
-from mechtransplant.evaluation import evaluate, gold_outcomes, gold_scores, resumed
-from mechtransplant.evaluation.resumed import remembering, resuming
+from mechtransplant.evaluation import (
+    GoldOutcomes,
+    evaluate,
+    gold_outcomes,
+    gold_scores,
+    gold_variants,
+    remembered,
+    sweeps,
+)
+from mechtransplant.evaluation.forked import forking, resuming
+from mechtransplant.evaluation.remembered import remembering
+from mechtransplant.evaluation.sweeps import Change, sweep
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import LanguageModel
 from mechtransplant.patching import Patch
@@ -26,6 +37,13 @@ def questions() -> Any:
 
 def same(found: Any, expected: Any) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def close(found: Any, expected: Any) -> None:
+    """Verdicts equal, continuous outcomes up to the rounding of float32."""
+    assert (found.correct == expected.correct).all()
+    for name in ("log_probability", "logit_difference"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=2e-5)
 
 
 def deep(architecture: str, tokenizer: Any) -> Any:
@@ -71,6 +89,62 @@ def test_with_and_without_a_shared_prefix(generations: Any, side: Any, shared: b
                 assert same(gold_outcomes(target, task, **options), whole)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [5, 1])
+def test_variants_go_on_as_one_batch(architecture: str, rows: int, generations: Any, questions: Any) -> None:
+    pair = deep(architecture, generations.target.tokenizer)
+    with remembering(pair.target) as memory:
+        base = gold_outcomes(pair.target, questions, rows)
+    for layer in range(4):
+        graftable = [m for m in pair.modules(("head", "mlp")) if m.startswith(f"L{layer}")]
+        variants = [Graft([m], kv="group").applied(pair) for m in graftable]
+        with forking(pair.target, memory, layer, variants):
+            found = gold_variants(pair.target, questions, len(variants), rows)
+        for at, variant in enumerate(variants):
+            with variant:
+                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(pair.target, questions, rows))
+        assert np.abs(found.log_probability - base.log_probability).max() > 1e-3
+    assert same(gold_outcomes(pair.target, questions, rows), base)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_variants_of_every_architecture_with_a_shared_prefix(architecture: str, generations: Any) -> None:
+    pair = deep(architecture, generations.target.tokenizer)
+    task = mt.load_task("addition").split(7, 1, 1).discover
+    task = replace(task, format=replace(task.format, system="1+2=3; 4+5=9; 2+2=4;"))
+    with remembering(pair.target) as memory:
+        gold_outcomes(pair.target, task, 4)
+    # Mistral's sliding window is shorter than the prompt
+    assert (memory.passes[0].begun is not None) == (architecture != "mistral")
+    for layer in range(4):
+        variants = [Graft([f"L{layer}{part}"], kv="group").applied(pair) for part in ("H1", ".mlp", ".attn")]
+        with forking(pair.target, memory, layer, variants):
+            found = gold_variants(pair.target, task, len(variants), 4)
+        for at, variant in enumerate(variants):
+            with variant:
+                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(pair.target, task, 4))
+
+
+@pytest.mark.filterwarnings("ignore:prompt and answer have:UserWarning")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_variants_with_and_without_a_shared_prefix(generations: Any, side: Any, shared: bool) -> None:
+    task = mt.load_task("arithmetic-few-shot").split(10, 1, 1).discover
+    options: Any = {"batch_size": 4, "padding_side": side, "share_prefix": shared}
+    target = generations.target
+    with remembering(target) as memory:
+        gold_outcomes(target, task, **options)
+    for layer in range(4):
+        # K and V of the layer itself differ from variant to variant
+        names = [f"L{layer}.{part}" for part in ("k_proj", "v_proj", "mlp")]
+        variants = [nullcontext(), *(Graft([name]).applied(generations) for name in names)]
+        with forking(target, memory, layer, variants):
+            found = gold_variants(target, task, len(variants), **options)
+        for at, variant in enumerate(variants):
+            with variant:
+                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(target, task, **options))
+
+
 def test_layers_below_do_not_run(generations: Any, questions: Any) -> None:
     target, ran = generations.target, []
     blocks = [target.hf.get_submodule(target.layout.block(n)) for n in range(4)]
@@ -83,7 +157,7 @@ def test_layers_below_do_not_run(generations: Any, questions: Any) -> None:
                 ran.append(at)
                 return own(*inputs)
 
-            stack.enter_context(resumed._answering(block.mlp, counted))
+            stack.enter_context(remembered.answering(block.mlp, counted))
         with resuming(target, memory, 2):
             gold_scores(target, questions)
     assert set(ran) == {2, 3}
@@ -185,9 +259,9 @@ def test_with_gradients_passes_are_whole(random_model: Any, questions: Any) -> N
     with remembering(model) as memory:
         gold_scores(model, questions)
     model.hf.requires_grad_(True)
-    assert memory.usable and not resumed.can_resume(model)
+    assert memory.usable and not remembered.can_resume(model)
     with torch.no_grad():
-        assert resumed.can_resume(model)
+        assert remembered.can_resume(model)
 
 
 def test_layers_that_pass_something_sideways_are_computed_whole(questions: Any, generations: Any) -> None:
@@ -212,7 +286,7 @@ def test_layers_that_pass_something_sideways_are_computed_whole(questions: Any, 
     model = LanguageModel(
         "gemma3n", transformers.Gemma3nForCausalLM(config).eval().requires_grad_(False), generations.target.tokenizer
     )
-    assert not resumed.can_resume(model)
+    assert not remembered.can_resume(model)
     with remembering(model) as memory:
         base = gold_scores(model, questions)
     with resuming(model, memory, 2):
@@ -220,18 +294,45 @@ def test_layers_that_pass_something_sideways_are_computed_whole(questions: Any, 
 
 
 @pytest.mark.parametrize("kv", ["never", "whole-group"])
-def test_rules_that_try_grafts_are_as_without_it(
-    generations: Any, questions: Any, kv: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = mt.rank_modules(generations, questions, "single_swap", ("head", "mlp"), kv=kv)
-    base = gold_scores(generations.target, questions)[1].mean()
-    for row in found.itertuples():
-        with Graft([row.module], kv=kv).applied(generations):
-            assert row.score == gold_scores(generations.target, questions)[1].mean() - base
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_a_sweep_is_as_one_graft_after_another(generations: Any, questions: Any, kv: Any, tokens: int) -> None:
+    pair, target = generations, generations.target
+    modules = pair.modules(("head", "mlp"))
+    changes = [Change(int(m[1]), Graft([m], kv=kv).applied(pair)) for m in modules]
+    before, after = sweep(target, questions, changes, 5, tokens_at_once=tokens)
+    assert same(before, gold_outcomes(target, questions, 5))
+    for at, module in enumerate(modules):
+        one = GoldOutcomes(*(values[at] for values in after))
+        with Graft([module], kv=kv).applied(pair):
+            whole = gold_outcomes(target, questions, 5)
+        assert same(one, whole) if tokens == 1 else close(one, whole) is None
+    scores = mt.rank_modules(pair, questions, "single_swap", ("head", "mlp"), kv=kv).set_index("module").score
+    gains = after.log_probability.mean(1) - before.log_probability.mean()
+    np.testing.assert_allclose([scores[m] for m in modules], gains, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_a_sweep_in_parts(generations: Any, questions: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = generations.target
+    changes = [Change(int(m[1]), Graft([m]).applied(generations)) for m in ("L3.mlp", "L0H1", "L0.mlp", "L1.q_proj")]
+    whole = sweep(target, questions, changes, 4, tokens_at_once=tokens)
+    # layers' outputs of one batch fit, and of no more
+    monkeypatch.setattr(sweeps, "LIMIT", 1)
+    parts = list(sweeps._parts(target, questions, 4))
+    assert [len(rows) for rows, _ in parts] == [4, 4, 4]
+    for found, expected in zip(sweep(target, questions, changes, 4, tokens_at_once=tokens), whole, strict=True):
+        close(found, expected)
+    # nothing is remembered: whole passes
+    monkeypatch.setattr(remembered, "_shares_parameters", lambda blocks: True)
+    for found, expected in zip(sweep(target, questions, changes, 4, tokens_at_once=tokens), whole, strict=True):
+        close(found, expected)
+
+
+def test_greedy_is_as_with_whole_passes(generations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = mt.load_task("addition").split(1, 16, 1).choose
     options: Any = {"kind": "linear", "pool": 4, "stop": 6}
     quick = mt.rank_modules(generations, choose, "greedy", **options)
-    monkeypatch.setattr(resumed, "_shares_parameters", lambda blocks: True)
+    monkeypatch.setattr(remembered, "_shares_parameters", lambda blocks: True)
     whole = mt.rank_modules(generations, choose, "greedy", **options)
     assert list(quick.module) == list(whole.module)
 

@@ -1,14 +1,7 @@
-"""Passes that begin at the lowest layer that changed: what the layers below it wrote is remembered, not computed again.
+"""Forward passes that are remembered: what every layer wrote, so that later passes may begin at the layer that changed.
 
-A graft of layer ℓ leaves layers 0 … ℓ−1 as they were, so a sweep over modules needs each of them once: on average half
-of the work. The layers below answer with the very tensors that they wrote before, and everything else of the model's
-own code runs as always, so results are equal to the bit. Where that cannot be promised (hooks or patches, gradients,
-layers that share parameters or pass something sideways, decoding step by step), passes are computed whole. ::
-
-    with remembering(model) as memory:
-        base = gold_scores(model, task)
-    with Graft(["L7.mlp"]).applied(pair), resuming(model, memory, 7):
-        after = gold_scores(model, task)
+See ``forked`` for passes that begin so. What cannot promise to be the same again (hooks or patches, gradients, layers
+that share parameters or pass something sideways, decoding step by step) is not remembered.
 """
 
 from __future__ import annotations
@@ -59,7 +52,7 @@ def can_resume(model: LanguageModel) -> bool:
     """Whether passes of the model, as it is now, may begin at a layer."""
     import torch
 
-    hf, blocks = model.hf, _blocks(model)
+    hf, blocks = model.hf, blocks_of(model)
     hooked = any(m._forward_hooks or m._forward_pre_hooks for block in blocks for m in block.modules())
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in hf.parameters())
     busy = hooked or trained or bool(interventions_on(hf)) or hf in _ACTIVE
@@ -71,7 +64,7 @@ def can_resume(model: LanguageModel) -> bool:
 @contextmanager
 def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
     """A block whose forward passes are remembered, up to ``limit`` bytes of the layers' outputs."""
-    memory, blocks = Memory(), _blocks(model)
+    memory, blocks = Memory(), blocks_of(model)
     if not can_resume(model):
         memory.forget()
         yield memory
@@ -86,7 +79,7 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
             caches.add(cache)
         if memory.usable:
             began = cache is not None and cache.get_seq_length() == 0
-            memory.passes.append(RememberedPass(_ids(inputs, keywords), [], [] if began else None))
+            memory.passes.append(RememberedPass(ids_of(inputs, keywords), [], [] if began else None))
 
     def wrote(own: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
         output = own(*inputs, **keywords)
@@ -94,7 +87,7 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
             # something that layers write for one another
             memory.forget()
         if memory.usable:
-            memory.bytes += sum(t.numel() * t.element_size() for t in _tensors(output))
+            memory.bytes += sum(t.numel() * t.element_size() for t in tensors(output))
             memory.passes[-1].outputs.append(output)
             if memory.bytes > limit:
                 memory.forget()
@@ -112,54 +105,14 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
         if len(done.outputs) != len(blocks):
             memory.forget()
 
-    with _acting(model, before, after) as stack:
+    with acting(model, before, after) as stack:
         for block in blocks:
-            stack.enter_context(_answering(block, partial(wrote, block.forward)))
+            stack.enter_context(answering(block, partial(wrote, block.forward)))
         yield memory
 
 
 @contextmanager
-def resuming(model: LanguageModel, memory: Memory, layer: int) -> Iterator[None]:
-    """A block whose forward passes, the remembered ones in their order, begin at ``layer``.
-
-    Layers from there on may have other weights than when they were remembered. Where nothing usable is remembered, or
-    something acts on the model, passes are whole. Raises RuntimeError for a pass that is not the remembered one, and
-    where something began to act on the model inside the block.
-    """
-    if layer <= 0 or not memory.usable or not can_resume(model):
-        yield
-        return
-    at = iter(memory.passes)
-    current: list[RememberedPass] = []
-
-    def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        import torch
-
-        if interventions_on(model.hf):
-            raise RuntimeError("a patch inside a block of resumed passes would miss the layers that do not run")
-        remembered, ids = next(at, None), _ids(inputs, keywords)
-        if remembered is None or ids.shape != remembered.ids.shape or not torch.equal(ids, remembered.ids):
-            raise RuntimeError("this forward pass is not the one that was remembered: ask the same questions again")
-        current[:] = [remembered]
-
-    def after(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        import copy
-
-        if current[0].begun is not None:
-            # a cache that later passes continue: the layers that did not run have filled nothing in
-            keywords["past_key_values"].layers[:layer] = copy.deepcopy(current[0].begun[:layer])
-
-    def answer(number: int, *_: Any, **__: Any) -> Any:
-        return current[0].outputs[number]
-
-    with _acting(model, before, after) as stack:
-        for number, block in enumerate(_blocks(model)[:layer]):
-            stack.enter_context(_answering(block, partial(answer, number)))
-        yield
-
-
-@contextmanager
-def _acting(model: LanguageModel, before: Callable[..., None], after: Callable[..., None]) -> Iterator[ExitStack]:
+def acting(model: LanguageModel, before: Callable[..., None], after: Callable[..., None]) -> Iterator[ExitStack]:
     """A block in which every forward pass of the model has these two beside it, and no other block of this kind."""
     with ExitStack() as stack:
         for hook in (
@@ -173,7 +126,7 @@ def _acting(model: LanguageModel, before: Callable[..., None], after: Callable[.
 
 
 @contextmanager
-def _answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """A module whose forward is another function; its own is back afterwards."""
     mine = block.__dict__.get("forward")
     block.forward = forward
@@ -186,7 +139,7 @@ def _answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
             block.forward = mine
 
 
-def _blocks(model: LanguageModel) -> list[Any]:
+def blocks_of(model: LanguageModel) -> list[Any]:
     return [model.hf.get_submodule(model.layout.block(n)) for n in range(model.layout.layers)]
 
 
@@ -201,13 +154,13 @@ def _shares_parameters(blocks: list[Any]) -> bool:
     return False
 
 
-def _ids(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+def ids_of(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     return keywords["input_ids"] if "input_ids" in keywords else inputs[0]
 
 
-def _tensors(output: Any) -> Iterator[Any]:
+def tensors(output: Any) -> Iterator[Any]:
     if isinstance(output, (tuple, list)):
         for part in output:
-            yield from _tensors(part)
+            yield from tensors(part)
     elif hasattr(output, "element_size"):
         yield output
