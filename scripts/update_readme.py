@@ -7,7 +7,6 @@ The lines between the two markers come from runs/*/rules.csv and results.parquet
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -76,31 +75,6 @@ def rows(folder: Path) -> list[str]:
     return found
 
 
-def earlier(folder: Path) -> list[str]:
-    """A run from before runs compared rules: one row, from its outcome and its random sets."""
-    saved = json.loads((folder / "outcome.json").read_text())
-    budget, outcome = max(saved.items(), key=lambda item: int(item[0]))
-    results = pd.read_parquet(folder / "results.parquet")
-    test = results[(results.split == "test") & (results.budget == int(budget))]
-    everything, k = int(test[test.role == "all"].k.iloc[0]), len(outcome["modules"])
-    random = test[(test.role == "random") & (test.k == k) & (test.strength == outcome["strength"])].accuracy
-    beaten = int((random < outcome["after_accuracy"]).sum())
-    p = (1 + int((random >= outcome["after_accuracy"]).sum())) / (1 + len(random))
-    cells: list[Any] = [
-        f"[{folder.name}](runs/{folder.name}/summary.md)",
-        "`lae`",
-        *[percent(outcome[f"{role}_accuracy"]) for role in ("target", "source", "after")],
-        f"{k} of {everything}",
-        f"{percent(random.median())} ({percent(random.min())} – {percent(random.max())})",
-        f"{beaten} of {len(random)} (p = {p:.2g})",
-        "–",
-        "undefined" if outcome["tir"] is None else f"{outcome['tir']:.2f}",
-        "withheld" if outcome["recovery"] is None else f"{outcome['recovery']:.0f} %",
-        outcome["n"],
-    ]
-    return [f"| {' | '.join(map(str, cells))} |"]
-
-
 def table() -> str:
     """The table of every committed run."""
     found = [ROOT / "runs" / name for name in RUNS]
@@ -110,7 +84,7 @@ def table() -> str:
     lines = [
         head,
         "|" + "---|" * 12,
-        *(line for f in found for line in (rows(f) if (f / "rules.csv").exists() else earlier(f))),
+        *(line for f in found for line in rows(f)),
     ]
     return "\n" + "\n".join(lines) + "\n\n"
 
