@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,11 +105,11 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
     reading = Reading(rows, [(0, length)] * batch)
     (one,) = reading.batches(pair.target.hf, batch)
 
-    def plain(times: int) -> Callable[[], None]:
+    def plain(times: int, **options: Any) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
                 for model in (pair.target, pair.source, pair.target)[:times]:
-                    model.hf(**one.inputs, use_cache=False, logits_to_keep=1)
+                    model.hf(**one.inputs, **options)
 
         return run
 
@@ -121,12 +122,16 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
 
         return run
 
+    # the least that a forward can be asked for: what the analysis itself asks for
+    least = {"use_cache": False, "logits_to_keep": 1}
     seconds = interleaved(
         {
             "two": plain(2),
+            "two, hidden states": plain(2, **least),
             "distance": analysis("distance"),
             "both": analysis("magnitude", "distance"),
             "three": plain(3),
+            "three, hidden states": plain(3, **least),
             "own": analysis("magnitude", "distance", "own"),
         },
         repeats,
@@ -137,11 +142,14 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
         ("both", "two", "magnitude and distance against two plain forwards"),
         ("own", "three", "magnitude, distance and own against three plain forwards"),
     ):
-        ratio = seconds[name] / seconds[base]
-        lines.append(f"| {what} | {np.median(ratio):.2f} × | {ratio.min():.2f} – {ratio.max():.2f} |")
+        ratios = [seconds[name] / seconds[f"{base}{which}"] for which in ("", ", hidden states")]
+        cells = [f"{np.median(r):.2f} × | {r.min():.2f} – {r.max():.2f}" for r in ratios]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     head = (
         f"{pair_name}, {batch} × {length} tokens, float32, two threads; ratios, medians of {repeats} interleaved "
-        f"repeats (two plain forwards: {np.median(seconds['two']):.2f} s):\n\n| what | ratio | range |\n|---|---|---|"
+        f"repeats (two plain forwards: {np.median(seconds['two']):.2f} s). On the right the forwards "
+        "compute no logits but the last position's, as the analysis does:\n\n"
+        "| what | plain forwards | range | without logits | range |\n|---|---|---|---|---|"
     )
     return [head, *lines]
 

@@ -36,6 +36,7 @@ _HOME = {
     "Ablation": "patching",
     "reference_activations": "patching",
     "ablate_heads_and_mlps": "patching",
+    "patch_effects": "patching",
     "patch_versus_graft": "patching",
     "list_operators": "grafting",
     "cache_activations": "activations",

@@ -64,7 +64,7 @@ def run(
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/demo")) -> None:
-    """The main job on the small models in the repo: seconds to half a minute."""
+    """The main job on the small models in the repo: about a minute on two quiet cores."""
     from mechtransplant.weights import models_folder
 
     _run(models_folder() / "demo.yaml", out)
@@ -316,8 +316,9 @@ def rules() -> None:
     """Every rule that ranks modules, with its equation."""
     from mechtransplant.ranking import list_rules
 
-    for name, description in list_rules().items():
-        typer.echo(f"{name:16} {description}")
+    known = list_rules()
+    for name, description in known.items():
+        typer.echo(f"{name:{max(map(len, known))}}  {description}")
 
 
 @bench_app.command("planted")
@@ -325,40 +326,52 @@ def bench_planted_command(
     pairs: Annotated[str | None, typer.Option(help="Planted pairs with commas; all by default.")] = None,
     rules: Annotated[str | None, typer.Option(help="Rules with commas; all by default.")] = None,
     plugin: Annotated[Path | None, typer.Option(help="A Python file that registers your own rules: it is run.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many splits of the questions.")] = 3,
-    single: Annotated[str, typer.Option(help="Rules, with commas, that get one seed only.")] = "",
-    discover: Annotated[int, typer.Option(help="Questions that rank.")] = 64,
-    choose: Annotated[int, typer.Option(help="Questions for rules that select on `choose`.")] = 64,
-    test: Annotated[int, typer.Option(help="Questions that Recovery is measured on.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 64,
-    options: Annotated[str, typer.Option(help='Options of rules, as JSON: {"greedy": {"pool": 4}}.')] = "{}",
+    seeds: Annotated[int | None, typer.Option(help="How many splits of the questions (3).")] = None,
+    single: Annotated[str | None, typer.Option(help="Rules, with commas, that get one seed only.")] = None,
+    discover: Annotated[int | None, typer.Option(help="Questions that rank (64).")] = None,
+    choose: Annotated[int | None, typer.Option(help="Questions for rules that select on `choose` (64).")] = None,
+    test: Annotated[int | None, typer.Option(help="Questions that Recovery is measured on (128).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions at once (64).")] = None,
+    options: Annotated[str | None, typer.Option(help='Options of rules, as JSON: {"greedy": {"pool": 4}}.')] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file instead of the options above.")] = None,
     finished_only: Annotated[
         bool, typer.Option("--finished-only", help="Report what is there; compute nothing.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="The folder. Started again, it continues.")] = Path("runs/bench-planted"),
+    out: Annotated[
+        Path, typer.Option(help="The folder. Started again, it continues as it was begun, with more pairs or rules.")
+    ] = Path("runs/bench-planted"),
 ) -> None:
     """Every rule on every planted pair: AUROC, average precision, precision, Recovery, stability."""
     import json
+    from dataclasses import asdict
 
-    from mechtransplant.experiment import PlantedConfig, report_planted
-    from mechtransplant.experiment.planted_report import load_plugin, read_planted_config
+    from mechtransplant.experiment import report_planted
+    from mechtransplant.experiment.planted_report import continued, load_plugin, read_planted_config
 
+    lists = {"pairs": pairs, "rules": rules, "single": single}
+    numbers = {"seeds": seeds, "discover": discover, "choose": choose, "test": test, "batch_size": batch_size}
+    given: dict[str, Any] = {
+        key: value for key, value in {**lists, **numbers, "options": options}.items() if value is not None
+    }
+    if config is not None and given:
+        name = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--config takes the place of --{name}: give one of the two, or write {name} into the file")
     if plugin is not None:
         load_plugin(plugin)
     if config is not None:
-        typer.echo(report_planted(read_planted_config(config), out, finished_only=finished_only))
-        typer.echo(f"Tables and figures are in {out}")
-        return
-    try:
-        given = json.loads(options)
-        if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
-            raise ValueError("each rule needs a mapping")
-    except ValueError as error:
-        raise UsageError(f'--options is JSON such as {{"greedy": {{"pool": 4}}}}, got {options!r} ({error})') from error
-    names, wanted, once = (tuple(_listed(text)) for text in (pairs, rules, single))
-    made = PlantedConfig(names, wanted, seeds, discover, choose, test, batch_size, given, once)
-    typer.echo(report_planted(made, out, finished_only=finished_only))
+        given = asdict(read_planted_config(config))
+    given |= {key: tuple(_listed(given[key])) for key in lists if isinstance(given.get(key), str)}
+    if options is not None:
+        try:
+            given["options"] = json.loads(options)
+            if not isinstance(given["options"], dict) or not all(
+                isinstance(v, dict) for v in given["options"].values()
+            ):
+                raise ValueError("each rule needs a mapping")
+        except ValueError as error:
+            example = '{"greedy": {"pool": 4}}'
+            raise UsageError(f"--options is JSON such as {example}, got {options!r} ({error})") from error
+    typer.echo(report_planted(continued(out, given), out, finished_only=finished_only))
     typer.echo(f"Tables and figures are in {out}")
 
 
@@ -370,14 +383,27 @@ def _listed(text: str | None) -> list[str]:
 def main() -> None:
     """The command's entry point: errors that a user can cause print one line and exit with code 2."""
     try:
-        app()
+        # typer's own handling would print a usage mistake in four lines, and an interrupt in none
+        code = app(prog_name="mechtransplant", standalone_mode=False) or 0
     except UsageError as error:
         print(f"mechtransplant: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        # a usage mistake is click's, which some versions of typer bring along under their own name
+        message, context = getattr(error, "format_message", None), getattr(error, "ctx", None)
+        if message is None:
+            raise
+        where = context.command_path if context is not None else "mechtransplant"
+        # without any command the message is the whole help
+        said = message() if "\n" in message() else f"mechtransplant: {message().rstrip('.')}. See {where} --help."
+        print(said, file=sys.stderr)
+        sys.exit(2)
+    if code == 130:
         said = "interrupted; nothing half-written is left, and a run that is started again goes on"
         print(f"mechtransplant: {said}", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ def graft_with_controls(
     """
     import pandas as pd
 
+    if "module" not in getattr(ranking, "columns", []):
+        raise UsageError(f"expected a ranking, as rank_modules returns it, got {type(ranking).__name__}")
     check_count("k", k, most=len(ranking))
     check_count("random_sets", random_sets, least=0)
     order = list(ranking.module)

@@ -44,6 +44,12 @@ def shown(folder: Path) -> list[str]:
     return [first, *free[:1], *[r for r in order.rule if r == "greedy"]]
 
 
+def depth(results: pd.DataFrame, rule: str) -> str:
+    """How strictly a rule's random sets are matched in depth."""
+    mine = results[(results.role == "random") & (results["rule"] == rule) & results["set"].str.startswith("set")]
+    return ", ".join(dict.fromkeys(mine.depth_matched))
+
+
 def rows(folder: Path) -> list[str]:
     """One run as rows of the table."""
     table = pd.read_csv(folder / "rules.csv").set_index("rule")
@@ -54,11 +60,10 @@ def rows(folder: Path) -> list[str]:
     for at, rule in enumerate(shown(folder)):
         row = table.loc[rule]
         controlled = not pd.isna(row.random_n)
-        random = (
-            f"{percent(row.random_median)} ({percent(row.random_low)} – {percent(row.random_high)})"
-            if controlled
-            else "–"
-        )
+        random = "–"
+        if controlled:
+            ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
+            random = f"{percent(row.random_median)} ({ends}), {depth(results, rule)}"
         cells: list[Any] = [
             f"[{folder.name}](runs/{folder.name}/summary.md)" if at == 0 else "",
             f"`{rule}`",
@@ -78,12 +83,12 @@ def rows(folder: Path) -> list[str]:
 def table() -> str:
     """The table of every committed run."""
     found = [ROOT / "runs" / name for name in RUNS]
-    columns = "run, rule, target, source, grafted, K, random at K: median (range), random sets beaten, p of the K-curve"
-    columns += ", TIR, Recovery, n"
-    head = f"| {columns.replace(', ', ' | ')} |"
+    columns = ["run", "rule", "target", "source", "grafted", "K", "random at K: median (range), depth"]
+    columns += ["random sets beaten", "p of the K-curve", "TIR", "Recovery", "n"]
+    head = f"| {' | '.join(columns)} |"
     lines = [
         head,
-        "|" + "---|" * 12,
+        "|" + "---|" * len(columns),
         *(line for f in found for line in rows(f)),
     ]
     return "\n" + "\n".join(lines) + "\n\n"

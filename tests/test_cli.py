@@ -26,6 +26,31 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "See mechtransplant run --help."),
+        (["run", "c.yaml", "--outt", "x"], "No such option: --outt"),
+        (["rum"], "No such command 'rum'"),
+        (["effects", "family/generations", "--prompts", "x"], "Invalid value for '--prompts'"),
+        (["run", "nowhere.yaml"], "no config at nowhere.yaml"),
+    ],
+)
+def test_usage_mistakes_get_one_line(command: Run, arguments: list[str], message: str) -> None:
+    code, out, error = command(*arguments)
+    assert code == 2 and message in error and len(error.strip().splitlines()) == 1 and not out
+
+
+def test_an_interrupt_says_what_is_left(command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    (tmp_path / "c.yaml").write_text("pair: family/generations\n")
+    code, _, error = command("run", str(tmp_path / "c.yaml"))
+    assert code == 130 and "interrupted; nothing half-written is left" in error and "goes on" in error
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ("pair: family/generation\n", "unknown pair"),
@@ -48,6 +73,13 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
         ("pair: family/generations\noperator: {name: ties, densty: 0.1}\n", "did you mean density"),
         ("pair: family/generations\noperator: {name: ties, density: 2}\n", "density"),
         ("pair: family/generations\noperator: {density: 0.1}\n", "unknown operator"),
+        ("pair: family/generations\nside_effects: {question: 3}\n", "did you mean questions?"),
+        ("pair: family/generations\nrandoms: 3\n", "did you mean random_sets?"),
+        ("pair: family/generations\nk: [1.5]\n", "k = 1.5: give whole numbers"),
+        ("pair: family/generations\nk: [true]\n", "k: expected numbers"),
+        ("pair: family/generations\nkind: neuron\n", "kind: Input should be 'linear'"),
+        ("pair: family/generations\nname: ../elsewhere\n", "it has no slash"),
+        ("pair: family/generations\nk: 3\npair: family/instruct\n", "line 3: not valid YAML (the key 'pair' is given"),
         ("pair: [\n", "not valid YAML"),
         ("- 1\n", "expected keys"),
         ("task: addition\n", "pair"),
@@ -160,15 +192,6 @@ def test_fetch_and_show_take_model_specs(command: Run) -> None:
     code, out, _ = command("pairs", "show", "--source", "repo:family/instruct", "--target", "repo:family/second")
     assert code == 0 and "28 linear layers" in out
     assert command("pairs", "show")[0] == 2
-
-
-def test_interrupt_exits_with_130(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "app", interrupted)
-    code, _, error = command("tasks")
-    assert code == 130 and "nothing half-written is left" in error and "goes on" in error
 
 
 @pytest.mark.parametrize(

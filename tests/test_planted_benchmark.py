@@ -63,6 +63,34 @@ def test_a_folder_is_continued_with_more_rules(tmp_path: Path) -> None:
     assert "`depth`" in page and (out / "figures" / "planted_benchmark.png").exists()
 
 
+def test_a_folder_is_not_overwritten_by_another_config(tmp_path: Path, command: Any) -> None:
+    out = tmp_path / "bench"
+    sizes = {**SMALL, "seeds": 1, "test": 16}
+    report_planted(
+        PlantedConfig(PAIRS[:1], ("own", "depth"), **sizes, overrides={"smollm2/": {"seeds": 2}}), out, False
+    )
+    before = {p: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    for arguments, message in (
+        (["--seeds", "3"], "was measured with seeds = 1, not 3"),
+        (["--options", '{"greedy": {"pool": 4}}'], "was measured with options = {}"),
+        (["--config", str(tmp_path / "other.yaml")], "was measured with"),
+    ):
+        (tmp_path / "other.yaml").write_text("rules: [own]\nseeds: 1\n")
+        code, _, error = command("bench", "planted", *arguments, "--out", str(out))
+        assert code == 2 and message in error and len(error.strip().splitlines()) == 1
+    assert {p: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    # more rules join it, and nothing else need be said again
+    code, page, _ = command("bench", "planted", "--rules", "random", "--out", str(out))
+    assert code == 0 and all(f"`{r}`" in page for r in ("own", "depth", "random"))
+    assert len((out / "cells.jsonl").read_text().splitlines()) == 3
+    assert "smollm2/" in (out / "config.yaml").read_text()
+
+
+def test_config_and_options_are_not_mixed(command: Any, tmp_path: Path) -> None:
+    code, _, error = command("bench", "planted", "--config", "configs/bench-planted.yaml", "--seeds", "1")
+    assert code == 2 and "--config takes the place of --seeds" in error
+
+
 def test_an_edited_rule_is_computed_again(tmp_path: Path) -> None:
     from mechtransplant.experiment.planted_report import load_plugin
 
@@ -134,5 +162,5 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"starts": [], "weights": {}}')
     with pytest.raises(UsageError, match="holds no such benchmark"):
         report_planted(PlantedConfig(PAIRS, ("random",), **SMALL), tmp_path, progress=False)
-    assert {p.name for p in tmp_path.iterdir()} - {".lock"} == {"precious.txt", "environment.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"precious.txt", "environment.json"}
     assert "weights" in (tmp_path / "environment.json").read_text()

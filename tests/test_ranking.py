@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from mechtransplant.ranking import RULES, list_rules, rank_modules, register_rul
 from mechtransplant.ranking.sensitivity import WeightChanges
 from mechtransplant.shifts import measure_shifts
 from mechtransplant.significance import test_shifts as shift_table
-from mechtransplant.tasks import Task
+from mechtransplant.tasks import Task, load_task
 
 REQUIRED = [
     "lae", "lae_relative", "distance", "own", "own_over_inherited", "significant", "weight_delta", "gradient",
@@ -570,3 +571,24 @@ def test_gradient_against_single_swap(drifted: Pair) -> None:
     task = _task(drifted, 32)
     first, exact = (scores(drifted, task, r, ("head", "mlp")) for r in ("gradient", "single_swap"))
     assert stats.spearmanr(first, exact).statistic > 0.6
+
+
+def test_rules_that_need_answers_refuse_empty_ones(generations: Pair) -> None:
+    discover = load_task("addition").split(6, 1, 1).discover
+    blank = replace(discover, examples=(replace(discover.examples[0], answer=" "), *discover.examples[1:]))
+    for rule in ("gradient", "single_swap"):
+        with pytest.raises(TaskError, match="has an empty answer"):
+            rank_modules(generations, blank, rule)
+
+
+def test_an_error_in_a_users_rule_names_the_rule(generations: Pair) -> None:
+    @register_rule("broken-rule", needs="nothing")
+    def broken(pair: Any, task: Any, kind: Any, **options: Any) -> list[float]:
+        raise ZeroDivisionError("mine")
+
+    try:
+        with pytest.raises(ZeroDivisionError) as caught:
+            rank_modules(generations, None, "broken-rule")
+    finally:
+        RULES.pop("broken-rule")
+    assert caught.value.__notes__ == ["raised by the rule 'broken-rule'"]

@@ -138,7 +138,7 @@ def test_batch_size_padding_side_and_order_change_nothing(pair: Pair, task: Task
 
 
 def test_head_writes_by_factor_equal_the_explicit_product(pair: Pair) -> None:
-    from mechtransplant.shifts.heads import HeadWrites
+    from mechtransplant.shifts.heads import HeadWrites, Written
 
     writes = HeadWrites.of(pair, 1)
     torch.manual_seed(0)
@@ -146,10 +146,16 @@ def test_head_writes_by_factor_equal_the_explicit_product(pair: Pair) -> None:
     source = torch.einsum("chd,hdm->chm", z_source, pair.source.output_weights(1))
     target = torch.einsum("chd,hdm->chm", z_target, pair.target.output_weights(1))
     close: Callable[..., None] = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
-    close(writes.coordinates(z_source).norm(dim=-1), source.norm(dim=-1))
-    close(writes.target_coordinates(z_target).norm(dim=-1), target.norm(dim=-1))
-    close(writes.difference(z_source, z_target).norm(dim=-1), (source - target).norm(dim=-1))
-    close(writes.magnitudes(z_source, True), source.abs().mean(-1))
+    z_moved = torch.randn(z_source.shape)
+    moved = torch.einsum("chd,hdm->chm", z_moved, pair.source.output_weights(1))
+    norms = {"distance": source - target, "own": moved - target, "inherited": source - moved}
+    found = writes.norms(z_source, z_target, z_moved)
+    for name, vectors in norms.items():
+        close(found[name], vectors.norm(dim=-1))
+    written, output = Written.of(z_source.flatten(1), pair.source.output_weights(1))
+    close(written.sums, source.abs().sum(-1))
+    close(written.norms, source.norm(dim=-1))
+    close(output, source.sum(1))
     # inner products of large vectors, as cosines: what cancels is not compared with what is left
     mine, explicit = (
         torch.nn.functional.normalize(v, dim=-1) for v in (writes.difference(z_source, z_target), source - target)
@@ -265,7 +271,7 @@ def test_hooks_are_gone_after_a_failure(generations: Pair, task: Task, monkeypat
     def fails(*_: Any) -> None:
         raise RuntimeError("cut off")
 
-    monkeypatch.setattr(Collector, "_norms", fails)
+    monkeypatch.setattr(Collector, "_values", fails)
     with pytest.raises(RuntimeError, match="cut off"):
         measure_shifts(generations, task)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in generations.target.hf.modules())
@@ -374,24 +380,36 @@ def test_templates_can_be_the_unit(generations: Pair) -> None:
         average_by_template(shifts, replace(task, examples=(Example("1+1=", "2"), *task.examples[:0])))
 
 
-def test_memory_holds_one_batch(generations: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the recorder keeps between two modules does not depend on the number of prompts."""
+def test_nothing_is_held_but_what_has_yet_to_meet(generations: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models go in turns: of all layers one module's tensors are held, whatever the number of prompts."""
     from mechtransplant.shifts.recorder import PairRecorder
 
-    largest: dict[int, int] = {}
-    arrive = PairRecorder._arrive
+    arrive, held = PairRecorder._arrive, []
 
-    for prompts in (16, 160):
-        held: list[int] = []
+    def counted(self: Any, slot: Any, tensor: Any) -> None:
+        arrive(self, slot, tensor)
+        held.append((len(self.kept), len(self.moved)))
 
-        def counted(self: Any, slot: Any, tensor: Any, is_source: bool, held: list[int] = held) -> None:
-            arrive(self, slot, tensor, is_source)
-            held.append(sum(t.numel() for kept in (self.kept, self.moved) for t in kept.values()))
+    monkeypatch.setattr(PairRecorder, "_arrive", counted)
+    for positions in ("all", "last"):
+        measure_shifts(generations, load_task("addition", 160), positions=positions, batch_size=16)  # type: ignore[arg-type]
+    # 4 layers, heads and MLP; target's, moved and source's; ten batches, twice. The moved one comes last
+    assert len(held) == 4 * 2 * 3 * 10 * 2 and max(held) == (1, 0)
+    held.clear()
+    measure_shifts(generations, load_task("addition", 16), measures="distance")
+    assert len(held) == 4 * 2 * 2 and max(held) == (0, 0)
 
-        monkeypatch.setattr(PairRecorder, "_arrive", counted)
-        measure_shifts(generations, load_task("addition", prompts), positions="last", batch_size=16)
-        largest[prompts] = max(held)
-    assert largest[16] == largest[160] > 0
+
+def test_few_positions_and_all_are_one_measure(generations: Pair, task: Task) -> None:
+    """Writes of whole layers where most positions count, coordinates of z where few do."""
+    from mechtransplant.shifts import recorder
+
+    whole = measure_shifts(generations, task, measures=MEASURES[:5])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "_is_plain", lambda linear: False)
+        by_z = measure_shifts(generations, task, measures=MEASURES[:5])
+    np.testing.assert_allclose(whole.value, by_z.value, atol=2e-6)
+    assert not (whole.value == by_z.value).all()
 
 
 def test_frames_are_tidy_and_aligned(generations: Pair, task: Task) -> None:

@@ -473,7 +473,9 @@ values = st.one_of(st.integers(-3, 3).map(float), st.floats(-1, 1), st.sampled_f
 @given(st.lists(st.tuples(values, values), max_size=25))
 def test_the_front_is_that_of_brute_force(points: list[tuple[float, float]]) -> None:
     frame = pd.DataFrame(points, columns=["gain", "harm"], dtype=float)
-    beaten = [any(g >= gain and h <= harm and (g > gain or h < harm) for g, h in points) for gain, harm in points]
+    # the untouched target gains nothing and harms nothing
+    every = [*points, (0.0, 0.0)]
+    beaten = [any(g >= gain and h <= harm and (g > gain or h < harm) for g, h in every) for gain, harm in points]
     made = pareto_front(frame)
     assert list(made.front) == [not b for b in beaten] and made.front.dtype == bool
     assert "front" not in frame

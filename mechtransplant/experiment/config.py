@@ -123,7 +123,17 @@ class RunConfig(_Strict):
     @field_validator("k", "strengths", "budgets", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, int | float) else value
+        values = [value] if isinstance(value, int | float) else value
+        if isinstance(values, list | tuple) and any(isinstance(v, bool) for v in values):
+            raise ValueError("expected numbers")
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if value in ("", ".", "..") or "/" in value or "\\" in value:
+            raise ValueError("a name becomes a folder in runs/, so it has no slash: give the place with --out")
+        return value
 
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
@@ -186,9 +196,11 @@ def read_config(path: str | Path) -> RunConfig:
 
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"no config at {path}: give the path of a YAML file, for example configs/demo.yaml")
+        raise UsageError(
+            f"no config at {path}: give the path of a YAML file, for example configs/family-generations.yaml"
+        )
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -200,6 +212,23 @@ def read_config(path: str | Path) -> RunConfig:
     return parse_config(content, str(path))
 
 
+def _unique_keys() -> Any:
+    """YAML's safe loader, which refuses a key that is given twice instead of taking the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for at, key in enumerate(keys):
+                if key in keys[:at]:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key!r} is given twice", problem_mark=node.value[at][0].start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
     """A configuration from a mapping; raises UsageError naming the first wrong key."""
     try:
@@ -207,14 +236,19 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
     except ValidationError as error:
         # a union reports each member's failure; the deepest one names the key that the user wrote
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-        inside = (*(m.__name__ for m in _MODELS), "str", "tuple")
-        path = [str(p) for p in first["loc"] if str(p) not in inside and not str(p).startswith("tuple[")]
-        key = ".".join(path) or "the whole"
+        # places in the file are keys and numbers; a union's members and a literal's values are pydantic's own words
+        path = [str(p) for p in first["loc"] if str(p) in _known_keys() or isinstance(p, int)]
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(path[-1], _known_keys(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(RunConfig.model_fields)}."
-            raise UsageError(f"{where}: unknown key {key!r}: {hint}") from error
+            key = str(first["loc"][-1])
+            known = _keys_at(path)
+            near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.startswith(key[:6])][:1]
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+            raise UsageError(f"{where}: unknown key {'.'.join([*path, key])!r}: {hint}") from error
         message = first["msg"].removeprefix("Value error, ")
+        if not path:
+            # a validator of the whole config names its key
+            raise UsageError(f"{where}: {message}") from error
+        key = ".".join(path)
         raise UsageError(f"{where}: {key}: {message} (got {str(first['input'])[:60]!r}); fix this key") from error
 
 
@@ -223,3 +257,19 @@ _MODELS: tuple[type[BaseModel], ...] = (RunConfig, TaskSpec, FormatSpec, SplitSp
 
 def _known_keys() -> list[str]:
     return [key for model in _MODELS for key in model.model_fields]
+
+
+#: key → what it holds
+_INSIDE: dict[str, type[BaseModel]] = {
+    "pair": PairSpec,
+    "task": TaskSpec,
+    "format": FormatSpec,
+    "split": SplitSpec,
+    "side_effects": SideEffectSpec,
+}
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys that exist where the path leads."""
+    inside = [_INSIDE[key] for key in path if key in _INSIDE]
+    return list((inside[-1] if inside else RunConfig).model_fields)

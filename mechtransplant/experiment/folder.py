@@ -24,10 +24,18 @@ def locked(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        there = lock.exists()
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            except UsageError:
+                # a folder that was refused is left as it was found
+                if not there:
+                    lock.unlink(missing_ok=True)
+                raise
     except Timeout as error:
         raise UsageError(f"another process is running in {folder}: wait for it, or {ELSEWHERE}") from error
     except OSError as error:

@@ -85,9 +85,9 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
     # nothing is chosen: the smallest choose split, which nobody asks
     splits = load_task(name).split(config.discover, 1, config.test, config.seed)
-    most = max(len(pair.modules("head")), len(pair.modules("mlp")))
     for count in config.counts:
-        check_count("count", count, most=most)
+        # with more MLPs than there are no set would be left to compare
+        check_count("count", count, most=len(pair.modules("mlp")))
     began = {
         "config": json.loads(json.dumps(asdict(config))),
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
@@ -114,7 +114,7 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
             "heads_against_mlps_by_depth": {"outcome": outcome, "by": "depth"},
         }.items():
             if thirds or "by" not in options:
-                figure, _ = heads_against_mlps_bars(table, **options)
+                figure, _ = heads_against_mlps_bars(table, **options, title=pair.name)
                 save_figure(figure, folder / "figures", name)
         page = page_of(config, pair, study.base("target"), study.base("source"), table, left_out)
         write_atomically(folder / "summary.md", page)

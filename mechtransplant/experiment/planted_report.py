@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,11 +115,12 @@ def report_planted(
 ) -> str:
     """Measure and draw; writes the folder and returns its page.
 
-    ``finished_only`` computes nothing and reports what is there. A folder may be continued with more pairs, rules or
-    seeds: what it holds is not computed again. Raises UsageError for unknown names, and for a folder that holds
-    something else.
+    ``finished_only`` computes nothing and reports what is there. A folder may be continued with more pairs and rules
+    (see :func:`continued`): what it holds is not computed again. Raises UsageError for unknown names, for a folder that
+    holds something else, and for one that was measured otherwise.
     """
     folder = Path(folder)
+    config = continued(folder, asdict(config))
     pairs, rules = list(config.pairs or planted_pairs()), list(config.rules or default_rules())
     for values in config.overrides.values():
         for key in values:
@@ -137,6 +139,36 @@ def report_planted(
         if rows.empty:
             raise UsageError(f"{folder} holds no finished cell of this config: run it without --finished-only")
         return _write(folder, rows)
+
+
+def continued(folder: Path, given: Mapping[str, Any]) -> PlantedConfig:
+    """The config of a folder, with more pairs and rules where some are given; what is given alone where it is new.
+
+    Raises UsageError for anything else that is given and differs: rows that were measured otherwise are no comparison.
+    """
+    new = PlantedConfig(**given)
+    if not (folder / "config.yaml").is_file():
+        return new
+    with_lists = read_planted_config(folder / "config.yaml")
+    held = PlantedConfig(**{f.name: _plain(getattr(with_lists, f.name)) for f in fields(PlantedConfig)})
+    added: dict[str, Any] = {}
+    for key in given:
+        mine, theirs = _plain(getattr(held, key)), _plain(getattr(new, key))
+        if key in ("pairs", "rules", "single"):
+            # of pairs and rules nothing named means all
+            every = key != "single" and not (mine and theirs)
+            added[key] = () if every else tuple(dict.fromkeys([*mine, *theirs]))
+        elif mine != theirs:
+            raise UsageError(
+                f"{folder} was measured with {key} = {mine!r}, not {theirs!r}, and rows of both are no comparison: "
+                "choose another --out folder, or leave that option out"
+            )
+    return replace(held, **added)
+
+
+def _plain(value: Any) -> Any:
+    """As a config file gives it back: tuples inside are lists there."""
+    return tuple(value) if isinstance(value, list | tuple) else json.loads(json.dumps(value))
 
 
 #: what a folder of this benchmark says it is
@@ -226,7 +258,8 @@ def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     lines = [
         "# The planted benchmark",
         "",
-        f"{len(pairs)} pairs whose planted modules are known ({len(drifted)} of them drifted: every module differs). "
+        f"{len(pairs)} pair{'s' * (len(pairs) != 1)} whose planted modules are known ({len(drifted)} drifted: every "
+        "module differs). "
         "Candidates are all heads and MLPs, ranked together. AUROC: the probability that a planted module ranks above "
         "another; AP: average precision; P@K and Recovery: the share of planted modules among the K highest, and what "
         "grafting those K recovers of the gap on questions that ranked nothing, K being the number planted; "
@@ -264,6 +297,7 @@ def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     lines += [
         "",
         'Your own rule: register it in a file (`@mechtransplant.register_rule("mine")`), then '
-        "`mechtransplant bench planted --plugin FILE --out FOLDER`; in this folder only what is missing is computed.",
+        "`mechtransplant bench planted --plugin FILE --out FOLDER`, FOLDER being a copy of this one: its rows stay, "
+        "and only what is missing is computed.",
     ]
     return "\n".join(lines) + "\n"

@@ -96,10 +96,10 @@ def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFra
     folder, headline = run.folder / "figures", run.config.rules[0]
     data, test = results.drop(columns="correct"), results[results.split == "test"]
     ranking = run.rankings.of(headline)
-    figure, _ = k_curve(test, "test", run.budget, len(ranking), rule=headline)
+    figure, _ = k_curve(test, "test", run.budget, len(ranking), rule=headline, title=run.pair.name)
     save_figure(figure, folder, "k_curve", data)
     if len(run.config.rules) > 1:
-        figure, _ = rule_curves(test, run.budget, len(ranking), list(run.config.rules))
+        figure, _ = rule_curves(test, run.budget, len(ranking), list(run.config.rules), title=run.pair.name)
         save_figure(figure, folder, "rule_curves", data)
     if plane is not None and "harm" in plane:
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
@@ -113,7 +113,7 @@ def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFra
     if run.config.kinds == ("linear",):
         k = len(findings.grafts[headline][run.budget])
         ranking = run.rankings.frame(headline, k)
-        figure, _ = score_heatmap(ranking, k, f"{run.pair.name}: rule {headline}")
+        figure, _ = score_heatmap(ranking, k, run.pair.name, f"score by {headline}")
         save_figure(figure, folder, "score_heatmap", ranking)
 
 

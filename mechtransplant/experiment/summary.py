@@ -63,8 +63,13 @@ def _ratios(outcome: Outcome) -> list[str]:
 def _interval(pair: tuple[float, float] | None, unit: str = " %", scale: float = 100) -> str:
     if pair is None:
         return "–"
-    low, high = ("∞" if end == math.inf else "−∞" if end == -math.inf else f"{scale * end:.3g}" for end in pair)
+    low, high = ("∞" if end == math.inf else "−∞" if end == -math.inf else f"{scale * end + 0.0:.3g}" for end in pair)
     return f"[{low}, {high}]{unit}"
+
+
+def _points(share: float) -> str:
+    """A change of a share in percentage points; nothing is +0.0."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -121,7 +126,10 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if ranks is None:
         if rule not in run.config.with_controls:
             return f"`{rule}` has no random sets of its own (`controlled` names the rules that have)."
-        return f"no random control: {_no_sets(run)}."
+        said = f"no matched random set at K = {len(graft)}: {_no_sets(run)}"
+        if curve is not None:
+            said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
+        return f"`{rule}` has {said}."
     sets = run.random_sets(rule, len(graft))
     said = (
         f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(graft)} (depth {sets.depth}; "
@@ -175,8 +183,8 @@ _ROLES = {
     "bottom": "target + the {k} lowest-ranked",
     "unrelated": "target + the {k} highest-ranked on `{other}`",
     "all": "target + all {all}",
-    "reverse": "source + the target's {k} modules (reverse)",
-    "self": "target + its own {k} modules (self)",
+    "reverse": "source + the target's own {k} (reverse)",
+    "self": "target + its own {k} (self)",
 }
 
 
@@ -263,23 +271,24 @@ def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     random = plane[plane.role == "random"]
     if len(random) and "harm" in plane:
+        gain, kept = random.gain, -random.harm
         lines += [
             "",
-            f"{len(random)} of the random sets: gain {100 * random.gain.min():+.1f} to {100 * random.gain.max():+.1f} "
-            f"points, accuracy elsewhere {-100 * random.harm.max():+.1f} to {-100 * random.harm.min():+.1f} points.",
+            f"{len(random)} of the random sets: gain {_points(gain.min())} to {_points(gain.max())} points, accuracy "
+            f"elsewhere {_points(kept.min())} to {_points(kept.max())} points.",
         ]
     return lines
 
 
 def _side_effects_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
-    gain, mean, worst, perplexity, kl = f"{100 * graft['gain']:+.1f}", "–", "–", "–", "–"
+    gain, mean, worst, perplexity, kl = _points(graft["gain"]), "–", "–", "–", "–"
     tasks = sorted((e for e in effects if e["kind"] == "task"), key=lambda e: e["change"])
     if tasks:
         gain += f" {_interval((graft['gain_low'], graft['gain_high']), '')}"
         ends = (-graft["harm_high"], -graft["harm_low"])
-        mean = f"{-100 * graft['harm'] + 0.0:+.1f} {_interval(ends, '')}"
+        mean = f"{_points(-graft['harm'])} {_interval(ends, '')}"
         low = tasks[0]
-        worst = f"{low['what']} {100 * low['change']:+.1f} {_interval((low['low'], low['high']), '')}"
+        worst = f"{low['what']} {_points(low['change'])} {_interval((low['low'], low['high']), '')}"
     for read in (e for e in effects if e["kind"] == "text"):
         ends = (read["low"], read["high"])
         if read["what"] == "KL":

@@ -20,6 +20,7 @@ def k_curve(
     budget: int | None = None,
     candidates: int | None = None,
     rule: str | None = None,
+    title: str = "",
 ) -> tuple[Figure, Any]:
     """Accuracy against the number of grafted modules, with the band of matched random sets and both baselines.
 
@@ -27,6 +28,7 @@ def k_curve(
         results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n.
         candidates: the number of all modules; adds an axis of shares.
         rule: whose grafts and random sets, where the results (column rule) hold several.
+        title: said above the number of questions, for example the pair's name.
     """
     rows = results[(results.split == split) & (results.budget == (budget or results.budget.max()))]
     if rule is not None:
@@ -36,7 +38,7 @@ def k_curve(
         figure, axes = new_figure(COLUMN, 2.5)
         for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
             value = float(rows[rows.role == role].accuracy.iloc[0])
-            axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.0f} %")
+            axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.1f} %")
         # one band, at the first strength of the sweep: bands on top of each other cannot be told apart
         random = rows[(rows.role == "random") & (rows.strength == graft.strength.iloc[0])]
         if len(random):
@@ -55,7 +57,8 @@ def k_curve(
         for index, strength in enumerate(sorted(graft.strength.unique())):
             line = graft[graft.strength == strength].sort_values("k")
             errors = 100 * np.array([line.accuracy - line.low, line.high - line.accuracy])
-            label = "graft" if graft.strength.nunique() == 1 else f"graft, strength {strength:g}"
+            label = "graft" if rule is None else f"graft by {rule}"
+            label += "" if graft.strength.nunique() == 1 else f", strength {strength:g}"
             axes.errorbar(
                 line.k,
                 100 * line.accuracy,
@@ -72,7 +75,8 @@ def k_curve(
         axes.minorticks_off()
         axes.set_xlabel("grafted modules K" + (f" (of {candidates})" if candidates else ""))
         axes.set_ylabel("accuracy, %")
-        axes.set_title(f"{int(rows.n.iloc[0])} {split} questions, 95 % intervals")
+        questions = f"{int(rows.n.iloc[0])} {split} questions, 95 % intervals"
+        axes.set_title(f"{title}\n{questions}" if title else questions)
         axes.set_ylim(-3, 103)
         figure.legend(loc="outside lower center", ncols=2)
     return figure, axes
@@ -98,7 +102,12 @@ PANEL = 5
 
 
 def rule_curves(
-    results: pd.DataFrame, budget: int, candidates: int, rules: Sequence[str], outcome: str = "accuracy"
+    results: pd.DataFrame,
+    budget: int,
+    candidates: int,
+    rules: Sequence[str],
+    outcome: str = "accuracy",
+    title: str = "",
 ) -> tuple[Figure, Any]:
     """K-curves of several rules on ``test``, a few a panel, each panel with the band of all random sets.
 
@@ -112,7 +121,7 @@ def rule_curves(
     lines = -(-len(groups) // 2)
     ticks = _apart(sorted(rows[rows.role == "graft"].k.unique()))
     with style():
-        figure, grid = new_figure(PAGE, 0.6 + 1.6 * lines, columns=min(2, len(groups)), rows=lines)
+        figure, grid = new_figure(PAGE, 0.6 + 0.15 * bool(title) + 1.6 * lines, columns=min(2, len(groups)), rows=lines)
         panels = list(np.atleast_1d(grid).flat)
         for panel in panels[len(groups) :]:
             panel.remove()
@@ -151,17 +160,20 @@ def rule_curves(
             panel.set_xlabel(f"grafted modules K (of {candidates})")
         for panel in panels[::2]:
             panel.set_ylabel(unit)
-        figure.suptitle(
-            f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target; band: random sets, range"
-        )
+        said = f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target"
+        if len(random):
+            whose = rows[rows.role == "random"].rule.nunique()
+            said += f"; band: random sets of {whose} rule{'s' * (whose != 1)}, range"
+        figure.suptitle(f"{title}\n{said}" if title else said)
     return figure, panels
 
 
-def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tuple[Figure, Any]:
+def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "", label: str = "score") -> tuple[Figure, Any]:
     """Scores of linear layers, layer on y and layer type on x; the ``chosen`` highest-ranked cells are marked.
 
     Args:
         ranking: columns module, layer, score, rank. Scores are ≥ 0, so the scale is sequential and starts at 0.
+        label: of the colour bar: the score's name and unit.
     """
     frame = ranking.assign(part=[m.split(".", 1)[1] if "." in m else m.split("H")[-1] for m in ranking.module])
     order = [
@@ -191,5 +203,5 @@ def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "") -> tu
         axes.set_ylabel("layer")
         axes.set_xlabel("linear layer" + (f" (dots: the {chosen} chosen)" if chosen else ""))
         axes.set_title(title)
-        figure.colorbar(mesh, ax=axes, label="score")
+        figure.colorbar(mesh, ax=axes, label=label)
     return figure, axes

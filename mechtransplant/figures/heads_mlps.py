@@ -90,7 +90,8 @@ def heads_against_mlps_bars(
         figure.legend(handles=_legend(), loc="outside lower center", ncols=5)
         n = int(frame.n.iloc[0])
         what = "grafts change the target, ablations the source; above 0 it gained, below it lost"
-        figure.suptitle(title or f"{what}; {n} test questions, 95 % paired intervals", fontsize=8)
+        said = f"{n} test questions, 95 % paired intervals: {what}"
+        figure.suptitle(f"{title}\n{said}" if title else said, fontsize=8)
     return figure, panels
 
 

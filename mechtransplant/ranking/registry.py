@@ -234,9 +234,16 @@ def rank_modules(
     needs = entry.needed(options)
     if task is None and needs != "nothing":
         raise UsageError(f"rule {rule!r} needs {needs}: pass a task's {entry.splits[0]} split")
+    if task is not None and needs in ("gold answers", "gradients") and not all(e.answer.strip() for e in task.examples):
+        raise TaskError(f"rule {rule!r} needs {needs}, and a question of {task.name!r} has an empty answer: fill it in")
     given = kinds[0] if len(kinds) == 1 else kinds
     shown = {"progress": progress} if entry.takes("progress", options) else {}
-    scores = np.asarray(entry.score(pair, task, given, seed=seed, **shown, **options), dtype=float)
+    try:
+        scores = np.asarray(entry.score(pair, task, given, seed=seed, **shown, **options), dtype=float)
+    except Exception as error:
+        if not isinstance(error, UsageError):
+            getattr(error, "add_note", str)(f"raised by the rule {rule!r}")
+        raise
     if scores.shape != (len(modules),) or not np.isfinite(scores).all():
         raise UsageError(
             f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}"

@@ -1,14 +1,17 @@
-"""Norms and inner products of head writes from d_head numbers, without building d_model vectors.
+"""Head writes: what every head of a layer adds to the residual stream, z @ W_O of its own columns.
 
-A head writes z @ W_O to the residual stream. Stack W_O of the source and ΔW = W_O,source − W_O,target into M, of shape
-(2 · d_head, d_model). Its Gram matrix M Mᵀ holds every inner product that shifts need; with a factor R, R Rᵀ = M Mᵀ,
-the write's coordinates z @ R have the write's own norms and inner products, in min(2 · d_head, d_model) numbers. The
-factor is used rather than the Gram matrix itself, because the norm of a small difference loses half of its digits when
-it is computed as a sum of large squares; and a difference of equal writes is exactly 0.
+Differences of writes have norms and inner products that d_head numbers hold: stack W_O of the source and
+ΔW = W_O,source − W_O,target into M, of shape (2 · d_head, d_model). Its Gram matrix M Mᵀ holds every inner product that
+shifts need; with a triangular factor R, R Rᵀ = M Mᵀ, coordinates have the write's own norms and inner products: z @ S
+in d_head numbers for the source's W_O, z @ C in 2 · d_head for ΔW. The factor is used rather than the Gram matrix
+itself, because the norm of a small difference loses half of its digits when it is computed as a sum of large squares;
+and a difference of equal writes is exactly 0. Sums of absolute values have no Gram matrix: for them the writes are
+built, one head at a time; their sum is the output projection's own output, which need not be computed a second time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,17 +25,15 @@ if TYPE_CHECKING:
 class HeadWrites:
     """The head writes of one layer of a pair; ``z`` has shape (counted, head, d_head).
 
-    ``source`` and ``change`` are the factor's halves, each (head, d_head, width); ``weights_source`` and
-    ``weights_target`` are W_O, each (head, d_head, d_model), views of the models' own where magnitudes are wanted.
+    ``source`` (S) and ``change`` (C) have shapes (head, d_head, narrow) and (head, d_head, width): coordinates by S are
+    the first of those by C.
     """
 
     source: torch.Tensor
     change: torch.Tensor
-    weights_source: torch.Tensor | None = None
-    weights_target: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, pair: Pair, layer: int, magnitudes: bool = True) -> HeadWrites:
+    def of(cls, pair: Pair, layer: int) -> HeadWrites:
         """The factor of a layer's two W_O, computed in float64 and kept in float32."""
         import torch
 
@@ -40,41 +41,76 @@ class HeadWrites:
         change = theirs - ours
         # on the CPU: not every device has float64
         stacked = torch.cat([theirs, change], 1).cpu().double()
+        d_head, narrow = theirs.shape[1], stacked.shape[2]
         if stacked.shape[1] < stacked.shape[2]:
-            # M = R Qᵀ with orthonormal Q: only R matters for norms and inner products
-            stacked = torch.linalg.qr(stacked.mT, mode="r").R.mT
-        d_head = theirs.shape[1]
+            # M = R Qᵀ with orthonormal Q: only R matters for norms and inner products, and it is lower triangular
+            stacked, narrow = torch.linalg.qr(stacked.mT, mode="r").R.mT, d_head
         # a head whose W_O is the same in both has no rounding error in ΔW either
         moved = change.abs().amax((1, 2), keepdim=True) > 0
         stacked = stacked.float().to(theirs.device)
-        weights = [m.output_weights(layer) if magnitudes else None for m in (pair.source, pair.target)]
-        return cls(stacked[:, :d_head], stacked[:, d_head:] * moved, *weights)
-
-    def coordinates(self, z: torch.Tensor) -> torch.Tensor:
-        """A write with the source's W_O: (counted, head, d_head) → (counted, head, width)."""
-        return _times(z, self.source)
-
-    def target_coordinates(self, z: torch.Tensor) -> torch.Tensor:
-        """A write with the target's W_O."""
-        return _times(z, self.source - self.change)
+        return cls(stacked[:, :d_head, :narrow].contiguous(), (stacked[:, d_head:] * moved).contiguous())
 
     def difference(self, z_source: torch.Tensor, z_target: torch.Tensor) -> torch.Tensor:
-        """z_source @ W_O,source − z_target @ W_O,target: exactly 0 where z and W_O are equal."""
-        return _times(z_source - z_target, self.source) + _times(z_target, self.change)
+        """Coordinates of z_source @ W_O,source − z_target @ W_O,target, (counted, head, width).
 
-    def magnitudes(self, z: torch.Tensor, source: bool) -> torch.Tensor:
-        """‖z @ W_O‖₁ / d_model of every head, (counted, head): the sum of absolute values has no Gram matrix.
-
-        One head at a time, so that the d_model vectors of a batch are never all held.
+        Exactly 0 where z and W_O are equal.
         """
+        z_source, z_target = z_source.transpose(0, 1), z_target.transpose(0, 1)
+        return _added(z_target @ self.change, (z_source - z_target) @ self.source).transpose(0, 1)
+
+    def norms(
+        self, z_source: torch.Tensor, z_target: torch.Tensor, z_moved: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Norms of differences of writes, each (counted, head): "distance", and with the moved z "own", "inherited"."""
         import torch
 
-        weights = self.weights_source if source else self.weights_target
-        assert weights is not None
-        return torch.stack([(z[:, h] @ weights[h].float()).abs().mean(-1) for h in range(z.shape[1])], 1)
+        # heads first: one small matrix product a head
+        theirs, ours = z_source.transpose(0, 1), z_target.transpose(0, 1)
+        changed = ours @ self.change
+        found = {}
+        if z_moved is not None:
+            moved = z_moved.transpose(0, 1)
+            found["own"] = _added(changed.clone(), (moved - ours) @ self.source)
+            # with the source's weights on both sides
+            found["inherited"] = (theirs - moved) @ self.source
+        found["distance"] = _added(changed, (theirs - ours) @ self.source)
+        return {name: torch.linalg.vector_norm(vectors, dim=-1).T for name, vectors in found.items()}
 
 
-def _times(z: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    import torch
+@dataclass(frozen=True)
+class Written:
+    """The heads' z, with what else is known of their writes: sums of absolute values, and norms, (rows, head).
 
-    return torch.einsum("chd,hdw->chw", z, factor)
+    ``z`` has shape (batch, position, head · d_head), or (counted, head · d_head) once gathered.
+    """
+
+    z: torch.Tensor
+    sums: torch.Tensor
+    norms: torch.Tensor
+
+    @classmethod
+    def of(cls, z: torch.Tensor, weights: torch.Tensor) -> tuple[Written, torch.Tensor]:
+        """(the writes of z with W_O (head, d_head, d_model), their sum over heads: z's shape but for the width)."""
+        import torch
+
+        heads, d_head, width = weights.shape
+        flat = z.reshape(-1, heads, d_head)
+        total, write = z.new_zeros(len(flat), width), z.new_empty(len(flat), width)
+        sums, norms = [], []
+        # in one place that stays in the cache; a vector norm of order 1 would take several times as long
+        for head in range(heads):
+            torch.mm(flat[:, head], weights[head], out=write)
+            norms.append(torch.linalg.vector_norm(write, dim=-1))
+            total.add_(write)
+            sums.append(write.abs_().sum(-1))
+        return cls(z, torch.stack(sums, 1), torch.stack(norms, 1)), total.reshape(*z.shape[:-1], width)
+
+    def gathered(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> Written:
+        """The same at the counted positions."""
+        return Written(gather(self.z), gather(self.sums), gather(self.norms))
+
+
+def _added(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """``wide`` with ``narrow`` added to its first coordinates, in place."""
+    wide[..., : narrow.shape[-1]] += narrow
+    return wide

@@ -26,7 +26,8 @@ group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
@@ -37,7 +38,7 @@ from mechtransplant.errors import UnknownNameError, UsageError, check_count, che
 from mechtransplant.evaluation.batches import PaddingSide
 from mechtransplant.selection import QUESTIONS
 from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES, shift_frame
-from mechtransplant.shifts.heads import HeadWrites
+from mechtransplant.shifts.heads import HeadWrites, Written
 from mechtransplant.shifts.recorder import SLOT_KINDS, PairRecorder, Slot, SlotKind, slots_of
 from mechtransplant.shifts.vectors import ShiftVectors
 from mechtransplant.tasks import Task
@@ -202,9 +203,10 @@ class Collector:
         self.slots = slots_of(pair, cast("list[SlotKind]", _names(kinds, "kind of module", SLOT_KINDS)))
         self.modules = [m for slot in self.slots for m in slot.modules(pair)]
         self.rows = {m: i for i, m in enumerate(self.modules)}
-        magnitudes = bool(self.by_magnitude & set(measures))
+        #: of the residual stream, which heads write to
+        self.width = int(pair.target.hf.config.get_text_config().hidden_size)
         self.needs_moved = bool({"own", "inherited"} & set(measures))
-        self.writes = {s: HeadWrites.of(pair, s.layer, magnitudes) for s in self.slots if s.kind == "head"}
+        self.writes = {s: HeadWrites.of(pair, s.layer) for s in self.slots if s.kind == "head"}
         self.values = {m: np.zeros((len(self.modules), prompts)) for m in measures}
         self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
 
@@ -212,7 +214,7 @@ class Collector:
         widths = {}
         for slot in self.slots:
             if slot.kind == "head":
-                width = self.writes[slot].source.shape[-1]
+                width = self.writes[slot].change.shape[-1]
             else:
                 linear: Any = self.pair.target.hf.get_submodule(self.pair.layout.linears[slot.linear])
                 width = linear.nf if type(linear).__name__ == "Conv1D" else linear.out_features
@@ -222,67 +224,64 @@ class Collector:
     def consumer(self, batch: Batch) -> Any:
         """A function that takes in a slot's tensors of one batch."""
 
-        def consume(slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None) -> None:
+        def consume(slot: Slot, source: Any, target: Any, moved: Any) -> None:
             first = self.rows[slot.modules(self.pair)[0]]
-            terms = self._head_terms if slot.kind == "head" else self._plain_terms
-            values, shift = terms(slot, source, target, moved)
+            terms = self._plain_terms if slot.kind != "head" else partial(self._head_terms, slot)
+            values, shift = terms(source, target, moved)
             for name, value in values.items():
                 # (counted, modules) → (prompts, modules); sums over positions in float64, which not every device has
                 mean = batch.mean(value.cpu().double())
                 self.values[name][first : first + mean.shape[1], batch.prompts] = mean.T.numpy()
-            if self.vectors is not None:
+            if self.vectors is not None and shift is not None:
                 self.vectors.write(self.modules[first], batch.prompts, batch.mean(shift).flatten(1).cpu().numpy())
 
         return consume
 
     def _plain_terms(
-        self, slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
+        self, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Measures of one module from its outputs, each (counted, width): values (counted, 1), and the shift."""
-        shift = (source - target)[:, None]
-        found = self._magnitudes(lambda: (source.abs().mean(-1)[:, None], target.abs().mean(-1)[:, None]))
-        steps = {}
+        import torch
+
+        def norm(vectors: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.vector_norm(vectors, dim=-1)[:, None]
+
+        shift = source - target
+        norms = {"‖source‖": norm(source), "‖target‖": norm(target), "distance": norm(shift)}
+        if self.by_magnitude & set(self.measures):
+            norms |= {"‖source‖₁": source.abs().sum(-1)[:, None], "‖target‖₁": target.abs().sum(-1)[:, None]}
         if moved is not None:
-            steps = {"own": (moved - target)[:, None], "inherited": (source - moved)[:, None]}
-        return found | self._norms(source[:, None], target[:, None], {"distance": shift, **steps}), shift
+            norms |= {"own": norm(moved - target), "inherited": norm(source - moved)}
+        return self._values(norms, source.shape[-1]), shift[:, None]
 
     def _head_terms(
-        self, slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Measures of a layer's heads from their z, each (counted, heads · d_head): values (counted, heads)."""
+        self, slot: Slot, source: Written, target: Written, moved: Written | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Measures of a layer's heads: values (counted, heads)."""
+
         writes, heads = self.writes[slot], self.pair.layout.heads
-        z_source, z_target = (z.reshape(len(z), heads, -1) for z in (source, target))
-        shift = writes.difference(z_source, z_target)
-        found = self._magnitudes(lambda: (writes.magnitudes(z_source, True), writes.magnitudes(z_target, False)))
-        steps = {}
-        if moved is not None:
-            z_moved = moved.reshape(len(moved), heads, -1)
-            steps = {
-                "own": writes.difference(z_moved, z_target),
-                # both with the source's weights
-                "inherited": writes.coordinates(z_source - z_moved),
-            }
-        whole = writes.coordinates(z_source), writes.target_coordinates(z_target)
-        return found | self._norms(*whole, {"distance": shift, **steps}), shift
+        zs = [None if w is None else w.z.float().reshape(len(w.z), heads, -1) for w in (source, target, moved)]
+        norms = {"‖source‖": source.norms, "‖target‖": target.norms, "‖source‖₁": source.sums, "‖target‖₁": target.sums}
+        if {"distance", "own", "inherited"} & set(self.measures):
+            norms |= writes.norms(*cast("list[torch.Tensor]", zs))
+        shift = None
+        if self.vectors is not None:
+            shift = writes.difference(*cast("list[torch.Tensor]", zs[:2]))
+        return self._values(norms, self.width), shift
 
-    def _magnitudes(self, both: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Measures of ‖a‖₁/d of source and target, each (counted, modules), where any is wanted."""
-        if not self.by_magnitude & set(self.measures):
-            return {}
-        source, target = both()
-        gap, size = source - target, (source + target) / 2
-        found = {"magnitude": gap, "lae": gap.abs(), "lae_relative": (gap.abs() / size).masked_fill(size == 0, 0)}
+    def _values(self, norms: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+        """The measures, each (counted, modules), from norms of outputs of ``width`` numbers, and of differences."""
+        found: dict[str, torch.Tensor] = {}
+        if self.by_magnitude & set(self.measures):
+            source, target = norms["‖source‖₁"] / width, norms["‖target‖₁"] / width
+            gap, size = source - target, (source + target) / 2
+            found |= {"magnitude": gap, "lae": gap.abs(), "lae_relative": (gap.abs() / size).masked_fill(size == 0, 0)}
+        # one mean norm for all three, so that distance ≤ own + inherited; 0 where both outputs are
+        scale = (norms["‖source‖"] + norms["‖target‖"]) / 2
+        for name in ("distance", "own", "inherited"):
+            if name in norms:
+                found[name] = (norms[name] / scale).masked_fill(scale == 0, 0)
         return {name: value for name, value in found.items() if name in self.measures}
-
-    def _norms(
-        self, source: torch.Tensor, target: torch.Tensor, steps: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Norms of differences over the mean norm of the two outputs, (counted, modules); 0 where both are 0."""
-        wanted = {name: step for name, step in steps.items() if name in self.measures}
-        if not wanted:
-            return {}
-        scale = (source.norm(dim=-1) + target.norm(dim=-1)) / 2
-        return {name: (step.norm(dim=-1) / scale).masked_fill(scale == 0, 0) for name, step in wanted.items()}
 
     def frame(self, measure: str) -> pd.DataFrame:
         """One measure as a tidy frame."""

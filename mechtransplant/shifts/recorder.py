@@ -1,19 +1,22 @@
-"""Both models read a batch once; every module's two outputs meet, and the next batch may come.
+"""Both models read a batch once, in turns; a module's two outputs are consumed where they meet, and nothing is held.
 
-A *slot* is one recorded tensor of a layer: the heads' z (the input of the output projection), the attention block's
-output, the MLP's, or a linear layer's. On request the source's module is also run on the target's input, as the
-target's forward passes by; that gives the *moved* output f^S(x^T).
+A *slot* is one recorded tensor of a layer: the heads' z (the input of the output projection) or writes (see ``heads``),
+the attention block's output, the MLP's, or a linear layer's. On request the source's module is also run on the target's
+input, as the target's forward passes by; that gives the *moved* output f^S(x^T).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from mechtransplant.activations import Batch
 from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.remembered import answering
+from mechtransplant.shifts.heads import Written
+from mechtransplant.shifts.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -51,8 +54,10 @@ def slots_of(pair: Pair, kinds: Iterable[SlotKind]) -> list[Slot]:
     return found
 
 
-#: (slot, source's output, target's output, moved output or None), each of shape (counted, width) in float32
-Consumer = Callable[[Slot, "torch.Tensor", "torch.Tensor", "torch.Tensor | None"], None]
+#: a slot's tensor at the counted positions, (counted, width) in float32, or what the heads write there
+Recorded = Union["torch.Tensor", Written]
+#: (slot, source's, target's, moved one or None)
+Consumer = Callable[[Slot, Any, Any, Any], None]
 
 
 class PairRecorder:
@@ -62,19 +67,27 @@ class PairRecorder:
         self.pair, self.slots, self.with_moved = pair, slots, moved
         self.batch: Batch
         self.consume: Consumer
-        #: which model's forward is running, and which slots a run of a single source module fills
-        self.stage: Literal["", "target", "source"] = ""
+        self.turns: Turns | None = None
+        #: which slots a run of a single source module fills
         self.filling: frozenset[Slot] = frozenset()
-        self.kept: dict[Slot, torch.Tensor] = {}
-        self.moved: dict[Slot, torch.Tensor] = {}
+        self.kept: dict[Slot, Recorded] = {}
+        self.moved: dict[Slot, Recorded] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> PairRecorder:
         self._check_alike()
         with ExitStack() as stack:
+            projections: dict[Any, list[tuple[LanguageModel, Slot, bool]]] = {}
             for slot in self.slots:
                 for model, is_source in ((self.pair.source, True), (self.pair.target, False)):
-                    stack.callback(self._listen(model, slot, is_source).remove)
+                    linear = self._linear(model, slot)
+                    if slot.kind == "head":
+                        # in a pair of one model twice it is both models' projection
+                        projections.setdefault(linear, []).append((model, slot, is_source))
+                    else:
+                        stack.callback(self._listen(linear, slot, is_source).remove)
+            for linear, whose in projections.items():
+                stack.enter_context(self._writing(linear, whose))
             if self.with_moved:
                 self._replay_modules(stack)
             self._stack = stack.pop_all()
@@ -84,17 +97,28 @@ class PairRecorder:
         self._stack.close()
 
     def read(self, batch: Batch, consume: Consumer) -> None:
-        """Run both models on a batch; ``consume`` gets every slot's tensors while the source's forward passes it."""
+        """Run both models on a batch, in turns; ``consume`` gets a slot's tensors when both models have passed it.
+
+        The tensors are the models' own: they may change once ``consume`` has returned.
+        """
         self.batch, self.consume = batch, consume
+
+        def run(model: LanguageModel) -> None:
+            # only hidden states are wanted: one position of logits is the least that can be asked for
+            model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+
+        self.turns = Turns(lambda: run(self.pair.source))
+        failed = True
         try:
-            for self.stage in ("target", "source"):
-                model = self.pair.target if self.stage == "target" else self.pair.source
-                # only hidden states are wanted: one position of logits is the least that can be asked for
-                model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+            run(self.pair.target)
+            failed = False
         finally:
-            self.stage, self.filling = "", frozenset()
-            self.kept.clear()
-            self.moved.clear()
+            try:
+                self.turns.end(failed)
+            finally:
+                self.turns, self.filling = None, frozenset()
+                self.kept.clear()
+                self.moved.clear()
 
     def _check_alike(self) -> None:
         """The source's modules get the target's tensors as they are: one device, and one dtype."""
@@ -108,24 +132,75 @@ class PairRecorder:
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
-    def _listen(self, model: LanguageModel, slot: Slot, is_source: bool) -> Any:
-        linear = model.hf.get_submodule(model.layout.linears[slot.linear])
-        if slot.kind == "head":
-            return linear.register_forward_pre_hook(lambda module, inputs: self._arrive(slot, inputs[0], is_source))
-        return linear.register_forward_hook(lambda module, inputs, output: self._arrive(slot, output, is_source))
+    def _listen(self, linear: Any, slot: Slot, is_source: bool) -> Any:
+        return linear.register_forward_hook(lambda m, inputs, output: self._see(slot, output, is_source))
 
-    def _arrive(self, slot: Slot, tensor: torch.Tensor, is_source: bool) -> None:
-        """File a tensor. In a pair of one model twice both hooks fire: stage and filling tell which counts."""
-        if self.filling:
-            if is_source and slot in self.filling:
-                self.moved[slot] = self._gathered(tensor)
-        elif self.stage == "target" and not is_source:
-            self.kept[slot] = self._gathered(tensor)
-        elif self.stage == "source" and is_source:
-            self.consume(slot, self._gathered(tensor), self.kept.pop(slot), self.moved.pop(slot, None))
+    def _see(self, slot: Slot, tensor: torch.Tensor, is_source: bool) -> None:
+        if self._counts(slot, is_source):
+            self._arrive(slot, self._gathered(tensor))
+
+    @staticmethod
+    def _linear(model: LanguageModel, slot: Slot) -> Any:
+        return model.hf.get_submodule(model.layout.linears[slot.linear])
+
+    def _writing(self, linear: Any, whose: list[tuple[LanguageModel, Slot, bool]]) -> AbstractContextManager[None]:
+        """An output projection that tells of its heads' writes."""
+        own, weights = linear.forward, whose[0][0].output_weights(whose[0][1].layer)
+        plain = _is_plain(linear)
+
+        def write(z: torch.Tensor) -> torch.Tensor:
+            if self.turns is None:
+                return own(z)  # type: ignore[no-any-return]
+            wanted = [slot for _, slot, is_source in whose if self._counts(slot, is_source)]
+            # the sum of the writes is the output; where few positions count, theirs alone are built
+            all_of_them = plain and 2 * len(self.batch.row) >= self.batch.inputs["input_ids"].numel()
+            if all_of_them:
+                # also where it is not wanted: every run of the layer rounds alike
+                written, output = Written.of(z, weights)
+                written = written.gathered(self._chosen)
+                output = output if linear.bias is None else output + linear.bias
+            elif wanted:
+                written, _ = Written.of(self._gathered(z), weights.float())
+            for slot in wanted:
+                self._arrive(slot, written)
+            return output if all_of_them else own(z)
+
+        return answering(linear, write)
+
+    def _counts(self, slot: Slot, is_source: bool) -> bool:
+        """Whether a tensor is wanted. In a pair of one model twice both listeners hear of it: the turn tells which."""
+        if self.turns is None:
+            return False
+        if self.filling and not self.turns.in_second:
+            return is_source and slot in self.filling
+        return self.turns.in_second == is_source
+
+    def _arrive(self, slot: Slot, tensor: Recorded) -> None:
+        """File a tensor, or consume it together with the target's."""
+        assert self.turns is not None
+        if self.turns.in_second:
+            while not self._passed(slot):
+                self.turns.wait()
+            self.consume(slot, tensor, self.kept.pop(slot), self.moved.pop(slot, None))
+            return
+        (self.moved if self.filling else self.kept)[slot] = tensor
+        if self._passed(slot):
+            self.turns.advance()
+
+    def _passed(self, slot: Slot) -> bool:
+        """Whether all that is wanted of the target's pass is there."""
+        return slot in self.kept and (slot in self.moved or not self.with_moved)
 
     def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.batch.gather(tensor.detach()).float()
+        """The counted positions, (counted, width) in float32."""
+        return self._chosen(tensor.detach()).float()
+
+    def _chosen(self, tensor: torch.Tensor) -> torch.Tensor:
+        counted = len(self.batch.row)
+        if counted == self.batch.inputs["input_ids"].numel():
+            # all of them, in their order: what is consumed at once need not be copied
+            return tensor.reshape(counted, -1)
+        return self.batch.gather(tensor)
 
     @contextmanager
     def _filling(self, slots: Iterable[Slot]) -> Any:
@@ -156,7 +231,7 @@ class PairRecorder:
                 theirs: Any = theirs,
                 slots: list[Slot] = slots,
             ) -> None:
-                if self.stage == "target" and not self.filling:
+                if self.turns is not None and not self.turns.in_second and not self.filling:
                     with self._filling(slots):
                         theirs(*inputs, **keywords)
 
@@ -170,3 +245,11 @@ class PairRecorder:
                 f"{type(self.pair.target.hf).__name__} has no module for its MLPs, so the source's cannot be run on "
                 "the target's input: leave out the measures own and inherited, or measure kinds=('head', 'linear')"
             )
+
+
+def _is_plain(linear: Any) -> bool:
+    """Whether a layer is nothing but a product in float32 (and a bias), which may be computed head by head."""
+    import torch
+
+    plain = type(linear) is torch.nn.Linear or type(linear).__name__ == "Conv1D"
+    return plain and linear.weight.dtype == torch.float32

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def pareto_front(frame: pd.DataFrame, gain: str = "gain", harm: str = "harm") -> pd.DataFrame:
     """The frame with a boolean column ``front``: no other row has at least its gain and at most its harm, one strictly.
 
-    Rows that are equal in both are on the front together. Raises UsageError for a column that is missing, is no number
+    The untouched target, of gain 0 and harm 0, counts as another row: a graft that it beats is on no front. Rows that
+    are equal in both are on the front together. Raises UsageError for a column that is missing, is no number
     or holds NaN, which can be compared with nothing.
     """
     lacking = [c for c in (gain, harm) if c not in getattr(frame, "columns", [])]
@@ -28,13 +29,9 @@ def pareto_front(frame: pd.DataFrame, gain: str = "gain", harm: str = "harm") ->
     for name, values in ((gain, gains), (harm, harms)):
         if np.isnan(values).any():
             raise UsageError(f"row {int(np.isnan(values).argmax())} has no {name}: drop rows that were not measured")
-    front = np.zeros(len(frame), dtype=bool)
-    least = np.inf
-    # from the largest gain down: a row must do less harm than every row with a larger gain
-    for value in np.unique(gains)[::-1]:
-        rows = gains == value
-        best = harms[rows].min()
-        if best < least or (value == gains.max()):
-            front[rows & (harms == best)] = True
-        least = min(least, best)
-    return frame.assign(front=front)
+    others = np.append(gains, 0.0), np.append(harms, 0.0)
+    front = [
+        not ((others[0] >= g) & (others[1] <= h) & ((others[0] > g) | (others[1] < h))).any()
+        for g, h in zip(gains, harms, strict=True)
+    ]
+    return frame.assign(front=np.array(front, dtype=bool))

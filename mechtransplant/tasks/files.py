@@ -58,7 +58,7 @@ def _pick_field(
         )
     for at, row in rows:
         if name not in row or row[name] is None or not str(row[name]).strip():
-            raise TaskError(f"{path} line {at}: field {name!r} is missing or empty; every line needs a {what}")
+            raise TaskError(f"{path} line {at}: field {name!r} is missing or empty; every line needs its {what}")
     return name
 
 
