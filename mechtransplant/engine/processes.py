@@ -1,0 +1,156 @@
+"""Jobs in processes of their own on this machine; a process that dies is replaced, and its job done again."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from mechtransplant.engine.jobs import Done, Job, Recipe
+from mechtransplant.errors import UsageError, check_count
+
+#: how often a job is tried whose process dies
+TRIES = 3
+
+
+class WorkerError(RuntimeError):
+    """A job failed in a worker's process; the message has what was raised there, and where."""
+
+
+class Processes:
+    """``workers`` processes, each with a worker that the recipe makes; started when there are jobs for them.
+
+    Args:
+        threads: of each process (so many that all cores are used once). Results can depend on it in their last bits:
+            with the same number they are those of a serial run to the bit.
+    """
+
+    def __init__(self, recipe: Recipe, workers: int, threads: int | None = None) -> None:
+        check_count("workers", workers)
+        self.recipe, self.workers = recipe, workers
+        self.threads = max(1, (os.cpu_count() or 1) // workers) if threads is None else threads
+        check_count("threads", self.threads)
+        #: all that were started, and those that have no job
+        self._started: list[_Process] = []
+        self._idle: list[_Process] = []
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
+        waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        for number in range(len(jobs)):
+            waiting.put((number, 1))
+        answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        stop = threading.Event()
+        threads = [
+            threading.Thread(target=self._serve, args=(jobs, waiting, answers, stop), daemon=True)
+            for _ in range(min(self.workers, len(jobs)))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(len(jobs)):
+                number, answer = answers.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                done(number, answer)
+        except BaseException:
+            stop.set()
+            # nobody waits for the answer of a process that is in the middle of a job
+            self.close()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._idle.clear()
+        while self._started:
+            self._started.pop().end()
+
+    def _serve(
+        self,
+        jobs: Sequence[Job],
+        waiting: queue.SimpleQueue[tuple[int, int]],
+        answers: queue.SimpleQueue[tuple[int, Any]],
+        stop: threading.Event,
+    ) -> None:
+        """One process's thread: jobs until there are none, or one has failed."""
+        process: _Process | None = None
+        while not stop.is_set():
+            try:
+                number, tries = waiting.get_nowait()
+            except queue.Empty:
+                break
+            try:
+                if process is None:
+                    process = self._idle.pop() if self._idle else self._start()
+                answers.put((number, process.do(jobs[number])))
+            except EOFError as died:
+                process = None
+                if tries < TRIES:
+                    waiting.put((number, tries + 1))
+                else:
+                    answers.put((number, WorkerError(f"the worker's process died {tries} times on one job ({died})")))
+            except Exception as error:
+                answers.put((number, error))
+                break
+        if process is not None and not stop.is_set():
+            self._idle.append(process)
+
+    def _start(self) -> _Process:
+        process = _Process(self.threads)
+        self._started.append(process)
+        process.ask({"function": self.recipe.function, "arguments": self.recipe.arguments})
+        return process
+
+
+class _Process:
+    """One worker's process."""
+
+    def __init__(self, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mechtransplant.engine.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """A job's result; raises EOFError where the process has died."""
+        result: dict[str, Any] = self.ask(job)["result"]
+        return result
+
+    def ask(self, what: dict[str, Any]) -> dict[str, Any]:
+        """Send a line, and wait for the answer; raises what the worker raised, and EOFError where it has died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(what) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except (BrokenPipeError, ValueError) as error:
+            raise EOFError(f"exit code {self.process.wait()}") from error
+        if not line.endswith("\n"):
+            raise EOFError(f"exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "usage" in answer:
+            raise UsageError(answer["usage"])
+        if "error" in answer:
+            raise WorkerError(f"{answer['error']}\n{answer['traceback']}")
+        return answer
+
+    def end(self) -> None:
+        """End it, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()

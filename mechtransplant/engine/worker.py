@@ -1,0 +1,47 @@
+"""A worker's process: a recipe, then jobs, one JSON line each on the standard input; results on the standard output.
+
+Started by ``processes``. It ends when its input does, so that no worker outlives the process that asked for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+from mechtransplant.engine.jobs import Recipe
+from mechtransplant.errors import UsageError
+
+
+def main() -> None:
+    """Make the worker, say so, and do jobs until there are no more."""
+    # an interrupt from the keyboard reaches the whole group: the process that asks decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # what anything prints must not come between the results
+    results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(answer: dict[str, Any]) -> None:
+        results.write(json.dumps(answer) + "\n")
+        results.flush()
+
+    worker = None
+    for line in sys.stdin:
+        try:
+            said = json.loads(line)
+            if worker is None:
+                worker = Recipe(**said).make()
+                say({"ready": os.getpid()})
+            else:
+                say({"result": worker(said)})
+        except UsageError as error:
+            say({"usage": str(error)})
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+
+
+if __name__ == "__main__":
+    main()

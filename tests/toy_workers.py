@@ -1,0 +1,37 @@
+"""Workers for tests of engines: they square, sleep, print, fail, and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from mechtransplant.errors import UsageError
+
+
+def make(power: int = 2) -> Any:
+    def work(job: dict[str, Any]) -> dict[str, Any]:
+        what = job.get("what")
+        if what == "print":
+            print("noise on the standard output")
+        if what == "sleep":
+            time.sleep(job["seconds"])
+        if what == "usage":
+            raise UsageError("the job is wrong: make another")
+        if what == "error":
+            raise ZeroDivisionError("in the worker")
+        if what == "die":
+            # once: the file says that it has been here
+            mark = Path(job["mark"])
+            if job.get("always") or not mark.exists():
+                mark.write_text("x")
+                os.kill(os.getpid(), signal.SIGKILL)
+        return {"value": job["number"] ** power, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
+
+    return work
+
+
+def refuse() -> Any:
+    raise UsageError("no worker can be made here")
