@@ -40,13 +40,15 @@ def _root(
     """Options that come before a command."""
 
 
-def _run(config_path: Path, out: Path | None) -> None:
+def _run(config_path: Path, out: Path | None, engine: str = "serial", workers: int | None = None) -> None:
     from mechtransplant.experiment import run_experiment
     from mechtransplant.experiment.config import read_config
 
     config = read_config(config_path)
     folder = out or Path("runs") / config.name
-    result = run_experiment(config, folder)
+    # the library checks the name, and says which there are
+    named: Any = engine
+    result = run_experiment(config, folder, engine=named, workers=workers)
     typer.echo(result.summary)
     typer.echo(f"Tables and figures are in {result.folder}")
 
@@ -57,9 +59,11 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder (runs/NAME by default). Started again, a run continues.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="Where cells are computed: serial, or processes.")] = "serial",
+    workers: Annotated[int | None, typer.Option(help="With --engine processes: how many (2).")] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out)
+    _run(config, out, engine, workers)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,3 +16,15 @@ def track(items: Iterable[Item], what: str, show: bool = True, total: int | None
 
     in_notebook = "ipykernel" in sys.modules
     return tqdm(items, desc=what, total=total, leave=False, disable=not (show and (in_notebook or sys.stderr.isatty())))
+
+
+@contextmanager
+def bar(total: int, what: str, show: bool = True) -> Iterator[Callable[[], object]]:
+    """A bar that the function which it gives advances by one."""
+    steps = iter(track(range(total), what, show))
+    try:
+        yield lambda: next(steps, None)
+    finally:
+        # a bar is taken away when its steps are used up
+        for _ in steps:
+            pass

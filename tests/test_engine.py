@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,11 @@ def test_a_worker_that_is_killed_is_replaced(two: Processes, tmp_path: Path) -> 
     found: dict[int, int] = {}
     two.run(jobs, lambda at, result: found.__setitem__(at, result["value"]))
     assert found == {i: i**3 for i in range(6)} and (tmp_path / "mark").exists()
+    # one that dies between two jobs, with a line on its way that nobody reads
+    os.kill(two._idle[-1].process.pid, signal.SIGKILL)
+    two.run(jobs, lambda at, result: found.__setitem__(at, -result["value"]))
+    assert found == {i: -(i**3) for i in range(6)}
+    two.close()
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(two: Processes, tmp_path: Path) -> None:

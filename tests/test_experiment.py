@@ -13,7 +13,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.experiment import Run, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
-from mechtransplant.experiment.run import build_task
+from mechtransplant.experiment.setup import build_task
 from mechtransplant.ranking import rank_modules
 
 SMALL: dict[str, Any] = {
@@ -271,15 +271,15 @@ def test_run_again_computes_nothing_and_gives_the_same_tables(finished: Any) -> 
 
 
 def test_a_killed_run_continues_where_it_was(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, get, calls = tmp_path / "killed", CellStore.get, []
+    folder, put, calls = tmp_path / "killed", CellStore.put, []
 
-    def dying(store: CellStore, content: Any, compute: Any) -> Any:
+    def dying(store: CellStore, key: str, values: Any) -> None:
         if len(calls) == 7:
             raise KeyboardInterrupt
         calls.append(1)
-        return get(store, content, compute)
+        put(store, key, values)
 
-    monkeypatch.setattr(CellStore, "get", dying)
+    monkeypatch.setattr(CellStore, "put", dying)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(config(), folder, progress=False)
     monkeypatch.undo()
@@ -318,7 +318,7 @@ def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any)
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(UsageError, match="different weights"),
     ):
-        patch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: changed)
+        patch.setattr("mechtransplant.experiment.setup.load_pair", lambda *a, **k: changed)
         run_experiment(config(), finished.folder)
 
 
@@ -467,7 +467,7 @@ def test_random_controls_have_the_strength_of_their_graft(instruct_run: Any) -> 
 
 
 def test_unknown_rule_is_refused_before_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechtransplant.experiment.run.load_pair", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("mechtransplant.experiment.setup.load_pair", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(UsageError, match="unknown rule"):
         run_experiment(config(rule="leo"), tmp_path / "out")
 
@@ -526,3 +526,63 @@ def test_an_operators_options_and_an_ancestor_from_the_config(tmp_path: Path) ->
     assert "ancestor b: repo:family/first" in result.summary
     written = json.loads((tmp_path / "out" / "outcome.json").read_text())
     assert all(o["operator"] == {**operator, "normalize": None} for o in written.values())
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+def same_numbers(one: Any, other: Any) -> None:
+    pd.testing.assert_frame_equal(one.results, other.results)
+    pd.testing.assert_frame_equal(one.rules, other.rules)
+    assert one.summary == other.summary
+    names = ["outcome.json", "rules.csv"] + ["side_effects.csv"] * (one.plane is not None)
+    for name in names:
+        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
+
+
+def test_processes_compute_what_one_does_to_the_bit(tmp_path: Path) -> None:
+    threaded = config(threads=1)
+    serial = run_experiment(threaded, tmp_path / "serial" / "small", progress=False)
+    spread = run_experiment(threaded, tmp_path / "spread" / "small", progress=False, engine="processes", workers=2)
+    same_numbers(serial, spread)
+    cells = [CellStore(r.folder / "cells.jsonl").cells for r in (serial, spread)]
+    assert cells[0] == cells[1] and len(cells[0]) == len((spread.folder / "cells.jsonl").read_text().splitlines())
+    starts = json.loads((spread.folder / "environment.json").read_text())["starts"]
+    assert starts[-1]["engine"] == "processes" and starts[-1]["workers"] == 2
+    # either engine continues what the other began
+    lines = (spread.folder / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    (spread.folder / "cells.jsonl").write_bytes(b"".join(lines[: len(lines) // 2]))
+    same_numbers(serial, run_experiment(threaded, spread.folder, progress=False))
+
+
+def test_the_better_model_is_the_source_in_every_process(tmp_path: Path) -> None:
+    turned = config(
+        pair={"source": "repo:family/second", "target": "repo:family/first"},
+        direction="better", k=[2], threads=1, side_effects=None, random_sets=2, curve_sets=0,
+    )  # fmt: skip
+    serial = run_experiment(turned, tmp_path / "a" / "turned", progress=False)
+    spread = run_experiment(turned, tmp_path / "b" / "turned", progress=False, engine="processes")
+    same_numbers(serial, spread)
+    assert serial.outcomes[max(serial.outcomes)].source_accuracy > 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "cluster"}, "unknown engine 'cluster'"),
+        ({"engine": "processes", "workers": 0}, "workers must be a whole number of at least 1"),
+        ({"workers": 2}, "the serial engine has no workers"),
+    ],
+)
+def test_engines_are_checked_before_anything_is_loaded(tmp_path: Path, options: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run_experiment(config(pair="family/nowhere"), tmp_path / "out", progress=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:
+    from mechtransplant.experiment.worker import cell_worker
+
+    small = config(threads=1).model_dump(mode="json")
+    with pytest.raises(UsageError, match="other weights than the run began with"):
+        cell_worker(small, False, {"source": "0" * 16, "target": "0" * 16})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from mechtransplant.engine.jobs import Done, Job, Recipe
@@ -153,4 +154,6 @@ class _Process:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                # what a process that died has not read is of no use to anyone
+                with suppress(OSError):
+                    pipe.close()

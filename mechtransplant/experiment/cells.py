@@ -48,14 +48,29 @@ class CellStore:
         """The cell's values: stored ones, or computed now and stored."""
         key = cell_key(content)
         if key not in self.cells:
-            cell = {"key": key, **compute()}
-            with self.path.open("ab") as file:
-                file.write((json.dumps(cell) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
-            self.cells[key] = cell
-            self.computed += 1
+            self.put(key, compute())
         return self.cells[key]
+
+    def put(self, key: str, values: dict[str, Any]) -> None:
+        """Store a cell that was computed: appended, and on the disk before this returns."""
+        cell = {"key": key, **values}
+        with self.path.open("ab") as file:
+            file.write((json.dumps(cell) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.cells[key] = cell
+        self.computed += 1
+
+
+class NoStore(CellStore):
+    """Nothing is kept: of a worker, whose cells another process stores."""
+
+    def __init__(self) -> None:
+        self.cells, self.computed = {}, 0
+
+    def put(self, key: str, values: dict[str, Any]) -> None:
+        """Keep it for this process alone."""
+        self.cells[key] = {"key": key, **values}
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import compare
 from mechtransplant.experiment.config import SideEffectSpec
+from mechtransplant.experiment.evaluator import unpacked_budgets
+from mechtransplant.experiment.setup import Setup
+from mechtransplant.grafting import Graft
 from mechtransplant.side_effects import (
     Baseline,
     NeutralText,
@@ -22,7 +25,9 @@ from mechtransplant.tasks import Task, list_tasks, load_task
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mechtransplant.experiment.run import Run
+
+#: the kind of job that side effects are
+SIDE_EFFECTS = "side effects"
 
 
 class Elsewhere:
@@ -32,7 +37,7 @@ class Elsewhere:
     task, and for what cannot be found.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Setup) -> None:
         self.run, self.spec = run, run.config.side_effects
         self.tasks: tuple[Task, ...] = ()
         self.file: NeutralText | None = None
@@ -75,16 +80,16 @@ class Elsewhere:
             run.pair, tasks=self.tasks, text=text, seed=run.config.seed, batch_size=run.config.batch_size
         )
 
-    def of(self, role: str, rule: str, modules: tuple[str, ...], strength: float, **labels: Any) -> dict[str, Any]:
-        """{"row": gain against harm, "effects": one record a task and text measure} of one graft."""
+    def content(self, modules: tuple[str, ...], strength: float) -> dict[str, Any]:
+        """All that decides the side effects of a graft."""
         run, spec = self.run, self.spec
         assert spec is not None
-        content = {
-            "what": "side effects",
+        return {
+            "what": SIDE_EFFECTS,
             **run.fingerprints,
             **spec.model_dump(mode="json"),
             **self.fingerprints,
-            **run.cells.ancestor,
+            **run.ancestor,
             "seed": run.config.seed,
             "modules": sorted(modules),
             "strength": strength,
@@ -92,29 +97,40 @@ class Elsewhere:
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},
         }
 
-        def compute() -> dict[str, Any]:
-            found = measure_side_effects(
-                run.pair, run.cells.graft(modules, strength), before=self.baseline, seed=run.config.seed
-            )
-            whole = role != "random"
-            after = run.cells.cell(run.splits.test, role, modules, strength, whole=whole)[run.budget]
-            target, source = (run.baselines[r][run.budget] for r in ("target", "source"))
-            outcome = compare(target, source, after, resamples=200)
-            row = found.against(outcome) if self.tasks else {"gain": outcome.difference}
-            return {
-                "split": "test",
-                "role": f"side effects of {role}",
-                "k": len(modules),
-                "strength": strength,
-                "row": row,
-                "effects": _records(found.frame),
-                "notes": list(found.notes),
-                "text": None if found.text is None else found.text.origin,
-            }
+    def job(
+        self, role: str, modules: tuple[str, ...], strength: float, evaluations: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What an engine is told; ``evaluations`` are the finished cells of target, source, and the graft on `test`."""
+        named = {"role": role, "modules": list(map(str, modules)), "strength": strength}
+        return {"what": SIDE_EFFECTS, **named, "evaluations": evaluations}
 
-        cell = run.store.get(content, compute)
-        more = {"role": role, "rule": rule, "k": len(modules), "strength": strength, **labels}
-        return {**cell, "row": {**cell["row"], **more}, "effects": [{**more, **e} for e in cell["effects"]]}
+    def compute(self, job: dict[str, Any]) -> dict[str, Any]:
+        """{"row": gain against harm, "effects": one record a task and text measure} of one graft."""
+        run, modules = self.run, tuple(job["modules"])
+        graft = Graft(modules, job["strength"], kv=run.config.kv, operator=run.config.operator)
+        found = measure_side_effects(run.pair, graft, before=self.baseline, seed=run.config.seed)
+        cells = job["evaluations"]
+        target, source, after = (
+            unpacked_budgets(run.splits.test, cells[name])[run.budget] for name in ("target", "source", "after")
+        )
+        outcome = compare(target, source, after, resamples=200)
+        row = found.against(outcome) if self.tasks else {"gain": outcome.difference}
+        return {
+            "split": "test",
+            "role": f"side effects of {job['role']}",
+            "k": len(modules),
+            "strength": job["strength"],
+            "row": row,
+            "effects": _records(found.frame),
+            "notes": list(found.notes),
+            "text": None if found.text is None else found.text.origin,
+        }
+
+
+def labelled(cell: dict[str, Any], role: str, rule: str, k: int, strength: float) -> dict[str, Any]:
+    """A finished cell with whose it is in its row and its effects."""
+    more = {"role": role, "rule": rule, "k": k, "strength": strength}
+    return {**cell, "row": {**cell["row"], **more}, "effects": [{**more, **e} for e in cell["effects"]]}
 
 
 def side_effect_tables(cells: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -140,7 +156,7 @@ def _number(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _asked(run: Run, name: str, spec: SideEffectSpec) -> Task:
+def _asked(run: Setup, name: str, spec: SideEffectSpec) -> Task:
     """The questions of another task: as many as asked, none of which selected."""
     task = load_task(name, max(1024, spec.questions + 128)) if name in list_tasks() else load_task(name)
     if task.name == run.task.name:

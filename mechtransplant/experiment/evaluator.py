@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.evaluation import Evaluation, evaluate, evaluate_budgets
 from mechtransplant.experiment.cells import CellStore
-from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Task
@@ -20,25 +21,91 @@ from mechtransplant.tasks import Task
 #: a graft of the target ("reverse"), or the target under a graft of itself ("self")
 Body = Literal["graft", "source", "reverse", "self"]
 
+#: the kind of job that an evaluation is
+EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation: ``role`` is what the result's row is called.
+
+    ``whole``: keep every question's log-probability; of a random set, whose mean is enough, the verdicts alone.
+    """
+
+    split: str
+    role: str
+    modules: tuple[str, ...] = ()
+    strength: float = 1.0
+    body: Body = "graft"
+    whole: bool = True
+
+    def job(self) -> dict[str, Any]:
+        """As JSON, for an engine."""
+        return {"what": EVALUATION, **asdict(self), "modules": list(map(str, self.modules))}
+
+    @classmethod
+    def of(cls, job: dict[str, Any]) -> Cell:
+        """The opposite of :meth:`job`."""
+        named = {key: value for key, value in job.items() if key != "what"}
+        return cls(**{**named, "modules": tuple(job["modules"])})
+
 
 class Evaluator:
-    """The evaluations of one run; ``cell`` looks one up or computes it."""
+    """The evaluations of one setup; ``cell`` looks one up in the store or computes it."""
 
-    def __init__(self, config: RunConfig, pair: Pair, budgets: Sequence[int], store: CellStore) -> None:
-        self.config, self.pair, self.budgets, self.store = config, pair, list(budgets), store
+    def __init__(self, setup: Setup, store: CellStore) -> None:
+        self.setup, self.config, self.store = setup, setup.config, store
         self.digests: dict[tuple[str, ...], dict[int, str]] = {}
         #: of a self-graft: the ungrafted target's digests, from the same process
         self.beside: dict[tuple[str, ...], dict[int, str]] = {}
-        self.ancestor = {} if pair.base is None else {"base": pair.base.fingerprint}
-        self.fingerprints = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
+        pair = setup.pair
         own = make_pair(pair.target, pair.target, "self")
         # with the ancestor of the real pair, t + λ (s − b) would not be t
         own.base = None if pair.base is None else pair.target
         self.pairs: dict[Body, Pair] = {"graft": pair, "source": pair, "reverse": pair.reversed(), "self": own}
+        self.splits = {str(split.role): split for split in setup.splits}
 
     def graft(self, modules: Sequence[str], strength: float) -> Graft:
         """A graft of the run's kind."""
         return Graft(modules, strength, kv=self.config.kv, operator=self.config.operator)
+
+    def content(self, cell: Cell) -> dict[str, Any]:
+        """All that decides a cell's value."""
+        content = {
+            **self.setup.fingerprints,
+            **self.setup.ancestor,
+            "task": self.splits[cell.split].fingerprint,
+            "budgets": self.setup.budgets,
+            "body": cell.body,
+            "modules": sorted(cell.modules),
+            "strength": cell.strength if cell.modules else 0,
+            "dtype": self.config.dtype,
+            "batch_size": self.config.batch_size,
+            "whole": cell.whole,
+            **{key: getattr(self.config, key) for key in ("kv", "operator")},
+        }
+        if cell.body == "self":
+            content["beside"] = "target"
+        return content
+
+    def compute(self, cell: Cell) -> dict[str, Any]:
+        """A cell's values, as JSON."""
+        pair, split = self.pairs[cell.body], self.splits[cell.split]
+        model = pair.source if cell.body == "source" else pair.target
+        with self.graft(cell.modules, cell.strength).applied(pair):
+            found = self._evaluate(model, split)
+        # another processor rounds differently, and the target's own cell may be from another start: bits are
+        # compared within one process
+        beside = self._evaluate(model, split) if cell.body == "self" else {}
+        return {
+            "split": split.role,
+            "role": cell.role,
+            "k": len(cell.modules),
+            "strength": cell.strength,
+            "modules": list(map(str, cell.modules)),
+            "budgets": {str(b): packed(e, cell.whole) for b, e in found.items()},
+            **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
+        }
 
     def cell(
         self,
@@ -50,60 +117,22 @@ class Evaluator:
         body: Body = "graft",
         whole: bool = True,
     ) -> dict[int, Evaluation]:
-        """One evaluation per budget.
-
-        Args:
-            role: what the result's row is called.
-            whole: keep every question's log-probability; of a random set, whose mean is enough, the verdicts alone.
-        """
-        content = {
-            **self.fingerprints,
-            **self.ancestor,
-            "task": split.fingerprint,
-            "budgets": self.budgets,
-            "body": body,
-            "modules": sorted(modules),
-            "strength": strength if modules else 0,
-            "dtype": self.config.dtype,
-            "batch_size": self.config.batch_size,
-            "whole": whole,
-            **{key: getattr(self.config, key) for key in ("kv", "operator")},
-        }
-        if body == "self":
-            content["beside"] = "target"
-
-        def compute() -> dict[str, Any]:
-            pair = self.pairs[body]
-            model = pair.source if body == "source" else pair.target
-            with self.graft(modules, strength).applied(pair):
-                found = self._evaluate(model, split)
-            # another processor rounds differently, and the target's own cell may be from another start: bits are
-            # compared within one process
-            beside = self._evaluate(model, split) if body == "self" else {}
-            return {
-                "split": split.role,
-                "role": role,
-                "k": len(modules),
-                "strength": strength,
-                "modules": list(map(str, modules)),
-                "budgets": {str(b): packed(e, whole) for b, e in found.items()},
-                **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
-            }
-
-        cell = self.store.get(content, compute)
+        """One evaluation per budget."""
+        wanted = Cell(split.role, role, tuple(modules), strength, body, whole)
+        cell = self.store.get(self.content(wanted), lambda: self.compute(wanted))
         stored = cell["budgets"]
         self.beside[(role, *modules)] = {int(b): d for b, d in cell.get("beside", {}).items()}
-        self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.budgets}
-        return {b: unpacked(split, b, stored[str(b)]) for b in self.budgets}
+        self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.setup.budgets}
+        return unpacked_budgets(split, cell)
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
         size = self.config.batch_size
         if split.short_answer:
-            first = evaluate(model, split, max_new_tokens=max(self.budgets), batch_size=size)
-            if len(self.budgets) == 1:
+            first = evaluate(model, split, max_new_tokens=max(self.setup.budgets), batch_size=size)
+            if len(self.setup.budgets) == 1:
                 return {first.budget: first}
-            return {b: evaluate(model, split, max_new_tokens=b, batch_size=size) for b in self.budgets}
-        return evaluate_budgets(model, split, self.budgets, size)
+            return {b: evaluate(model, split, max_new_tokens=b, batch_size=size) for b in self.setup.budgets}
+        return evaluate_budgets(model, split, self.setup.budgets, size)
 
 
 #: what is kept of the gold answer under teacher forcing
@@ -134,6 +163,11 @@ def digest(evaluation: Evaluation) -> str:
         values = getattr(evaluation, name)
         content.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
     return content.hexdigest()[:20]
+
+
+def unpacked_budgets(split: Task, cell: dict[str, Any]) -> dict[int, Evaluation]:
+    """The evaluations of a finished cell, by token budget."""
+    return {int(b): unpacked(split, int(b), content) for b, content in cell["budgets"].items()}
 
 
 def unpacked(split: Task, budget: int, content: dict[str, Any]) -> Evaluation:

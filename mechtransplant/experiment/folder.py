@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,13 +79,19 @@ def check_ours(folder: Path, name: str, **wanted: str) -> None:
         raise UsageError(f"{folder} is not empty and holds no such {name}: {ELSEWHERE}")
 
 
-def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str], added: Sequence[str] = ()) -> None:
-    """Write ``environment.json``: what was begun, and the versions of every start.
+def write_starts(
+    folder: Path,
+    began: dict[str, Any],
+    compared: Sequence[str],
+    added: Sequence[str] = (),
+    start: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``environment.json``: what was begun, and the versions of every start, with what ``start`` adds.
 
     ``compared``: the entries in which an earlier start must agree; ``added``: those that a folder may lack, since they
     were not always noted. Raises UsageError where one differs, and for a file that cannot be read.
     """
-    path, now = folder / "environment.json", versions()
+    path, now = folder / "environment.json", {**versions(), **(start or {})}
     starts = [now]
     if path.exists():
         try:

@@ -7,102 +7,50 @@ and ``figures/``.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, random_matched, random_orders
-from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Evaluation
-from mechtransplant.evaluation.batches import check_lengths, encode
-from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.config import RunConfig, read_config
-from mechtransplant.experiment.elsewhere import Elsewhere
-from mechtransplant.experiment.evaluator import Body, Evaluator
+from mechtransplant.experiment.elsewhere import Elsewhere, labelled
+from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_starts
 from mechtransplant.experiment.rankings import Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
-from mechtransplant.grafting import get_operator
-from mechtransplant.pair import Pair, load_pair
-from mechtransplant.progress import track
+from mechtransplant.experiment.setup import Setup
+from mechtransplant.experiment.worker import WORKERS, EngineName, check_engine, make_engine
+from mechtransplant.progress import bar
 from mechtransplant.ranking import get_rule
-from mechtransplant.tasks import Splits, Task, list_tasks, load_task
+from mechtransplant.tasks import Task
 
 Job = tuple[str, str, tuple[str, ...], float, dict[str, Any]]
 
 
-def build_task(config: RunConfig, pair: Pair) -> Task:
-    """The run's task; the pair's own where the config names none."""
-    spec = config.task or pair.default_task
-    if spec is None:
-        raise UsageError("this pair has no task of its own: give `task:` a name or the path of a JSONL file")
-    if isinstance(spec, str):
-        return load_task(spec)
-    fields = {key: getattr(spec, key) for key in ("question_field", "answer_field", "template_field")}
-    task = load_task(spec.name, spec.n, spec.seed, **{key: name for key, name in fields.items() if name is not None})
-    changes = {key: getattr(spec, key) for key in ("scorer", "max_new_tokens", "stop", "short_answer")}
-    changes = {key: value for key, value in changes.items() if value is not None}
-    if spec.format is not None:
-        changes["format"] = replace(task.format, **spec.format.model_dump(exclude_unset=True))
-    # one forward decides a short answer only for the scorer and the format that the task was made for
-    if {"scorer", "format", "stop"} & changes.keys():
-        changes.setdefault("short_answer", False)
-    return replace(task, **changes)
+class Run(Setup):
+    """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds.
 
+    ``engine``: "serial", or "processes" with so many ``workers``: where its cells are computed.
+    """
 
-def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
-    """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
-    name = config.unrelated
-    if name is None:
-        others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & set(task.keys)]
-        if not others:
-            return None
-        name = others[0]
-    elif name == task.name:
-        raise UsageError(f"unrelated: {name!r} is the run's own task: name another one")
-    elif name not in list_tasks() and not Path(name).exists():
-        raise UnknownNameError("task", name, list_tasks())
-    return load_task(name)
-
-
-class Run:
-    """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds."""
-
-    def __init__(self, config: RunConfig, folder: Path, progress: bool = True) -> None:
-        # before any weights are loaded, and before anything is written
-        for rule in config.rules:
-            get_rule(rule).check(config.kinds, config.options_of(rule))
-        get_operator(config.operator)
-        self.config, self.folder, self.progress = config, folder, progress
-        if config.threads:
-            import torch
-
-            torch.set_num_threads(config.threads)
-        self.pair = self._load_pair()
-        self.task = build_task(config, self.pair)
-        self.splits: Splits = self.task.split(**config.split.model_dump())
-        self.other = unrelated_task(config, self.pair, self.task) if "unrelated" in config.controls else None
-        self.candidates = self.pair.modules(config.kinds)
-        self.counts = config.counts(len(self.candidates))
-        self.budgets = list(config.budgets or (self.task.max_new_tokens,))
-        # a prompt that cannot be written is refused before anything is
-        prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
-        check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
-        self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        progress: bool = True,
+        engine: EngineName = "serial",
+        workers: int | None = None,
+    ) -> None:
+        check_engine(engine, workers)
+        super().__init__(config)
+        self.folder, self.progress, self.engine_name, self.workers = folder, progress, engine, workers
         self.elsewhere = Elsewhere(self)
         self._check_folder()
-
-    @property
-    def budget(self) -> int:
-        """The token budget that decides: the largest."""
-        return max(self.budgets)
-
-    def _load_pair(self) -> Pair:
-        named = self.config.pair
-        options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
-        return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
 
     @property
     def _config_text(self) -> str:
@@ -138,10 +86,22 @@ class Run:
             return self._execute()
 
     def _execute(self) -> RunResult:
-        self.cells = Evaluator(self.config, self.pair, self.budgets, self.store)
+        self.cells = Evaluator(self, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
-        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",))
+        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",), start=self._start)
+        self.engine = make_engine(self.engine_name, self.workers, self, self.elsewhere)
+        try:
+            return self._steps()
+        finally:
+            self.engine.close()
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        """What a start says besides versions: the engine, where it is not the plain one."""
+        return {} if self.engine_name == "serial" else {"engine": self.engine_name, "workers": self.workers or WORKERS}
+
+    def _steps(self) -> RunResult:
         self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
@@ -244,7 +204,51 @@ class Run:
         if headline in self.config.with_controls and spec is not None:
             drawn = self.random_sets(headline, k).sets[: spec.random]
             jobs += [("random", headline, modules, strength) for modules in drawn]
-        return [elsewhere.of(*job) for job in track(jobs, "side effects", self.progress)]
+        keys = [cell_key(elsewhere.content(modules, strength)) for _, _, modules, strength in jobs]
+        test = self.splits.test
+        cells = [
+            Cell(test.role, role, modules, strength, whole=role != "random") for role, _, modules, strength in jobs
+        ]
+        self._compute(cells, "side effects")
+        wanted: dict[str, dict[str, Any]] = {}
+        for key, cell in zip(keys, cells, strict=True):
+            evaluations = {
+                "target": self._stored("target"),
+                "source": self._stored("source"),
+                "after": self._held(cell),
+            }
+            wanted[key] = elsewhere.job(cell.role, cell.modules, cell.strength, evaluations)
+        self._run_jobs(wanted, "side effects")
+        return [
+            labelled(self.store.cells[key], role, rule, len(modules), strength)
+            for key, (role, rule, modules, strength) in zip(keys, jobs, strict=True)
+        ]
+
+    # --- cells ---------------------------------------------------------------------------------------------------
+
+    def _held(self, cell: Cell) -> dict[str, Any]:
+        return self.store.cells[cell_key(self.cells.content(cell))]
+
+    def _stored(self, role: str) -> dict[str, Any]:
+        """The finished cell of a model without any graft, on ``test``."""
+        return self._held(Cell(self.splits.test.role, role, body="source" if role == "source" else "graft"))
+
+    def _compute(self, cells: Sequence[Cell], what: str) -> None:
+        """Evaluations that are missing, by the engine."""
+        self._run_jobs({cell_key(self.cells.content(cell)): cell.job() for cell in cells}, what)
+
+    def _run_jobs(self, wanted: dict[str, dict[str, Any]], what: str) -> None:
+        """Jobs by the key of the cell that each makes; cells that are there are not computed again."""
+        missing = [key for key in wanted if key not in self.store.cells]
+        if not missing:
+            return
+        with bar(len(missing), what, self.progress) as advance:
+
+            def done(number: int, values: dict[str, Any]) -> None:
+                self.store.put(missing[number], values)
+                advance()
+
+            self.engine.run([wanted[key] for key in missing], done)
 
     def unrelated_rules(self, rule: str) -> bool:
         """Whether a ranking on another task would be another one."""
@@ -268,9 +272,13 @@ class Run:
         return found
 
     def _do(self, split: Task, jobs: list[Job], what: str) -> None:
-        for role, rule, modules, strength, more in track(jobs, what, self.progress):
-            body: Body = more.get("body", "graft")
-            found = self.cells.cell(split, role, modules, strength, body=body, whole=role != "random")
+        cells = [
+            Cell(split.role, role, modules, strength, more.get("body", "graft"), role != "random")
+            for role, _, modules, strength, more in jobs
+        ]
+        self._compute(cells, what)
+        for cell, (role, rule, modules, strength, more) in zip(cells, jobs, strict=True):
+            found = self.cells.cell(split, role, modules, strength, body=cell.body, whole=cell.whole)
             labels = {key: value for key, value in more.items() if key != "body"}
             labels["digest"] = self.cells.digests[(role, *modules)]
             labels["beside"] = self.cells.beside[(role, *modules)]
@@ -281,9 +289,8 @@ class Run:
         bodies: dict[str, Body] = {"target": "graft", "source": "source"}
         accuracy = {r: self.cells.cell(self.splits.choose, r, body=b)[self.budget].accuracy for r, b in bodies.items()}
         if accuracy["target"] > accuracy["source"]:
-            self.pair = self.pair.reversed()
-            self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
-            self.cells = Evaluator(self.config, self.pair, self.budgets, self.store)
+            self.turn()
+            self.cells = Evaluator(self, self.store)
 
     def _choose(self, rule: str, budget: int) -> tuple[int, float]:
         """K and strength with the best accuracy on ``choose`` at a token budget; the smallest among equals.
@@ -310,6 +317,17 @@ def depends_on(run: Run) -> dict[str, Any]:
     }
 
 
-def run_experiment(config: RunConfig, folder: str | Path, progress: bool = True) -> RunResult:
-    """Run a config in a folder; started again, it continues where it was."""
-    return Run(config, Path(folder), progress).execute()
+def run_experiment(
+    config: RunConfig,
+    folder: str | Path,
+    progress: bool = True,
+    *,
+    engine: EngineName = "serial",
+    workers: int | None = None,
+) -> RunResult:
+    """Run a config in a folder; started again, it continues where it was.
+
+    Args:
+        engine: "serial", or "processes": cells are computed by so many ``workers`` (2), processes of their own.
+    """
+    return Run(config, Path(folder), progress, engine, workers).execute()

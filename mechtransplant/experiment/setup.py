@@ -1,0 +1,97 @@
+"""What a config asks to be worked on: two models, questions, candidates. Nothing is written.
+
+Every process that computes cells of a run has a setup of its own, made from the same config.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.evaluation.batches import check_lengths, encode
+from mechtransplant.experiment.config import RunConfig
+from mechtransplant.grafting import get_operator
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.ranking import get_rule
+from mechtransplant.tasks import Splits, Task, list_tasks, load_task
+
+
+def build_task(config: RunConfig, pair: Pair) -> Task:
+    """The run's task; the pair's own where the config names none."""
+    spec = config.task or pair.default_task
+    if spec is None:
+        raise UsageError("this pair has no task of its own: give `task:` a name or the path of a JSONL file")
+    if isinstance(spec, str):
+        return load_task(spec)
+    fields = {key: getattr(spec, key) for key in ("question_field", "answer_field", "template_field")}
+    task = load_task(spec.name, spec.n, spec.seed, **{key: name for key, name in fields.items() if name is not None})
+    changes = {key: getattr(spec, key) for key in ("scorer", "max_new_tokens", "stop", "short_answer")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if spec.format is not None:
+        changes["format"] = replace(task.format, **spec.format.model_dump(exclude_unset=True))
+    # one forward decides a short answer only for the scorer and the format that the task was made for
+    if {"scorer", "format", "stop"} & changes.keys():
+        changes.setdefault("short_answer", False)
+    return replace(task, **changes)
+
+
+def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
+    """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
+    name = config.unrelated
+    if name is None:
+        others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & set(task.keys)]
+        if not others:
+            return None
+        name = others[0]
+    elif name == task.name:
+        raise UsageError(f"unrelated: {name!r} is the run's own task: name another one")
+    elif name not in list_tasks() and not Path(name).exists():
+        raise UnknownNameError("task", name, list_tasks())
+    return load_task(name)
+
+
+class Setup:
+    """The models and questions of a config; wrong names are refused before any weights are loaded."""
+
+    def __init__(self, config: RunConfig) -> None:
+        for rule in config.rules:
+            get_rule(rule).check(config.kinds, config.options_of(rule))
+        get_operator(config.operator)
+        self.config = config
+        if config.threads:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        self.pair, self.turned = self._load_pair(), False
+        self.task = build_task(config, self.pair)
+        self.splits: Splits = self.task.split(**config.split.model_dump())
+        self.other = unrelated_task(config, self.pair, self.task) if "unrelated" in config.controls else None
+        self.candidates = self.pair.modules(config.kinds)
+        self.counts = config.counts(len(self.candidates))
+        self.budgets = list(config.budgets or (self.task.max_new_tokens,))
+        # a prompt that cannot be written is refused before anything is
+        prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
+        check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
+        self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+
+    def _load_pair(self) -> Pair:
+        named = self.config.pair
+        options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
+        return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+
+    @property
+    def budget(self) -> int:
+        """The token budget that decides: the largest."""
+        return max(self.budgets)
+
+    @property
+    def ancestor(self) -> dict[str, str]:
+        """The fingerprint of the pair's common ancestor, where it has one."""
+        return {} if self.pair.base is None else {"base": self.pair.base.fingerprint}
+
+    def turn(self) -> None:
+        """Exchange source and target."""
+        self.pair, self.turned = self.pair.reversed(), not self.turned
+        self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
