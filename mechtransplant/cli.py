@@ -360,11 +360,13 @@ def bench_planted_command(
     if config is not None and given:
         name = next(iter(given)).replace("_", "-")
         raise UsageError(f"--config takes the place of --{name}: give one of the two, or write {name} into the file")
-    if plugin is not None:
-        load_plugin(plugin)
+    theirs = [] if plugin is None else load_plugin(plugin)
     if config is not None:
         given = asdict(read_planted_config(config))
     given |= {key: tuple(_listed(given[key])) for key in lists if isinstance(given.get(key), str)}
+    # a folder that names its rules gets the plugin's as well; in a new one no name means all, theirs among them
+    if theirs and not given.get("rules") and (out / "config.yaml").is_file():
+        given["rules"] = tuple(theirs)
     if options is not None:
         try:
             given["options"] = json.loads(options)

@@ -74,6 +74,8 @@ def test_an_interrupt_says_what_is_left(command: Run, monkeypatch: pytest.Monkey
         ("pair: family/generations\noperator: {name: ties, density: 2}\n", "density"),
         ("pair: family/generations\noperator: {density: 0.1}\n", "unknown operator"),
         ("pair: family/generations\nside_effects: {question: 3}\n", "did you mean questions?"),
+        ("pair: family/generations\nsplit: {task: 3}\n", "unknown key 'split.task': known: discover, choose"),
+        ("pair: family/generations\nchoose: 4\n", "unknown key 'choose'"),
         ("pair: family/generations\nrandoms: 3\n", "did you mean random_sets?"),
         ("pair: family/generations\nk: [1.5]\n", "k = 1.5: give whole numbers"),
         ("pair: family/generations\nk: [true]\n", "k: expected numbers"),

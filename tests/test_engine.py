@@ -127,8 +127,8 @@ def test_no_worker_outlives_the_process_that_asked(tmp_path: Path) -> None:
         "import sys, time\n"
         "from mechtransplant.engine import Processes, Recipe\n"
         "engine = Processes(Recipe('toy_workers:make'), 1, threads=1)\n"
-        "engine.run([{'number': 1}], lambda at, result: print(result['pid'], flush=True))\n"
-        "time.sleep(60)\n"
+        "jobs = [{'number': 1}, {'number': 2, 'what': 'sleep', 'seconds': 60}]\n"
+        "engine.run(jobs, lambda at, result: print(result['pid'], flush=True))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 import mechtransplant as mt
 from mechtransplant.evaluation import GoldOutcomes, gold_outcomes
+from mechtransplant.evaluation import sweeps as evaluation_sweeps
 from mechtransplant.evaluation.answers import AnswerReader
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.pair import make_pair
@@ -72,6 +73,18 @@ def test_quick_and_whole_passes_agree(generations: Any, questions: Any, monkeypa
     quick = patch_effects(generations, questions, modules, "answer", batch_size=5)
     monkeypatch.setattr(sweeps, "can_resume", lambda model: False)
     for one, other in zip(quick, patch_effects(generations, questions, modules, "answer", batch_size=5), strict=True):
+        close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:prompt and answer have:UserWarning")
+@pytest.mark.parametrize("positions", ["all", "answer"])
+def test_more_than_can_be_remembered(positions: Any, generations: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = mt.load_task("arithmetic-few-shot").split(8, 1, 1).discover
+    modules = modules_of_layer(2)
+    quick = patch_effects(generations, task, modules, positions, batch_size=4)
+    remembering = evaluation_sweeps.remembering
+    monkeypatch.setattr(evaluation_sweeps, "remembering", lambda model: remembering(model, limit=10))
+    for one, other in zip(quick, patch_effects(generations, task, modules, positions, batch_size=4), strict=True):
         close(one, other)
 
 

@@ -133,6 +133,13 @@ def test_anothers_rule_by_plugin(tmp_path: Path, command: Any) -> None:
     try:
         code, out, _ = command("bench", "planted", *wanted, *sizes)
         assert code == 0 and "| `their-rule` | nothing | 1 | 1.000 |" in out
+        # another's folder: the plugin's rule joins those that are there, with options of its own
+        folder = tmp_path / "theirs"
+        report_planted(PlantedConfig(PAIRS[1:], ("random",), **{**SMALL, "seeds": 1, "test": 16}), folder, False)
+        RULES.pop("their-rule", None)
+        more = ["--plugin", str(plugin), "--options", '{"their-rule": {"strange": 1}}', "--out", str(folder)]
+        code, out, _ = command("bench", "planted", *more)
+        assert code == 0 and all(f"`{rule}`" in out for rule in ("their-rule", "random"))
     finally:
         RULES.pop("their-rule", None)
 

@@ -91,6 +91,9 @@ class Processes:
             try:
                 if process is None:
                     process = self._idle.pop() if self._idle else self._start()
+                    if stop.is_set():
+                        process.end()
+                        break
                 answers.put((number, process.do(jobs[number])))
             except EOFError as died:
                 process = None

@@ -1,14 +1,17 @@
 """A worker's process: a recipe, then jobs, one JSON line each on the standard input; results on the standard output.
 
-Started by ``processes``. It ends when its input does, so that no worker outlives the process that asked for it.
+Started by ``processes``. It ends when its input does, in the middle of a job as well, so that no worker outlives the
+process that asked for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -28,8 +31,18 @@ def main() -> None:
         results.write(json.dumps(answer) + "\n")
         results.flush()
 
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        # nobody is left who wants the result of what is being done
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
     worker = None
-    for line in sys.stdin:
+    while True:
+        line = lines.get()
         try:
             said = json.loads(line)
             if worker is None:

@@ -100,6 +100,12 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
         yield
 
 
+def in_every_pass(model: LanguageModel, layer: int, variant: Variant) -> AbstractContextManager[None]:
+    """A block of whole passes, in each of which the variant acts while its layer runs."""
+    block = blocks_of(model)[layer]
+    return answering(block, partial(_fork, block.forward, layer, [variant]))
+
+
 def _fork(own: Callable[..., Any], number: int, variants: Sequence[Variant], *inputs: Any, **keywords: Any) -> Any:
     """The layer under every variant, each with its own part of the cache; outputs and caches as one batch."""
     if len(variants) == 1:

@@ -53,7 +53,12 @@ def can_resume(model: LanguageModel) -> bool:
     import torch
 
     hf, blocks = model.hf, blocks_of(model)
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for block in blocks for m in block.modules())
+    hooked = any(
+        _acts(hook)
+        for block in blocks
+        for module in block.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in hf.parameters())
     busy = hooked or trained or bool(interventions_on(hf)) or hf in _ACTIVE
     # Gemma 3n and 4: upper layers read keys and values that lower ones made
@@ -137,6 +142,11 @@ def answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
             del block.forward
         else:
             block.forward = mine
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a hook may change anything: those that transformers leaves after ``output_hidden_states`` only look."""
+    return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
 
 
 def blocks_of(model: LanguageModel) -> list[Any]:

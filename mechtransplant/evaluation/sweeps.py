@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.errors import check_count
 from mechtransplant.evaluation.answers import AnswerReader
 from mechtransplant.evaluation.batches import check_model, check_task, encode, usable_prefix
-from mechtransplant.evaluation.forked import Variant, forking
+from mechtransplant.evaluation.forked import Variant, forking, in_every_pass
 from mechtransplant.evaluation.gold import GoldCollector, GoldOutcomes, gold_variants
 from mechtransplant.evaluation.remembered import LIMIT, can_resume, remembering
 from mechtransplant.progress import track
@@ -83,7 +83,8 @@ def sweep(
                 with forking(model, memory, layer, acting):
                     found.put(chosen, rows, read(len(chosen)))
             else:
-                with acting[0]:
+                # too much to remember, or (a layer's weights are another's as well) nothing that a layer does alone
+                with in_every_pass(model, layer, acting[0]) if can_resume(model) else acting[0]:
                     found.put(chosen, rows, read(1))
     return GoldOutcomes(*(values[0] for values in base.outcomes)), found.outcomes
 

@@ -218,11 +218,13 @@ def _unique_keys() -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            # a merge key (<<) is no key of its own
+            named = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            keys = [self.construct_object(key, deep=True) for key in named]
             for at, key in enumerate(keys):
                 if key in keys[:at]:
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {key!r} is given twice", problem_mark=node.value[at][0].start_mark
+                        problem=f"the key {key!r} is given twice", problem_mark=named[at].start_mark
                     )
             return super().construct_mapping(node, deep)
 
@@ -237,8 +239,10 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
         # a union reports each member's failure; the deepest one names the key that the user wrote
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
         # places in the file are keys and numbers; a union's members and a literal's values are pydantic's own words
-        path = [str(p) for p in first["loc"] if str(p) in _known_keys() or isinstance(p, int)]
-        if first["type"] == "extra_forbidden":
+        unknown = first["type"] == "extra_forbidden"
+        places = first["loc"][:-1] if unknown else first["loc"]
+        path = [str(p) for p in places if str(p) in _known_keys() or isinstance(p, int)]
+        if unknown:
             key = str(first["loc"][-1])
             known = _keys_at(path)
             near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.startswith(key[:6])][:1]

@@ -149,6 +149,7 @@ def continued(folder: Path, given: Mapping[str, Any]) -> PlantedConfig:
     new = PlantedConfig(**given)
     if not (folder / "config.yaml").is_file():
         return new
+    check_ours(folder, "benchmark", what=WHAT)
     with_lists = read_planted_config(folder / "config.yaml")
     held = PlantedConfig(**{f.name: _plain(getattr(with_lists, f.name)) for f in fields(PlantedConfig)})
     added: dict[str, Any] = {}
@@ -158,6 +159,9 @@ def continued(folder: Path, given: Mapping[str, Any]) -> PlantedConfig:
             # of pairs and rules nothing named means all
             every = key != "single" and not (mine and theirs)
             added[key] = () if every else tuple(dict.fromkeys([*mine, *theirs]))
+        elif key == "options" and held.rules and not (set(theirs) & set(held.rules)):
+            # of rules that are new in this folder
+            added[key] = {**mine, **theirs}
         elif mine != theirs:
             raise UsageError(
                 f"{folder} was measured with {key} = {mine!r}, not {theirs!r}, and rows of both are no comparison: "
@@ -271,7 +275,7 @@ def planted_page(rows: pd.DataFrame, summary: pd.DataFrame) -> str:
     ]
 
     def shown(value: Any, digits: int = 3) -> str:
-        return "–" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+        return "–" if value is None or pd.isna(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
     for row in summary.to_dict("records"):
         cells = [f"`{row['rule']}`", row["needs"], str(row["drifted_pairs"])]

@@ -252,4 +252,5 @@ def _is_plain(linear: Any) -> bool:
     import torch
 
     plain = type(linear) is torch.nn.Linear or type(linear).__name__ == "Conv1D"
-    return plain and linear.weight.dtype == torch.float32
+    # a layer whose forward was replaced is whatever it was replaced by
+    return plain and linear.weight.dtype == torch.float32 and "forward" not in linear.__dict__

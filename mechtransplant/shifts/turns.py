@@ -39,3 +39,6 @@ class Turns:
         if failed and not self._second.dead:
             self._second.throw(GreenletExit)
         self.advance()
+        if not self._second.dead:
+            self._second.throw(GreenletExit)
+            raise RuntimeError("the two models did not pass the same modules")
