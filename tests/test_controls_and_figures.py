@@ -80,7 +80,7 @@ def sweep() -> pd.DataFrame:
 def test_k_curve_draws_what_the_frame_holds() -> None:
     _, axes = k_curve(sweep(), candidates=16)
     labels = axes.get_legend_handles_labels()[1]
-    assert {"source, 90 %", "target, 20 %", "random sets (2 a K), range", "random, median", "graft"} == set(labels)
+    assert {"source, 90.0 %", "target, 20.0 %", "random sets (2 a K), range", "random, median", "graft"} == set(labels)
     median = next(line for line in axes.lines if line.get_label() == "random, median")
     assert median.get_ydata() == pytest.approx([30, 60])
     assert axes.get_xlabel() == "grafted modules K (of 16)"
