@@ -44,7 +44,7 @@ def test_an_interrupt_says_what_is_left(command: Run, monkeypatch: pytest.Monkey
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_run", interrupted)
+    monkeypatch.setattr(cli.analyses, "_run", interrupted)
     (tmp_path / "c.yaml").write_text("pair: family/generations\n")
     code, _, error = command("run", str(tmp_path / "c.yaml"))
     assert code == 130 and "interrupted; nothing half-written is left" in error and "goes on" in error

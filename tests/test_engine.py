@@ -72,7 +72,7 @@ def test_a_worker_that_is_killed_is_replaced(two: Processes, tmp_path: Path) -> 
     two.run(jobs, lambda at, result: found.__setitem__(at, result["value"]))
     assert found == {i: i**3 for i in range(6)} and (tmp_path / "mark").exists()
     # one that dies between two jobs, with a line on its way that nobody reads
-    os.kill(two._idle[-1].process.pid, signal.SIGKILL)
+    os.kill(two._started[-1].process.pid, signal.SIGKILL)
     two.run(jobs, lambda at, result: found.__setitem__(at, -result["value"]))
     assert found == {i: -(i**3) for i in range(6)}
     two.close()

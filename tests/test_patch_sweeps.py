@@ -83,7 +83,7 @@ def test_more_than_can_be_remembered(positions: Any, generations: Any, monkeypat
     modules = modules_of_layer(2)
     quick = patch_effects(generations, task, modules, positions, batch_size=4)
     remembering = evaluation_sweeps.remembering
-    monkeypatch.setattr(evaluation_sweeps, "remembering", lambda model: remembering(model, limit=10))
+    monkeypatch.setattr(evaluation_sweeps, "remembering", lambda model, limit: remembering(model, 10))
     for one, other in zip(quick, patch_effects(generations, task, modules, positions, batch_size=4), strict=True):
         close(one, other)
 

@@ -258,11 +258,15 @@ def test_decoding_positions_read_one_text(generations: Pair, task: Task) -> None
     assert not np.allclose(frames[0].value, frames[1].value)
 
 
+def is_as_it_was(pair: Pair) -> bool:
+    """No hook is left on either model, and every module has its own forward."""
+    modules = [module for model in (pair.source, pair.target) for module in model.hf.modules()]
+    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in modules)
+
+
 def test_hooks_are_gone_afterwards(generations: Pair, task: Task) -> None:
     measure_shifts(generations, task)
-    for model in (generations.source, generations.target):
-        for module in model.hf.modules():
-            assert not module._forward_hooks and not module._forward_pre_hooks
+    assert is_as_it_was(generations)
 
 
 def test_hooks_are_gone_after_a_failure(generations: Pair, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +278,25 @@ def test_hooks_are_gone_after_a_failure(generations: Pair, task: Task, monkeypat
     monkeypatch.setattr(Collector, "_values", fails)
     with pytest.raises(RuntimeError, match="cut off"):
         measure_shifts(generations, task)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in generations.target.hf.modules())
+    assert is_as_it_was(generations)
+
+
+@pytest.mark.parametrize("role", ["source", "target"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_either_model_may_fail_while_the_other_waits(generations: Pair, task: Task, role: str, error: Any) -> None:
+    expected = measure_shifts(generations, task)
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    hook = getattr(generations, role).hf.model.layers[2].register_forward_pre_hook(fails)
+    try:
+        with pytest.raises(error):
+            measure_shifts(generations, task)
+    finally:
+        hook.remove()
+    assert is_as_it_was(generations)
+    pd.testing.assert_frame_equal(measure_shifts(generations, task), expected)
 
 
 # --- what is wrong is said --------------------------------------------------------------------------------------------
@@ -394,10 +416,10 @@ def test_nothing_is_held_but_what_has_yet_to_meet(generations: Pair, monkeypatch
     for positions in ("all", "last"):
         measure_shifts(generations, load_task("addition", 160), positions=positions, batch_size=16)  # type: ignore[arg-type]
     # 4 layers, heads and MLP; target's, moved and source's; ten batches, twice. The moved one comes last
-    assert len(held) == 4 * 2 * 3 * 10 * 2 and max(held) == (1, 0)
+    assert len(held) == 4 * 2 * 3 * 10 * 2 and [max(of) for of in zip(*held, strict=True)] == [1, 0]
     held.clear()
     measure_shifts(generations, load_task("addition", 16), measures="distance")
-    assert len(held) == 4 * 2 * 2 and max(held) == (0, 0)
+    assert len(held) == 4 * 2 * 2 and set(held) == {(0, 0)}
 
 
 def test_few_positions_and_all_are_one_measure(generations: Pair, task: Task) -> None:

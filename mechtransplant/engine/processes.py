@@ -38,7 +38,7 @@ class Processes:
         check_count("threads", self.threads)
         #: all that were started, and those that have no job
         self._started: list[_Process] = []
-        self._idle: list[_Process] = []
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
@@ -70,7 +70,7 @@ class Processes:
 
     def close(self) -> None:
         """End the processes."""
-        self._idle.clear()
+        self._idle = queue.SimpleQueue()
         while self._started:
             self._started.pop().end()
 
@@ -90,7 +90,7 @@ class Processes:
                 break
             try:
                 if process is None:
-                    process = self._idle.pop() if self._idle else self._start()
+                    process = self._idle_one() or self._start()
                     if stop.is_set():
                         process.end()
                         break
@@ -105,7 +105,13 @@ class Processes:
                 answers.put((number, error))
                 break
         if process is not None and not stop.is_set():
-            self._idle.append(process)
+            self._idle.put(process)
+
+    def _idle_one(self) -> _Process | None:
+        try:
+            return self._idle.get_nowait()
+        except queue.Empty:
+            return None
 
     def _start(self) -> _Process:
         process = _Process(self.threads)
@@ -126,6 +132,8 @@ class _Process:
             text=True,
             encoding="utf-8",
             env=environment,
+            # an interrupt from the keyboard reaches a whole group: the process that asks decides what becomes of it
+            start_new_session=True,
         )
 
     def do(self, job: Job) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import traceback
@@ -21,8 +20,6 @@ from mechtransplant.errors import UsageError
 
 def main() -> None:
     """Make the worker, say so, and do jobs until there are no more."""
-    # an interrupt from the keyboard reaches the whole group: the process that asks decides
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # what anything prints must not come between the results
     results = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

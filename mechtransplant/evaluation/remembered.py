@@ -120,11 +120,8 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
 def acting(model: LanguageModel, before: Callable[..., None], after: Callable[..., None]) -> Iterator[ExitStack]:
     """A block in which every forward pass of the model has these two beside it, and no other block of this kind."""
     with ExitStack() as stack:
-        for hook in (
-            model.hf.register_forward_pre_hook(before, with_kwargs=True),
-            model.hf.register_forward_hook(after, with_kwargs=True),
-        ):
-            stack.callback(hook.remove)
+        stack.callback(model.hf.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(model.hf.register_forward_hook(after, with_kwargs=True).remove)
         _ACTIVE.add(model.hf)
         stack.callback(_ACTIVE.discard, model.hf)
         yield stack
@@ -134,14 +131,14 @@ def acting(model: LanguageModel, before: Callable[..., None], after: Callable[..
 def answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """A module whose forward is another function; its own is back afterwards."""
     mine = block.__dict__.get("forward")
-    block.forward = forward
     try:
+        block.forward = forward
         yield
     finally:
-        if mine is None:
-            del block.forward
-        else:
+        if mine is not None:
             block.forward = mine
+        else:
+            block.__dict__.pop("forward", None)
 
 
 def _acts(hook: Any) -> bool:

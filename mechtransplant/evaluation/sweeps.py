@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mechtransplant.errors import check_count
+from mechtransplant.errors import UsageError, check_count
 from mechtransplant.evaluation.answers import AnswerReader
 from mechtransplant.evaluation.batches import check_model, check_task, encode, usable_prefix
 from mechtransplant.evaluation.forked import Variant, forking, in_every_pass
 from mechtransplant.evaluation.gold import GoldCollector, GoldOutcomes, gold_variants
+from mechtransplant.evaluation.interventions import interventions_on
 from mechtransplant.evaluation.remembered import LIMIT, can_resume, remembering
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
@@ -67,6 +68,8 @@ def sweep(
     check_model(model)
     check_task(task)
     check_count("batch_size", batch_size)
+    if answer_only and interventions_on(model.hf):
+        raise UsageError("what acts on this model may tell its prompt from the answer: leave that block first")
     base, found = GoldCollector(1, len(task)), GoldCollector(len(changes), len(task))
     for rows, tokens in _parts(model, task, batch_size):
         part = task if len(rows) == len(task) else task.subset(rows)
@@ -74,7 +77,7 @@ def sweep(
         if answer_only:
             read = AnswerReader(model, part, batch_size)
             tokens = read.tokens
-        with remembering(model) as memory:
+        with remembering(model, LIMIT) as memory:
             base.put([0], rows, read(1))
         together = at_once(model, tokens, tokens_at_once) if memory.usable else 1
         for layer, chosen in track(list(groups(changes, together)), what, progress):
@@ -107,13 +110,15 @@ def at_once(model: LanguageModel, tokens: int, limit: int | None = None) -> int:
 def _parts(model: LanguageModel, task: Task, batch_size: int) -> Iterator[tuple[list[int], int]]:
     """(row numbers, tokens of the largest batch) of parts of the task whose layers' outputs can be remembered."""
     encoded = encode(task, model.tokenizer)
-    lengths = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
-    width = max(lengths) - len(usable_prefix(model.hf, encoded, max(lengths)))
+    longest = max(len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True))
+    prefix = len(usable_prefix(model.hf, encoded, longest))
+    width = max(map(len, encoded.prompts)) + max(map(len, encoded.completions)) - prefix
     rows, n = list(range(len(task))), len(task)
     if can_resume(model):
         text = model.hf.config.get_text_config()
-        # whole batches, and at least one
-        fits = LIMIT // (width * text.hidden_size * model.hf.dtype.itemsize * model.layout.layers)
+        a_token = text.hidden_size * model.hf.dtype.itemsize * model.layout.layers
+        # whole batches, and at least one; the prefix has a pass of its own
+        fits = (LIMIT - prefix * a_token) // (width * a_token)
         n = max(batch_size, fits // batch_size * batch_size)
     for start in range(0, len(rows), n):
         part = rows[start : start + n]

@@ -62,17 +62,6 @@ class CellStore:
         self.computed += 1
 
 
-class NoStore(CellStore):
-    """Nothing is kept: of a worker, whose cells another process stores."""
-
-    def __init__(self) -> None:
-        self.cells, self.computed = {}, 0
-
-    def put(self, key: str, values: dict[str, Any]) -> None:
-        """Keep it for this process alone."""
-        self.cells[key] = {"key": key, **values}
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

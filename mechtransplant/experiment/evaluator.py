@@ -53,7 +53,7 @@ class Cell:
 class Evaluator:
     """The evaluations of one setup; ``cell`` looks one up in the store or computes it."""
 
-    def __init__(self, setup: Setup, store: CellStore) -> None:
+    def __init__(self, setup: Setup, store: CellStore | None = None) -> None:
         self.setup, self.config, self.store = setup, setup.config, store
         self.digests: dict[tuple[str, ...], dict[int, str]] = {}
         #: of a self-graft: the ungrafted target's digests, from the same process
@@ -117,7 +117,8 @@ class Evaluator:
         body: Body = "graft",
         whole: bool = True,
     ) -> dict[int, Evaluation]:
-        """One evaluation per budget."""
+        """One evaluation per budget, of an evaluator that has a store."""
+        assert self.store is not None
         wanted = Cell(split.role, role, tuple(modules), strength, body, whole)
         cell = self.store.get(self.content(wanted), lambda: self.compute(wanted))
         stored = cell["budgets"]

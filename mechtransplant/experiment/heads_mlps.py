@@ -85,9 +85,9 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
     # nothing is chosen: the smallest choose split, which nobody asks
     splits = load_task(name).split(config.discover, 1, config.test, config.seed)
+    most = max(len(pair.modules("head")), len(pair.modules("mlp")))
     for count in config.counts:
-        # with more MLPs than there are no set would be left to compare
-        check_count("count", count, most=len(pair.modules("mlp")))
+        check_count("count", count, most=most)
     began = {
         "config": json.loads(json.dumps(asdict(config))),
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from mechtransplant.evaluation import Evaluation, evaluate
+from mechtransplant.evaluation.forked import resuming
 from mechtransplant.evaluation.outcome import check_comparable, check_unseen
+from mechtransplant.evaluation.remembered import Memory, remembering
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.evaluator import packed, unpacked
 from mechtransplant.experiment.heads_mlps_sets import ModuleSet, random_sets
 from mechtransplant.grafting import Graft
+from mechtransplant.modules import parse_address
 from mechtransplant.pair import Pair
 from mechtransplant.patching import Ablation, reference_activations
 from mechtransplant.patching.ablation import Method
@@ -44,6 +47,13 @@ class Study:
         self.questions = {split.role: split.fingerprint for split in (splits.discover, splits.test)}
         self.known: dict[tuple[str, tuple[str, ...], bool], Evaluation] = {}
         self.resampled = bootstrap_indices(len(splits.test), seed=config.seed)
+
+    @cached_property
+    def _memory(self) -> Memory:
+        """The target's passes over ``test``: a graft of the last third leaves two thirds of the layers as they were."""
+        with remembering(self.pair.target) as memory:
+            evaluate(self.pair.target, self.splits.test, batch_size=self.config.batch_size)
+        return memory
 
     def base(self, role: str) -> Evaluation:
         """The source, or the target, as it is."""
@@ -148,7 +158,9 @@ class Study:
         def compute() -> dict[str, Any]:
             size = self.config.batch_size
             if what == "graft":
-                with Graft(modules, kv=self.config.kv).applied(pair):
+                # before the graft is in place
+                memory, lowest = self._memory, min(parse_address(m).layer for m in modules)
+                with Graft(modules, kv=self.config.kv).applied(pair), resuming(pair.target, memory, lowest):
                     found = evaluate(pair.target, test, batch_size=size)
             elif what in get_args(Method):
                 method: Any = what

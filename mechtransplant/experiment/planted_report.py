@@ -159,8 +159,8 @@ def continued(folder: Path, given: Mapping[str, Any]) -> PlantedConfig:
             # of pairs and rules nothing named means all
             every = key != "single" and not (mine and theirs)
             added[key] = () if every else tuple(dict.fromkeys([*mine, *theirs]))
-        elif key == "options" and held.rules and not (set(theirs) & set(held.rules)):
-            # of rules that are new in this folder
+        elif key == "options" and theirs and set(theirs) <= set(new.rules) - set(held.rules):
+            # of rules that join with them
             added[key] = {**mine, **theirs}
         elif mine != theirs:
             raise UsageError(

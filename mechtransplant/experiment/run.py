@@ -47,6 +47,9 @@ class Run(Setup):
         workers: int | None = None,
     ) -> None:
         check_engine(engine, workers)
+        # of the process that ranks alone: a worker may not know a user's own rule
+        for rule in config.rules:
+            get_rule(rule).check(config.kinds, config.options_of(rule))
         super().__init__(config)
         self.folder, self.progress, self.engine_name, self.workers = folder, progress, engine, workers
         self.elsewhere = Elsewhere(self)

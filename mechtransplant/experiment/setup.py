@@ -14,7 +14,6 @@ from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.config import RunConfig
 from mechtransplant.grafting import get_operator
 from mechtransplant.pair import Pair, load_pair
-from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Splits, Task, list_tasks, load_task
 
 
@@ -53,11 +52,9 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
 
 
 class Setup:
-    """The models and questions of a config; wrong names are refused before any weights are loaded."""
+    """The models and questions of a config; a wrong operator is refused before any weights are loaded."""
 
     def __init__(self, config: RunConfig) -> None:
-        for rule in config.rules:
-            get_rule(rule).check(config.kinds, config.options_of(rule))
         get_operator(config.operator)
         self.config = config
         if config.threads:

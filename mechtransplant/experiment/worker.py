@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from mechtransplant.engine import Engine, Processes, Recipe, Serial
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
-from mechtransplant.experiment.cells import NoStore
 from mechtransplant.experiment.config import parse_config
 from mechtransplant.experiment.elsewhere import SIDE_EFFECTS, Elsewhere
 from mechtransplant.experiment.evaluator import Cell, Evaluator
@@ -22,7 +21,7 @@ class CellWorker:
     """Computes cells of one setup."""
 
     def __init__(self, setup: Setup, elsewhere: Elsewhere | None = None) -> None:
-        self.evaluator = Evaluator(setup, NoStore())
+        self.evaluator = Evaluator(setup)
         self.elsewhere = Elsewhere(setup) if elsewhere is None else elsewhere
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:

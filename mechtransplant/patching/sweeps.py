@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation.answers import AnswerReader
-from mechtransplant.evaluation.batches import encode, length_sorted
+from mechtransplant.evaluation.batches import encode, length_sorted, usable_prefix
 from mechtransplant.evaluation.gold import GoldCollector, GoldOutcomes, gold_outcomes, gold_variants
 from mechtransplant.evaluation.interventions import interventions_on
 from mechtransplant.evaluation.remembered import can_resume, ids_of
@@ -55,12 +55,16 @@ def patch_effects(
         (outcomes of shape (questions,), outcomes of shape (modules, questions)).
     """
     patches = [Copying(Patch([m], positions, heads=heads), pair, modules_of(pair.layout, [m])) for m in modules]
-    lengths = _lengths(pair, task)
+    encoded = encode(task, pair.target.tokenizer)
+    lengths = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
     base, found = GoldCollector(1, len(task)), GoldCollector(len(modules), len(task))
     quick = positions == "all" or positions in AT_THE_ANSWER
     # a block that forks is entered past its own hooks, where the residual stream is read
     quick &= all(site.place in ("z", "attn", "mlp") for patch in patches for site in patch.sites())
     quick &= can_resume(pair.target) and not interventions_on(pair.source.hf)
+    # and both must read in the same passes
+    prefixes = [usable_prefix(m.hf, encoded, max(lengths)) for m in (pair.source, pair.target)]
+    quick &= prefixes[0] == prefixes[1]
     measure = _resumed if quick else _lockstepped
     # batch by batch: the source's activations of a batch are held while every patch is tried
     for rows in track(list(length_sorted(lengths, batch_size)), "patches", progress):
@@ -68,11 +72,6 @@ def patch_effects(
         base.put([0], rows, before)
         found.put(range(len(modules)), rows, after)
     return GoldOutcomes(*(values[0] for values in base.outcomes)), found.outcomes
-
-
-def _lengths(pair: Pair, task: Task) -> list[int]:
-    encoded = encode(task, pair.target.tokenizer)
-    return [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
 
 
 def _resumed(pair: Pair, task: Task, patches: Sequence[Copying]) -> tuple[GoldOutcomes, GoldOutcomes]:

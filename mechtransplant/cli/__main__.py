@@ -1,0 +1,5 @@
+"""``python -m mechtransplant.cli``."""
+
+from mechtransplant.cli import main
+
+main()
