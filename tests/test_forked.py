@@ -46,6 +46,13 @@ def close(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=2e-5)
 
 
+def is_each_by_itself(found: Any, variants: Any, model: Any, task: Any, **options: Any) -> None:
+    """Variants in one batch are whole passes under each."""
+    for at, variant in enumerate(variants):
+        with variant:
+            close(GoldOutcomes(*(values[at] for values in found)), gold_outcomes(model, task, **options))
+
+
 def deep(architecture: str, tokenizer: Any) -> Any:
     """A random pair of four layers; Gemma's alternate between local and global attention."""
     config = ARCHITECTURES[architecture][0]()
@@ -100,9 +107,7 @@ def test_variants_go_on_as_one_batch(architecture: str, rows: int, generations: 
         variants = [Graft([m], kv="group").applied(pair) for m in graftable]
         with forking(pair.target, memory, layer, variants):
             found = gold_variants(pair.target, questions, len(variants), rows)
-        for at, variant in enumerate(variants):
-            with variant:
-                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(pair.target, questions, rows))
+        is_each_by_itself(found, variants, pair.target, questions, batch_size=rows)
         assert np.abs(found.log_probability - base.log_probability).max() > 1e-3
     assert same(gold_outcomes(pair.target, questions, rows), base)
 
@@ -120,9 +125,7 @@ def test_variants_of_every_architecture_with_a_shared_prefix(architecture: str, 
         variants = [Graft([f"L{layer}{part}"], kv="group").applied(pair) for part in ("H1", ".mlp", ".attn")]
         with forking(pair.target, memory, layer, variants):
             found = gold_variants(pair.target, task, len(variants), 4)
-        for at, variant in enumerate(variants):
-            with variant:
-                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(pair.target, task, 4))
+        is_each_by_itself(found, variants, pair.target, task, batch_size=4)
 
 
 @pytest.mark.filterwarnings("ignore:prompt and answer have:UserWarning")
@@ -140,9 +143,7 @@ def test_variants_with_and_without_a_shared_prefix(generations: Any, side: Any, 
         variants = [nullcontext(), *(Graft([name]).applied(generations) for name in names)]
         with forking(target, memory, layer, variants):
             found = gold_variants(target, task, len(variants), **options)
-        for at, variant in enumerate(variants):
-            with variant:
-                close(GoldOutcomes(*(v[at] for v in found)), gold_outcomes(target, task, **options))
+        is_each_by_itself(found, variants, target, task, **options)
 
 
 def test_layers_below_do_not_run(generations: Any, questions: Any) -> None:

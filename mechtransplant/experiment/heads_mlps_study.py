@@ -49,11 +49,10 @@ class Study:
         self.resampled = bootstrap_indices(len(splits.test), seed=config.seed)
 
     @cached_property
-    def _memory(self) -> Memory:
-        """The target's passes over ``test``: a graft of the last third leaves two thirds of the layers as they were."""
+    def _target(self) -> tuple[Evaluation, Memory]:
+        """The target on ``test``, and its passes: a graft of the last third leaves two thirds of the layers alone."""
         with remembering(self.pair.target) as memory:
-            evaluate(self.pair.target, self.splits.test, batch_size=self.config.batch_size)
-        return memory
+            return evaluate(self.pair.target, self.splits.test, batch_size=self.config.batch_size), memory
 
     def base(self, role: str) -> Evaluation:
         """The source, or the target, as it is."""
@@ -159,7 +158,7 @@ class Study:
             size = self.config.batch_size
             if what == "graft":
                 # before the graft is in place
-                memory, lowest = self._memory, min(parse_address(m).layer for m in modules)
+                memory, lowest = self._target[1], min(parse_address(m).layer for m in modules)
                 with Graft(modules, kv=self.config.kv).applied(pair), resuming(pair.target, memory, lowest):
                     found = evaluate(pair.target, test, batch_size=size)
             elif what in get_args(Method):
@@ -168,7 +167,7 @@ class Study:
                 with Ablation(modules, method, given).applied(pair.source):
                     found = evaluate(pair.source, test, batch_size=size)
             else:
-                found = evaluate(pair.source if what == "source" else pair.target, test, batch_size=size)
+                found = evaluate(pair.source, test, batch_size=size) if what == "source" else self._target[0]
             return {"what": what, "modules": list(map(str, modules)), "budget": found.budget, **packed(found, whole)}
 
         stored = self.store.get(content, compute)
