@@ -85,7 +85,7 @@ def forced_magnitudes(
     values = np.full((len(model.layout.linears), len(task), max(reading.lengths)), np.nan)
     with torch.no_grad(), _recorded_magnitudes(model) as calls:
         for batch in reading.batches(model.hf, batch_size, progress=progress, what="read activations"):
-            model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+            model.hf(**batch.hidden_only)
             step = torch.cat([torch.arange(n) for n in batch.lengths]).numpy()
             prompts = np.array(batch.prompts)[batch.row.cpu().numpy()]
             for index, recorded in enumerate(calls.values()):

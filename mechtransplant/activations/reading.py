@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
-from mechtransplant.evaluation.batches import PaddingSide, check_lengths, encode, length_sorted, pad
+from mechtransplant.evaluation.batches import PaddingSide, check_lengths, encode, length_sorted, pad, scored
 from mechtransplant.evaluation.interventions import check_recordable
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
@@ -45,6 +45,12 @@ class Batch:
     row: torch.Tensor
     column: torch.Tensor
     lengths: list[int]
+
+    @property
+    def hidden_only(self) -> dict[str, Any]:
+        """What to ask of a model whose hidden states alone are wanted: one position of logits is the least."""
+        last = self.inputs["input_ids"].shape[1] - 1
+        return {**self.inputs, "use_cache": False, "logits_to_keep": scored(self.inputs["input_ids"], last, last + 1)}
 
     def gather(self, output: torch.Tensor) -> torch.Tensor:
         """The counted positions of a module's output: (batch, position, width) → (counted, width).

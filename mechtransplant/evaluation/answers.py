@@ -18,6 +18,7 @@ from mechtransplant.evaluation.batches import (
     length_sorted,
     pad,
     prefix_cache,
+    scored,
     usable_prefix,
 )
 from mechtransplant.evaluation.gold import GoldCollector, GoldOutcomes, GoldPass, accepted_ends, gold_pass
@@ -113,7 +114,7 @@ def _answer_batches(model: LanguageModel, task: Task, batch_size: int) -> Iterat
                     position_ids=positions[:, len(prefix) : cut],
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1,
+                    logits_to_keep=scored(before, before.shape[1] - 1, before.shape[1]),
                 )
             inputs = {"input_ids": tail.to(hf.device), "attention_mask": mask, "position_ids": positions[:, cut:]}
             yield AnswerBatch(rows, inputs, cache, gold, gold_mask)

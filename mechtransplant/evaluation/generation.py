@@ -12,6 +12,7 @@ from mechtransplant.evaluation.batches import (
     check_lengths,
     check_model,
     encode,
+    one_product,
     pad,
     prefix_cache,
     question_batches,
@@ -95,7 +96,8 @@ def generation_batches(
     prefix = usable_prefix(hf, encoded, max(lengths) + max_new_tokens)
     ends = set(end_tokens(model))
     batches = question_batches(hf, encoded, lengths, batch_size)
-    with torch.no_grad(), greedy_settings(model, max_new_tokens), prefix_cache(hf, prefix) as cache_for:
+    plain_greedy = greedy_settings(model, max_new_tokens)
+    with torch.no_grad(), plain_greedy, one_product(hf), prefix_cache(hf, prefix) as cache_for:
         filler = hf.generation_config.pad_token_id
         for batch in track(batches, "generate", progress):
             rows = batch.rows

@@ -30,6 +30,7 @@ from mechtransplant.evaluation.batches import (
     pad,
     prefix_cache,
     question_batches,
+    scored,
     usable_prefix,
 )
 from mechtransplant.evaluation.generation import end_tokens
@@ -134,33 +135,34 @@ def gold_passes(
             prompts = [encoded.prompts[i][len(prefix) :] for i in rows]
             golds = [encoded.completions[i] for i in rows]
             gold, gold_mask = pad(golds, 0, "right")
+            answer = gold.shape[1]
+            # the answer's last token is written and never read
             if aligned:
                 ids, mask = pad(prompts, 0, "left")
-                ids, mask = torch.cat([ids, gold], 1), torch.cat([mask, gold_mask], 1)
-                keep = gold.shape[1] + 1
+                ids, mask = torch.cat([ids, gold[:, :-1]], 1), torch.cat([mask, gold_mask[:, :-1]], 1)
+                first = ids.shape[1] - answer
             else:
-                ids, mask = pad([p + g for p, g in zip(prompts, golds, strict=True)], 0, "right")
-                keep = ids.shape[1]
+                ids, mask = pad([p + g[:-1] for p, g in zip(prompts, golds, strict=True)], 0, "right")
+                first = 0
             with batch.running(hf):
                 if phased:
-                    logits = _logits_in_phases(hf, ids, mask, gold.shape[1])
+                    logits = _logits_in_phases(hf, ids, mask, answer)
                 else:
                     # positions count real tokens only; a pad's own position never matters
                     positions = (mask.cumsum(1) - 1).clamp_min(0) + len(prefix)
                     full_mask = torch.cat([torch.ones(len(rows), len(prefix), dtype=torch.long), mask], 1)
+                    ids = ids.to(hf.device)
                     logits = hf(
-                        input_ids=ids.to(hf.device),
+                        input_ids=ids,
                         attention_mask=full_mask.to(hf.device),
                         position_ids=positions.to(hf.device),
                         past_key_values=cache_for(len(rows)),
                         use_cache=bool(prefix),
-                        logits_to_keep=keep,
+                        logits_to_keep=scored(ids, first, ids.shape[1]),
                     ).logits
-                    if aligned:
-                        logits = logits[:, :-1]
             if not aligned:
                 starts = torch.tensor([len(p) - 1 for p in prompts]).repeat(len(logits) // len(rows))
-                index = (starts[:, None] + torch.arange(gold.shape[1])).clamp_max(ids.shape[1] - 1)
+                index = (starts[:, None] + torch.arange(answer)).clamp_max(ids.shape[1] - 1)
                 logits = logits[torch.arange(len(logits))[:, None], index.to(logits.device)]
             yield gold_pass(rows, logits, gold, gold_mask, ends)
 
@@ -256,9 +258,11 @@ def _logits_in_phases(hf: Any, ids: Any, mask: Any, answer: int) -> Any:
 
     ids, mask = ids.to(hf.device), mask.to(hf.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache, cut, last = DynamicCache(config=hf.config), ids.shape[1] - answer, ids.shape[1] - 1
+    cache, whole = DynamicCache(config=hf.config), ids.shape[1]
+    # the prompt's last token predicts the answer's first
+    cut = whole - answer + 1
     logits = []
-    for start, stop in ((0, cut), (cut, last)):
+    for start, stop, wanted in ((0, cut, cut - 1), (cut, whole, 0)):
         if start < stop:
             out = hf(
                 input_ids=ids[:, start:stop],
@@ -266,7 +270,7 @@ def _logits_in_phases(hf: Any, ids: Any, mask: Any, answer: int) -> Any:
                 position_ids=positions[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1 if start == 0 else stop - start,
+                logits_to_keep=scored(ids, wanted, stop - start),
             )
             logits.append(out.logits)
     return torch.cat(logits, 1)

@@ -112,7 +112,7 @@ def _parts(model: LanguageModel, task: Task, batch_size: int) -> Iterator[tuple[
     encoded = encode(task, model.tokenizer)
     longest = max(len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True))
     prefix = len(usable_prefix(model.hf, encoded, longest))
-    width = max(map(len, encoded.prompts)) + max(map(len, encoded.completions)) - prefix
+    width = max(map(len, encoded.prompts)) + max(map(len, encoded.completions)) - 1 - prefix
     rows, n = list(range(len(task))), len(task)
     if can_resume(model):
         text = model.hf.config.get_text_config()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from mechtransplant.errors import UsageError
@@ -54,7 +55,12 @@ def parse_address(text: str) -> Address:
 
     Only a model's layout knows whether ``L5.q_proj`` is a layer of its own or part of one: here it is "linear".
     """
-    text = str(text).strip()
+    return _parsed(str(text).strip())
+
+
+# a layout asks for the same few hundred again and again
+@lru_cache(maxsize=1 << 16)
+def _parsed(text: str) -> Address:
     if _OUTSIDE.match(text):
         return Address("norm" if is_norm(text) else "embedding", -1, name=text)
     match = _IN_BLOCK.match(text)

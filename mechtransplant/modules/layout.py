@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mechtransplant.errors import UnknownNameError, UsageError
@@ -97,10 +98,17 @@ class Layout:
         parsed = self.check(address)
         if parsed.kind == "linear":
             return [str(parsed)]
-        inside = [a for a in self.linears if parse_address(a).layer == parsed.layer]
+        inside = self._by_layer.get(parsed.layer, [])
         if parsed.kind == "block":
-            return inside
+            return list(inside)
         return [a for a in inside if self.is_feed_forward(a) == (parsed.kind == "mlp")]
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for address in self.linears:
+            found.setdefault(parse_address(address).layer, []).append(address)
+        return found
 
     def block(self, layer: int) -> str:
         """The qualified name of a transformer block."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.batches import scored
 from mechtransplant.patching.passes import Pass
 from mechtransplant.patching.sites import Body, Site
 
@@ -66,7 +67,7 @@ class Lockstep:
         keywords = {k: v for k, v in now.keywords.items() if k not in ("input_ids", "past_key_values", "labels")}
         keywords["past_key_values"] = self._cache_for(now)
         if self.source.bridge is None:
-            keywords["logits_to_keep"] = 1
+            keywords["logits_to_keep"] = scored(now.ids, now.ids.shape[1] - 1, now.ids.shape[1])
         elif hasattr(self.source.bridge, "pos_embed"):
             # what the bridge's own forward does before it calls the model
             self.source.bridge.pos_embed._current_batch_size = now.ids.shape[0]

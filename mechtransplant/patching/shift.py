@@ -195,7 +195,7 @@ def _means(
         with torch.no_grad():
             for batch in reading.batches(model.hf, batch_size, "left", progress, "mean activations"):
                 current.append(batch)
-                model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+                model.hf(**batch.hidden_only)
     finally:
         for end in ends:
             end()

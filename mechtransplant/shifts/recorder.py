@@ -105,7 +105,7 @@ class PairRecorder:
 
         def run(model: LanguageModel) -> None:
             # only hidden states are wanted: one position of logits is the least that can be asked for
-            model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+            model.hf(**batch.hidden_only)
 
         self.turns = Turns(lambda: run(self.pair.source))
         failed = True
