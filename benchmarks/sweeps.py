@@ -3,8 +3,8 @@
     python benchmarks/sweeps.py [--pair smollm2/generations] [--repeats 7] [--modules N] [--out benchmarks/results]
 
 Eight prompts of equal length, 64 tokens with their answers, none of which begins as another does; float32, two threads;
-rows are interleaved in one process and ratios are medians. Every repeat appends to the CSV file, so that a killed
-benchmark continues where it was.
+rows are interleaved in one process and ratios are medians. Every measurement is added to the CSV file, so that a killed
+benchmark continues where it was; a repeat's values that are compared with each other are kept beside it until then.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class TransformerLens:
     def score(self, logits: torch.Tensor) -> np.ndarray:
         found = []
         for row, (start, gold) in enumerate(zip(self.start.tolist(), self.gold, strict=True)):
-            scores = logits[row, start : start + len(gold)].log_softmax(-1)
+            # torch's log_softmax of float32 is 3e-5 nats off on a CPU
+            scores = logits[row, start : start + len(gold)].double().log_softmax(-1)
             found.append(scores[torch.arange(len(gold)), torch.tensor(gold)].sum().item())
         return np.array(found)
 
@@ -118,9 +119,9 @@ def measured(pair: Pair, task: Task, modules: list[str]) -> dict[str, Callable[[
     """name → a function that gives (modules, questions) log-probabilities, or one score a module."""
     theirs = TransformerLens(pair, task)
 
-    def grafts(tokens: int | None = None) -> np.ndarray:
+    def grafts() -> np.ndarray:
         changes = [Change(parse_address(m).layer, Graft([m]).applied(pair)) for m in modules]
-        return sweep(pair.target, task, changes, len(task), tokens_at_once=tokens)[1].log_probability
+        return sweep(pair.target, task, changes, len(task))[1].log_probability
 
     kinds = ("head", "mlp")
     every = {m: i for i, m in enumerate(pair.modules(kinds))}
@@ -133,7 +134,6 @@ def measured(pair: Pair, task: Task, modules: list[str]) -> dict[str, Callable[[
     return {
         "forward": theirs.forward,
         "grafts, TransformerLens": lambda: theirs.grafts(modules),
-        "grafts, sweep one by one": lambda: grafts(1),
         "grafts, sweep": grafts,
         "patches at the answer, TransformerLens": lambda: theirs.patches(modules),
         "patches at the answer, sweep": lambda: (
@@ -159,29 +159,37 @@ def main() -> None:
     if arguments.modules:
         modules = [modules[i] for i in np.linspace(0, len(modules) - 1, arguments.modules).round().astype(int)]
     functions = measured(pair, task, modules)
-    chosen = arguments.only or list(functions)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / ("sweeps-trial.csv" if arguments.modules or arguments.only else "sweeps.csv")
+    trial = bool(arguments.modules or arguments.only)
+    path = arguments.out / ("sweeps-trial.csv" if trial else "sweeps.csv")
+    kept = path.with_suffix(".npz")
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    done = max((r["repeat"] for r in rows), default=-1) + 1
-    for repeat in range(done, arguments.repeats):
-        values, seconds = {}, {}
-        for name in chosen:
+    values = dict(np.load(kept)) if kept.exists() else {}
+    for repeat in range(arguments.repeats):
+        for name in arguments.only or functions:
+            if any(r["repeat"] == repeat and r["what"] == name for r in rows):
+                continue
             started = time.perf_counter()
             values[name] = functions[name]()
-            seconds[name] = time.perf_counter() - started
-            print(f"{repeat} {name}: {seconds[name]:.2f} s", flush=True)
-        for name in chosen:
+            seconds = time.perf_counter() - started
+            print(f"{repeat} {name}: {seconds:.2f} s", flush=True)
             row = {"pair": arguments.pair, "modules": len(modules), "repeat": repeat, "what": name}
-            row["seconds"] = round(seconds[name], 4)
-            kind = "grafts" if "grafts" in name else "patches at the answer" if "patches" in name else None
-            reference = values.get(f"{kind}, TransformerLens")
-            if reference is not None:
-                row["largest_difference"] = float(np.abs(values[name] - reference).max())
-            elif name.endswith("gradient") and "grafts, TransformerLens" in values:
-                row["spearman"] = stats.spearmanr(values[name], values["grafts, TransformerLens"].mean(1)).statistic
-            rows.append(row)
-        pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+            rows.append({**row, "seconds": round(seconds, 4), **compared(name, values)})
+            np.savez(kept, **values)
+            pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+    kept.unlink()
+
+
+def compared(name: str, values: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far a row's values are from TransformerLens's, and how alike a screen ranks the modules."""
+    kind = "grafts" if "grafts" in name else "patches at the answer" if "patches" in name else None
+    theirs = values.get(f"{kind}, TransformerLens")
+    if theirs is not None:
+        return {"largest_difference": float(np.abs(values[name] - theirs).max())}
+    exact = values.get("grafts, TransformerLens")
+    if name.endswith("gradient") and exact is not None:
+        return {"spearman": stats.spearmanr(values[name], exact.mean(1)).statistic}
+    return {}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel
 
 #: tokens that the variants of a layer may have together in one batch: on the CPU, and on an accelerator
-TOKENS_AT_ONCE = 1 << 10
+TOKENS_AT_ONCE = 1 << 11
 TOKENS_ON_ACCELERATORS = 1 << 15
 
 
