@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import toy_workers
 
-from mechtransplant.engine import Processes, Recipe, Serial
-from mechtransplant.engine.processes import WorkerError
+from mechtransplant.engine import Processes, Recipe, Serial, WorkerError
 from mechtransplant.errors import UsageError
 
 RECIPE = Recipe("toy_workers:make", {"power": 3})

@@ -35,3 +35,7 @@ def make(power: int = 2) -> Any:
 
 def refuse() -> Any:
     raise UsageError("no worker can be made here")
+
+
+def adding(factor: int, shipped: Any) -> Any:
+    return lambda job: {"value": int(factor * shipped.sum() + job["number"])}

@@ -11,7 +11,9 @@ from mechtransplant.cli.app import app, bench_app, listed
 from mechtransplant.errors import UsageError
 
 
-def _run(config_path: Path, out: Path | None, engine: str = "serial", workers: int | None = None) -> None:
+def _run(
+    config_path: Path, out: Path | None, engine: str = "serial", workers: int | None = None, address: str | None = None
+) -> None:
     from mechtransplant.experiment import run_experiment
     from mechtransplant.experiment.config import read_config
 
@@ -19,7 +21,7 @@ def _run(config_path: Path, out: Path | None, engine: str = "serial", workers: i
     folder = out or Path("runs") / config.name
     # the library checks the name, and says which there are
     named: Any = engine
-    result = run_experiment(config, folder, engine=named, workers=workers)
+    result = run_experiment(config, folder, engine=named, workers=workers, address=address)
     typer.echo(result.summary)
     typer.echo(f"Tables and figures are in {result.folder}")
 
@@ -30,11 +32,15 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="The run's folder (runs/NAME by default). Started again, a run continues.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Where cells are computed: serial, or processes.")] = "serial",
-    workers: Annotated[int | None, typer.Option(help="With --engine processes: how many (2).")] = None,
+    engine: Annotated[str, typer.Option(help="Where cells are computed: serial, processes or ray.")] = "serial",
+    workers: Annotated[int | None, typer.Option(help="With --engine processes or ray: how many (2).")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With --engine ray: a cluster's, such as ray://HOST:10001. Else Ray starts here."),
+    ] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out, engine, workers)
+    _run(config, out, engine, workers, address)
 
 
 @app.command()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from mechtransplant.errors import UsageError
 
 #: whatever JSON holds
 Job = dict[str, Any]
@@ -16,16 +19,53 @@ Done = Callable[[int, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a process makes a worker: ``function`` ("package.module:name") of ``arguments``, which JSON holds."""
+    """How a process makes a worker: ``function`` ("package.module:name") of ``arguments``, which JSON holds.
+
+    ``shipped`` is one argument more, of any kind and size, for engines whose workers may be on other machines.
+    """
 
     function: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    shipped: Any = None
 
     def make(self) -> Worker:
         """The worker, in this process."""
         module, _, name = self.function.partition(":")
-        made: Worker = getattr(importlib.import_module(module), name)(**self.arguments)
+        more = {} if self.shipped is None else {"shipped": self.shipped}
+        made: Worker = getattr(importlib.import_module(module), name)(**self.arguments, **more)
         return made
+
+
+class WorkerError(RuntimeError):
+    """A job failed in a worker's process; the message has what was raised there, and where."""
+
+
+#: how often a job is tried whose process dies
+TRIES = 3
+
+
+def answer_to(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a worker's process says: what the question gives, or in words why there is no answer."""
+    try:
+        return question()
+    except UsageError as error:
+        return {"usage": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
+def checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a worker's process; raises what was raised there."""
+    if "usage" in answer:
+        raise UsageError(answer["usage"])
+    if "error" in answer:
+        raise WorkerError(f"{answer['error']}\n{answer['traceback']}")
+    return answer
+
+
+def died(tries: int, how: object) -> WorkerError:
+    """The error of a job that ends every process that takes it up."""
+    return WorkerError(f"the worker's process died {tries} times on one job ({how})")
 
 
 class Engine(Protocol):

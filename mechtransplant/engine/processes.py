@@ -12,15 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from mechtransplant.engine.jobs import Done, Job, Recipe
-from mechtransplant.errors import UsageError, check_count
-
-#: how often a job is tried whose process dies
-TRIES = 3
-
-
-class WorkerError(RuntimeError):
-    """A job failed in a worker's process; the message has what was raised there, and where."""
+from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, checked, died
+from mechtransplant.errors import check_count
 
 
 class Processes:
@@ -95,12 +88,12 @@ class Processes:
                         process.end()
                         break
                 answers.put((number, process.do(jobs[number])))
-            except EOFError as died:
+            except EOFError as end:
                 process = None
                 if tries < TRIES:
                     waiting.put((number, tries + 1))
                 else:
-                    answers.put((number, WorkerError(f"the worker's process died {tries} times on one job ({died})")))
+                    answers.put((number, died(tries, end)))
             except Exception as error:
                 answers.put((number, error))
                 break
@@ -152,12 +145,7 @@ class _Process:
             raise EOFError(f"exit code {self.process.wait()}") from error
         if not line.endswith("\n"):
             raise EOFError(f"exit code {self.process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "usage" in answer:
-            raise UsageError(answer["usage"])
-        if "error" in answer:
-            raise WorkerError(f"{answer['error']}\n{answer['traceback']}")
-        return answer
+        return checked(json.loads(line))
 
     def end(self) -> None:
         """End it, whatever it is doing."""

@@ -11,11 +11,9 @@ import os
 import queue
 import sys
 import threading
-import traceback
 from typing import Any
 
-from mechtransplant.engine.jobs import Recipe
-from mechtransplant.errors import UsageError
+from mechtransplant.engine.jobs import Recipe, Worker, answer_to
 
 
 def main() -> None:
@@ -37,20 +35,17 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
-    worker = None
+    made: list[Worker] = []
+
+    def answer() -> dict[str, Any]:
+        said = json.loads(lines.get())
+        if made:
+            return {"result": made[0](said)}
+        made.append(Recipe(**said).make())
+        return {"ready": os.getpid()}
+
     while True:
-        line = lines.get()
-        try:
-            said = json.loads(line)
-            if worker is None:
-                worker = Recipe(**said).make()
-                say({"ready": os.getpid()})
-            else:
-                say({"result": worker(said)})
-        except UsageError as error:
-            say({"usage": str(error)})
-        except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        say(answer_to(answer))
 
 
 if __name__ == "__main__":

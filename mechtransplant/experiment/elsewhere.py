@@ -34,14 +34,13 @@ class Elsewhere:
     """The side effects of a run's grafts; the target's own are measured once, and only if a cell is missing.
 
     Names and files are looked up when it is made, before anything is computed. Raises UsageError for the run's own
-    task, and for what cannot be found.
+    task, and for what cannot be found. ``found``: (tasks, a file's text), where they were looked up already.
     """
 
-    def __init__(self, run: Setup) -> None:
+    def __init__(self, run: Setup, found: tuple[tuple[Task, ...], NeutralText | None] | None = None) -> None:
         self.run, self.spec = run, run.config.side_effects
-        self.tasks: tuple[Task, ...] = ()
-        self.file: NeutralText | None = None
-        if self.spec is None:
+        self.tasks, self.file = found or ((), None)
+        if self.spec is None or found is not None:
             return
         if self.spec.questions:
             names = [t for t in run.pair.tasks if t != run.task.name] if self.spec.tasks is None else self.spec.tasks

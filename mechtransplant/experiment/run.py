@@ -24,7 +24,7 @@ from mechtransplant.experiment.rankings import Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.setup import Setup
-from mechtransplant.experiment.worker import WORKERS, EngineName, check_engine, make_engine
+from mechtransplant.experiment.worker import EngineChoice, EngineName
 from mechtransplant.progress import bar
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
@@ -35,7 +35,7 @@ Job = tuple[str, str, tuple[str, ...], float, dict[str, Any]]
 class Run(Setup):
     """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds.
 
-    ``engine``: "serial", or "processes" with so many ``workers``: where its cells are computed.
+    ``engine``: where its cells are computed.
     """
 
     def __init__(
@@ -43,15 +43,13 @@ class Run(Setup):
         config: RunConfig,
         folder: Path,
         progress: bool = True,
-        engine: EngineName = "serial",
-        workers: int | None = None,
+        engine: EngineChoice | None = None,
     ) -> None:
-        check_engine(engine, workers)
         # of the process that ranks alone: a worker may not know a user's own rule
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
         super().__init__(config)
-        self.folder, self.progress, self.engine_name, self.workers = folder, progress, engine, workers
+        self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere = Elsewhere(self)
         self._check_folder()
 
@@ -92,17 +90,12 @@ class Run(Setup):
         self.cells = Evaluator(self, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
-        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",), start=self._start)
-        self.engine = make_engine(self.engine_name, self.workers, self, self.elsewhere)
+        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",), start=self.where.start)
+        self.engine = self.where.make(self, self.elsewhere)
         try:
             return self._steps()
         finally:
             self.engine.close()
-
-    @property
-    def _start(self) -> dict[str, Any]:
-        """What a start says besides versions: the engine, where it is not the plain one."""
-        return {} if self.engine_name == "serial" else {"engine": self.engine_name, "workers": self.workers or WORKERS}
 
     def _steps(self) -> RunResult:
         self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
@@ -327,10 +320,12 @@ def run_experiment(
     *,
     engine: EngineName = "serial",
     workers: int | None = None,
+    address: str | None = None,
 ) -> RunResult:
     """Run a config in a folder; started again, it continues where it was.
 
     Args:
-        engine: "serial", or "processes": cells are computed by so many ``workers`` (2), processes of their own.
+        engine: "serial", or "processes" or "ray": cells are computed by so many ``workers`` (2), processes of their
+            own on this machine, or on the nodes of the Ray cluster at ``address``.
     """
-    return Run(config, Path(folder), progress, engine, workers).execute()
+    return Run(config, Path(folder), progress, EngineChoice(engine, workers, address)).execute()

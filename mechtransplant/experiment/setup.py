@@ -5,7 +5,7 @@ Every process that computes cells of a run has a setup of its own, made from the
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,32 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
     return load_task(name)
 
 
-class Setup:
-    """The models and questions of a config; a wrong operator is refused before any weights are loaded."""
+@dataclass(frozen=True)
+class Parts:
+    """What a setup is made of: the pair, turned or not, the task, and the unrelated one."""
 
-    def __init__(self, config: RunConfig) -> None:
+    pair: Pair
+    turned: bool
+    task: Task
+    other: Task | None
+
+
+class Setup:
+    """The models and questions of a config; a wrong operator is refused before any weights are loaded.
+
+    ``parts``: where a process has them already, and no files to make them of.
+    """
+
+    def __init__(self, config: RunConfig, parts: Parts | None = None) -> None:
         get_operator(config.operator)
         self.config = config
         if config.threads:
             import torch
 
             torch.set_num_threads(config.threads)
-        self.pair, self.turned = self._load_pair(), False
-        self.task = build_task(config, self.pair)
+        made = self._made() if parts is None else parts
+        self.pair, self.turned, self.task, self.other = made.pair, made.turned, made.task, made.other
         self.splits: Splits = self.task.split(**config.split.model_dump())
-        self.other = unrelated_task(config, self.pair, self.task) if "unrelated" in config.controls else None
         self.candidates = self.pair.modules(config.kinds)
         self.counts = config.counts(len(self.candidates))
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
@@ -73,10 +85,19 @@ class Setup:
         check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
 
-    def _load_pair(self) -> Pair:
+    def _made(self) -> Parts:
+        """The parts that the config names."""
         named = self.config.pair
         options: dict[str, Any] = {"dtype": self.config.dtype, "device": self.config.device}
-        return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+        pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+        task = build_task(self.config, pair)
+        other = unrelated_task(self.config, pair, task) if "unrelated" in self.config.controls else None
+        return Parts(pair, False, task, other)
+
+    @property
+    def parts(self) -> Parts:
+        """What another setup of the same config can be made of."""
+        return Parts(self.pair, self.turned, self.task, self.other)
 
     @property
     def budget(self) -> int:

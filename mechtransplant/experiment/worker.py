@@ -1,20 +1,78 @@
-"""A run's cells in whatever process: what the engines call."""
+"""A run's cells in whatever process: what the engines call, and which engine a run has."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from mechtransplant.engine import Engine, Processes, Recipe, Serial
+from mechtransplant.engine import Engine, Processes, Ray, Recipe, Serial
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.experiment.config import parse_config
 from mechtransplant.experiment.elsewhere import SIDE_EFFECTS, Elsewhere
 from mechtransplant.experiment.evaluator import Cell, Evaluator
-from mechtransplant.experiment.setup import Setup
+from mechtransplant.experiment.setup import Parts, Setup
+from mechtransplant.pair import make_pair
+from mechtransplant.pair.shipping import ShippedModel, ship, unship
+from mechtransplant.tasks import Task
 
-EngineName = Literal["serial", "processes"]
-ENGINES: tuple[str, ...] = ("serial", "processes")
-#: how many processes, where no number is given
-WORKERS = 2
+if TYPE_CHECKING:
+    from mechtransplant.side_effects import NeutralText
+
+EngineName = Literal["serial", "processes", "ray"]
+ENGINES: tuple[str, ...] = ("serial", "processes", "ray")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Where cells are computed; ``workers`` are processes (2 without a number), ``address`` is a Ray cluster's.
+
+    Raises UsageError for an unknown engine, and for what an engine does not have.
+    """
+
+    name: EngineName = "serial"
+    workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise UnknownNameError("engine", self.name, ENGINES)
+        if self.workers is not None:
+            check_count("workers", self.workers)
+            if self.name == "serial":
+                raise UsageError(
+                    "the serial engine has no workers: choose the engine processes or ray, or leave workers out"
+                )
+        if self.address is not None and self.name != "ray":
+            raise UsageError(f"an address is a Ray cluster's, and the engine is {self.name}: choose the engine ray")
+
+    @property
+    def count(self) -> int:
+        """How many processes."""
+        return self.workers or 2
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """What a run notes about a start, besides versions: nothing of the plain engine."""
+        return {} if self.name == "serial" else {"engine": self.name, "workers": self.count}
+
+    def make(self, setup: Setup, elsewhere: Elsewhere) -> Engine:
+        """The engine of a run."""
+        if self.name == "serial":
+            return Serial(CellWorker(setup, elsewhere))
+        config = setup.config
+        arguments = {
+            "config": config.model_dump(mode="json"),
+            "turned": setup.turned,
+            "fingerprints": setup.fingerprints,
+        }
+        if self.name == "processes":
+            return Processes(Recipe(f"{__name__}:{cell_worker.__name__}", arguments), self.count, config.threads)
+        recipe = Recipe(f"{__name__}:{shipped_worker.__name__}", arguments, Shipped.of(setup, elsewhere))
+        # a GPU of its own for each process, whose models fill it
+        gpus = 0 if config.device in ("cpu", "mps") else 1
+        threads = config.threads or max(1, (os.cpu_count() or 1) // self.count)
+        return Ray(recipe, self.count, threads, self.address, gpus)
 
 
 class CellWorker:
@@ -36,28 +94,47 @@ def cell_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, st
     setup = Setup(parse_config(config))
     if turned:
         setup.turn()
+    return _worker(setup, fingerprints)
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """All that a worker is made of, for a process that may have no files: models as arrays, questions, texts."""
+
+    source: ShippedModel
+    target: ShippedModel
+    base: ShippedModel | None
+    pair: dict[str, Any]
+    task: Task
+    other: Task | None
+    elsewhere: tuple[tuple[Task, ...], NeutralText | None]
+
+    @classmethod
+    def of(cls, setup: Setup, elsewhere: Elsewhere) -> Shipped:
+        """What a run's workers are made of."""
+        pair = setup.pair
+        named = {name: getattr(pair, name) for name in ("name", "default_task", "planted", "tasks")}
+        base = None if pair.base is None else ship(pair.base)
+        found = elsewhere.tasks, elsewhere.file
+        return cls(ship(pair.source), ship(pair.target), base, named, setup.task, setup.other, found)
+
+    def parts(self, turned: bool, device: str) -> Parts:
+        """Models and questions again."""
+        pair = make_pair(unship(self.source, device), unship(self.target, device))
+        for name, value in self.pair.items():
+            setattr(pair, name, value)
+        pair.base = None if self.base is None else unship(self.base, device)
+        return Parts(pair, turned, self.task, self.other)
+
+
+def shipped_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, str], shipped: Shipped) -> CellWorker:
+    """The worker of a run on another machine; raises UsageError where other weights arrive than were sent."""
+    parsed = parse_config(config)
+    setup = Setup(parsed, shipped.parts(turned, parsed.device))
+    return _worker(setup, fingerprints, Elsewhere(setup, shipped.elsewhere))
+
+
+def _worker(setup: Setup, fingerprints: dict[str, str], elsewhere: Elsewhere | None = None) -> CellWorker:
     if setup.fingerprints != fingerprints:
         raise UsageError("a worker found other weights than the run began with: leave the files as they are meanwhile")
-    return CellWorker(setup)
-
-
-def check_engine(engine: str, workers: int | None) -> None:
-    """Raise UsageError for an unknown engine, or a number of workers that it does not have."""
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    if workers is not None:
-        check_count("workers", workers)
-        if engine == "serial":
-            raise UsageError("the serial engine has no workers: choose the engine processes, or leave workers out")
-
-
-def make_engine(engine: str, workers: int | None, setup: Setup, elsewhere: Elsewhere) -> Engine:
-    """The engine of a run."""
-    if engine == "serial":
-        return Serial(CellWorker(setup, elsewhere))
-    arguments = {
-        "config": setup.config.model_dump(mode="json"),
-        "turned": setup.turned,
-        "fingerprints": setup.fingerprints,
-    }
-    return Processes(Recipe(f"{__name__}:{cell_worker.__name__}", arguments), workers or WORKERS, setup.config.threads)
+    return CellWorker(setup, elsewhere)

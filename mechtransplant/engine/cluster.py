@@ -1,0 +1,183 @@
+"""Jobs in the processes of Ray: on this machine, or on the nodes of a cluster that is there already.
+
+What a worker is made of is put into Ray's store once, which brings it to every node once; the processes of a node read
+it there. Jobs are scheduled from here: a process that dies, with its node or alone, is replaced wherever there is room.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from mechtransplant import __version__
+from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, answer_to, checked, died
+from mechtransplant.errors import UsageError, check_count
+
+#: seconds without an answer after which it is asked whether there is room for the processes
+PATIENCE = 60.0
+
+
+class Ray:
+    """``workers`` processes, each with a worker that the recipe makes; started when there are jobs for them.
+
+    Args:
+        address: of a cluster ("auto": the one that this machine belongs to, "ray://HOST:10001", …); without one, Ray is
+            started on this machine, and stopped by ``close``.
+        threads: of each process, which asks its node for as many cores. Results can depend on it in their last bits.
+        gpus: that each process asks its node for; a share of one where several fit.
+
+    Raises UsageError where Ray is not installed, or no cluster answers at the address.
+    """
+
+    def __init__(
+        self, recipe: Recipe, workers: int, threads: int = 1, address: str | None = None, gpus: float = 0
+    ) -> None:
+        check_count("workers", workers)
+        check_count("threads", threads)
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise UsageError("the engine ray needs Ray: pip install 'mechtransplant[ray]'") from error
+        self.recipe, self.workers, self.threads, self.address, self.gpus = recipe, workers, threads, address, gpus
+        self._ours = self._warned = False
+        self._recipe: Any = None
+        self._idle: list[Any] = []
+
+    def run(self, jobs: Sequence[Job], done: Done) -> None:
+        """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
+        import ray
+
+        if not jobs:
+            return
+        self._connect()
+        waiting = [(number, 1) for number in range(len(jobs))][::-1]
+        #: what is awaited → (the process, job's number and tries)
+        asked: dict[Any, tuple[Any, int, int]] = {}
+        try:
+            while waiting or asked:
+                while waiting and len(asked) < self.workers:
+                    number, tries = waiting.pop()
+                    process = self._idle.pop() if self._idle else self._start()
+                    asked[process.do.remote(jobs[number])] = process, number, tries
+                (ready,) = self._first(list(asked))
+                process, number, tries = asked.pop(ready)
+                try:
+                    answer = checked(ray.get(ready))
+                except ray.exceptions.RayActorError as end:
+                    if tries >= TRIES:
+                        raise died(tries, type(end).__name__) from end
+                    waiting.append((number, tries + 1))
+                    continue
+                self._idle.append(process)
+                done(number, answer["result"])
+        except BaseException:
+            for process, _, _ in asked.values():
+                # nobody waits for what it is doing
+                ray.kill(process)
+            self.close()
+            raise
+
+    def _first(self, awaited: list[Any]) -> list[Any]:
+        """The first answer of those awaited; says so once where it waits for a core that others use."""
+        import ray
+
+        ready, _ = ray.wait(awaited, timeout=PATIENCE)
+        while not ready:
+            if not self._warned and ray.available_resources().get("CPU", 0) < self.threads:
+                self._warned = True
+                warnings.warn("Ray has no free core for another process: waiting (see `ray status`)", stacklevel=3)
+            ready, _ = ray.wait(awaited, timeout=PATIENCE)
+        return ready
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes there are."""
+        import ray
+
+        return sum(1 for node in ray.nodes() if node["Alive"])
+
+    def close(self) -> None:
+        """End the processes, and Ray where it was started here."""
+        import ray
+
+        if not ray.is_initialized():
+            return
+        for process in self._idle:
+            ray.kill(process)
+        self._idle, self._recipe = [], None
+        if self._ours:
+            ray.shutdown()
+            self._ours = False
+
+    def _connect(self) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            # no report about its use leaves this machine
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
+            if self.address is None:
+                # the cores are this machine's to share: it is asked for so many processes
+                quiet |= {"num_cpus": max(os.cpu_count() or 1, self.workers * self.threads), "include_dashboard": False}
+            try:
+                if self.address not in (None, "auto", "local"):
+                    _knock(str(self.address))
+                ray.init(address=self.address, **quiet)
+            except (OSError, ValueError, RuntimeError) as error:
+                where = f"at {self.address!r}" if self.address else "on this machine"
+                reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+                raise UsageError(
+                    f"no Ray {where}: {reason}. Start a cluster with `ray start --head`, or leave --address out"
+                ) from error
+            self._ours = True
+        there = ray.cluster_resources()
+        for what, wanted in (("CPU", self.threads), ("GPU", self.gpus)):
+            if there.get(what, 0) < wanted:
+                raise UsageError(
+                    f"a process asks for {wanted} {what} and the cluster has {there.get(what, 0):g}: use fewer "
+                    "threads, or another device"
+                )
+        if self._recipe is None:
+            self._recipe = ray.put(self.recipe)
+
+    def _start(self) -> Any:
+        import ray
+
+        environment = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        remote = ray.remote(_Process).options(
+            num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0, runtime_env={"env_vars": environment}
+        )
+        return remote.remote(self._recipe, __version__)
+
+
+def _knock(address: str) -> None:
+    """Raise OSError or ValueError where nobody listens: Ray itself would go on trying for minutes."""
+    place = urlsplit(address if "://" in address else f"ray://{address}")
+    if not place.hostname or not place.port:
+        raise ValueError("expected HOST:PORT, ray://HOST:PORT or auto")
+    socket.create_connection((place.hostname, place.port), timeout=10).close()
+
+
+class _Process:
+    """One worker, in a process of Ray's."""
+
+    def __init__(self, recipe: Recipe, version: str) -> None:
+        self.recipe, self.version = recipe, version
+        self.worker: Any = None
+
+    def do(self, job: Job) -> dict[str, Any]:
+        """The job's result, or in words why there is none (see ``answer_to``)."""
+        return answer_to(lambda: {"result": self._worker()(job)})
+
+    def _worker(self) -> Any:
+        if self.worker is None:
+            if self.version != __version__:
+                raise UsageError(
+                    f"a node has mechtransplant {__version__}, and the run {self.version}: install one on all nodes"
+                )
+            self.worker = self.recipe.make()
+        return self.worker

@@ -1,0 +1,210 @@
+"""Jobs and runs on Ray: the serial numbers, processes that die, errors, and models that travel as arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import toy_workers
+
+from mechtransplant.engine import Ray, Recipe, Serial, WorkerError
+from mechtransplant.errors import UsageError
+from mechtransplant.experiment import run_experiment
+from mechtransplant.experiment.cells import CellStore
+from mechtransplant.experiment.config import parse_config
+from mechtransplant.pair import load_pair
+from mechtransplant.pair.shipping import ship, unship
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'mechtransplant[ray]')")
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "pair": "family/generations",
+    "task": "addition",
+    "rule": "weight_delta",
+    "k": [2, 8],
+    "random_sets": 6,
+    "curve_sets": 3,
+    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
+    "split": {"discover": 16, "choose": 24, "test": 48},
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for all tests, as a cluster that is there already."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ |= {"PYTHONPATH": str(Path(__file__).parent), "RAY_USAGE_STATS_ENABLED": "0"}
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture(scope="module")
+def two(cluster: None) -> Iterator[Ray]:
+    engine = Ray(Recipe("toy_workers:make", {"power": 3}), 2)
+    yield engine
+    engine.close()
+
+
+def numbers(n: int) -> list[dict[str, Any]]:
+    return [{"number": i} for i in range(n)]
+
+
+def test_every_job_is_done_once(two: Ray) -> None:
+    for engine in (Serial(toy_workers.make(3)), two):
+        found: dict[int, list[int]] = {}
+        engine.run(numbers(20), lambda at, result, found=found: found.setdefault(at, []).append(result["value"]))
+        assert found == {i: [i**3] for i in range(20)}
+        engine.run([], lambda at, result: pytest.fail("there was no job"))
+
+
+def test_processes_are_kept_and_have_their_threads(two: Ray) -> None:
+    seen: list[dict[str, Any]] = []
+    slow = [{"number": i, "what": "sleep", "seconds": 0.3} for i in range(4)]
+    for _ in range(2):
+        two.run(slow, lambda at, result: seen.append(result))
+    assert len({r["pid"] for r in seen}) == 2 and os.getpid() not in {r["pid"] for r in seen}
+    assert {r["threads"] for r in seen} == {"1"}
+    two.close()
+    # a cluster that was there before is there afterwards
+    assert ray.is_initialized()
+
+
+def test_a_process_that_is_killed_is_replaced(two: Ray, tmp_path: Path) -> None:
+    jobs = numbers(6)
+    jobs[2] = {"number": 2, "what": "die", "mark": str(tmp_path / "mark")}
+    found: dict[int, dict[str, Any]] = {}
+    two.run(jobs, found.__setitem__)
+    assert {at: r["value"] for at, r in found.items()} == {i: i**3 for i in range(6)} and (tmp_path / "mark").exists()
+    # one that dies between two jobs
+    os.kill(found[5]["pid"], signal.SIGKILL)
+    two.run(jobs, lambda at, result: found.__setitem__(at, {"value": -result["value"]}))
+    assert {at: r["value"] for at, r in found.items()} == {i: -(i**3) for i in range(6)}
+
+
+def test_a_job_that_kills_every_process_ends_the_run(two: Ray, tmp_path: Path) -> None:
+    job = {"number": 1, "what": "die", "always": True, "mark": str(tmp_path / "mark")}
+    with pytest.raises(WorkerError, match="died 3 times on one job"):
+        two.run([job], lambda at, result: None)
+
+
+def test_a_jobs_own_error_is_raised_here(two: Ray) -> None:
+    found: list[int] = []
+    jobs = [{"number": 1}, {"number": 2, "what": "usage"}, {"number": 3, "what": "sleep", "seconds": 30}]
+    with pytest.raises(UsageError, match="make another"):
+        two.run(jobs, lambda at, result: found.append(at))
+    assert set(found) <= {0}
+    two.run(numbers(2), lambda at, result: found.append(at))
+    assert found[-2:] in ([0, 1], [1, 0])
+
+
+def test_recipes_ship_what_is_large_and_say_what_fails(two: Ray) -> None:
+    # its idle processes hold the two cores
+    two.close()
+    found: list[Any] = []
+    engine = Ray(Recipe("toy_workers:adding", {"factor": 2}, shipped=np.arange(5)), 1)
+    engine.run([{"number": 1}], lambda at, result: found.append(result["value"]))
+    assert found == [21]
+    engine.close()
+    for name, error, message in (
+        ("refuse", UsageError, "no worker can be made here"),
+        ("nothing", WorkerError, "AttributeError"),
+    ):
+        with pytest.raises(error, match=message):
+            Ray(Recipe(f"toy_workers:{name}"), 1).run(numbers(3), lambda at, result: None)
+    with pytest.raises(UsageError, match=r"asks for 64 CPU and the cluster has 2: use fewer threads"):
+        Ray(Recipe("toy_workers:make"), 1, threads=64).run(numbers(1), lambda at, result: None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shipped_model_is_the_model_to_the_bit(dtype: str) -> None:
+    pair = load_pair("family/generations", dtype=dtype)
+    for model in (pair.source, pair.target):
+        copy = unship(ship(model))
+        assert copy.fingerprint == model.fingerprint
+        buffers = dict(copy.hf.named_buffers())
+        assert all((buffers[name] == b).all() for name, b in model.hf.named_buffers())
+        with_grafts = next(copy.hf.parameters())
+        with_grafts.data.zero_()
+        assert next(model.hf.parameters()).abs().sum() > 0, "the copy shares the model's memory"
+
+
+def test_a_run_has_the_serial_numbers_to_the_bit(cluster: None, tmp_path: Path) -> None:
+    config = parse_config(SMALL)
+    serial = run_experiment(config, tmp_path / "serial" / "small", progress=False)
+    spread = run_experiment(config, tmp_path / "ray" / "small", progress=False, engine="ray", workers=2)
+    cells = [CellStore(r.folder / "cells.jsonl").cells for r in (serial, spread)]
+    assert cells[0] == cells[1]
+    pd.testing.assert_frame_equal(serial.results, spread.results)
+    for name in ("summary.md", "outcome.json", "rules.csv", "side_effects.csv"):
+        assert (serial.folder / name).read_bytes() == (spread.folder / name).read_bytes()
+    starts = json.loads((spread.folder / "environment.json").read_text())["starts"]
+    assert starts[-1]["engine"] == "ray" and starts[-1]["workers"] == 2
+
+
+def test_a_users_own_task_and_a_turned_pair_reach_every_process(cluster: None, tmp_path: Path) -> None:
+    questions = tmp_path / "own.jsonl"
+    lines = [{"question": f"{a} + {b} =", "answer": str(a + b)} for a in range(10, 30) for b in range(10, 16)]
+    questions.write_text("\n".join(map(json.dumps, lines)))
+    own = parse_config(
+        SMALL
+        | {
+            "pair": {"source": "repo:family/first", "target": "repo:family/second"},
+            "direction": "better",
+            "task": str(questions),
+            "side_effects": None,
+            "controls": ["reverse", "self"],
+            "random_sets": 2,
+            "curve_sets": 0,
+            "k": [2],
+        }
+    )
+    serial = run_experiment(own, tmp_path / "a" / "small", progress=False)
+    spread = run_experiment(own, tmp_path / "b" / "small", progress=False, engine="ray", workers=2)
+    pd.testing.assert_frame_equal(serial.results, spread.results)
+
+
+@pytest.mark.parametrize("engine", ["serial", "processes"])
+def test_an_address_belongs_to_ray(engine: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"an address is a Ray cluster's, and the engine is {engine}"):
+        run_experiment(parse_config(SMALL), tmp_path / "out", engine=engine, address="auto")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cluster_at_an_address_is_one_line(tmp_path: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", NOBODY, str(tmp_path)], capture_output=True, text=True, timeout=120
+    ).stdout.strip()
+    assert "no Ray at '127.0.0.1:9'" in said and "ray start --head" in said and len(said.splitlines()) == 1
+
+
+#: in a process of its own: this one has a cluster
+NOBODY = """
+from mechtransplant.engine import Ray, Recipe
+from mechtransplant.errors import UsageError
+try:
+    Ray(Recipe("toy_workers:make"), 1, address="127.0.0.1:9").run([{"number": 1}], print)
+except UsageError as error:
+    print(error)
+"""
+
+
+def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"pip install 'mechtransplant\[ray\]'"):
+        Ray(Recipe("toy_workers:make"), 1)
