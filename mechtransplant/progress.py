@@ -14,8 +14,19 @@ def track(items: Iterable[Item], what: str, show: bool = True, total: int | None
     """The items, with a bar on the error stream when it is a terminal (or a notebook)."""
     from tqdm.auto import tqdm
 
-    in_notebook = "ipykernel" in sys.modules
-    return tqdm(items, desc=what, total=total, leave=False, disable=not (show and (in_notebook or sys.stderr.isatty())))
+    return tqdm(items, desc=what, total=total, leave=False, disable=not (show and shows()))
+
+
+def shows() -> bool:
+    """Whether somebody watches: the error stream is a terminal, or this is a notebook."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()
+
+
+def say(text: str) -> None:
+    """A line on the error stream, between bars."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 @contextmanager

@@ -11,17 +11,18 @@ from mechtransplant.cli.app import app, bench_app, listed
 from mechtransplant.errors import UsageError
 
 
-def _run(
-    config_path: Path, out: Path | None, engine: str = "serial", workers: int | None = None, address: str | None = None
-) -> None:
-    from mechtransplant.experiment import run_experiment
+def _run(config_path: Path, out: Path | None, dry: bool = False, **engine: Any) -> None:
+    from mechtransplant.experiment import Run, run_experiment
     from mechtransplant.experiment.config import read_config
+    from mechtransplant.experiment.worker import EngineChoice
 
     config = read_config(config_path)
     folder = out or Path("runs") / config.name
-    # the library checks the name, and says which there are
-    named: Any = engine
-    result = run_experiment(config, folder, engine=named, workers=workers, address=address)
+    if dry:
+        run = Run(config, folder, engine=EngineChoice(engine["engine"], engine["workers"], engine["address"]))
+        typer.echo(f"{folder}: {run.estimate()}")
+        return
+    result = run_experiment(config, folder, **engine)
     typer.echo(result.summary)
     typer.echo(f"Tables and figures are in {result.folder}")
 
@@ -38,9 +39,10 @@ def run(
         str | None,
         typer.Option(help="With --engine ray: a cluster's, such as ray://HOST:10001. Else Ray starts here."),
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what it would cost.")] = False,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out, engine, workers, address)
+    _run(config, out, dry_run, engine=engine, workers=workers, address=address)
 
 
 @app.command()

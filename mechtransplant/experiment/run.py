@@ -17,6 +17,7 @@ from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.config import RunConfig, read_config
 from mechtransplant.experiment.elsewhere import Elsewhere, labelled
+from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_starts
@@ -25,7 +26,7 @@ from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
-from mechtransplant.progress import bar
+from mechtransplant.progress import bar, say, shows
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -97,7 +98,14 @@ class Run(Setup):
         finally:
             self.engine.close()
 
+    def estimate(self) -> Estimate:
+        """What is left to be computed, and how long it takes here; writes nothing."""
+        path = self.folder / "cells.jsonl"
+        return estimate(self, path.read_bytes().count(b"\n") if path.exists() else 0)
+
     def _steps(self) -> RunResult:
+        if self.progress and shows():
+            say(str(self.estimate()))
         self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test

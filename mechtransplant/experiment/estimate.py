@@ -1,0 +1,107 @@
+"""What a run will cost, before it starts: how many cells, and how long they take on this machine.
+
+Counts are exact but for cells that turn out to be the same one (a control that is another rule's graft), which are
+computed once. Seconds are those of the target on a few questions, measured now; rankings are not counted.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mechtransplant.evaluation import evaluate, evaluate_budgets
+from mechtransplant.evaluation.batches import encode
+
+if TYPE_CHECKING:
+    from mechtransplant.experiment.run import Run
+
+#: questions that are timed
+TIMED = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's cells and seconds.
+
+    ``cells`` maps what they are for → (how many, questions of each); a side effect's texts count as so many questions
+    as have their tokens. ``finished`` are in the folder already; ``seconds`` is for one question in one cell.
+    """
+
+    cells: dict[str, tuple[int, float]]
+    finished: int
+    seconds: float
+    rankings: int
+
+    @property
+    def total(self) -> int:
+        """All cells of the run."""
+        return sum(n for n, _ in self.cells.values())
+
+    @property
+    def remaining_seconds(self) -> float:
+        """Seconds for what is not finished, cell after cell on this machine."""
+        everything = sum(n * questions for n, questions in self.cells.values()) * self.seconds
+        return everything * max(0, self.total - self.finished) / max(1, self.total)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{n:,} {what} ({q:,.0f} questions each)" for what, (n, q) in self.cells.items() if n)
+        done = f", {min(self.finished, self.total):,} of them finished" if self.finished else ""
+        rankings = "1 ranking" if self.rankings == 1 else f"{self.rankings} rankings"
+        return (
+            f"{self.total:,} cells{done}, {in_words(self.remaining_seconds)} on this machine, one after another "
+            f"({1e3 * self.seconds:.3g} ms a question, just measured), and {rankings}: {parts}"
+        )
+
+
+def in_words(seconds: float) -> str:
+    """``10_800`` → "about 3 h"."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"about {seconds / size:.2g} {unit}" if seconds < 10 * size else f"about {seconds / size:.0f} {unit}"
+    return f"about {max(1, round(seconds))} s"
+
+
+def estimate(run: Run, finished: int = 0) -> Estimate:
+    """What a run costs; measures the target on a few questions of ``choose``."""
+    config, counts, n = run.config, run.counts, len(run.candidates)
+    choose, test = len(run.splits.choose), len(run.splits.test)
+    rules, controlled = len(config.rules), len(config.with_controls)
+    sizes = [k for k in counts if k < n]
+    cells: dict[str, tuple[int, float]] = {
+        "on choose": (2 + rules * len(counts) * len(config.strengths), choose),
+        "K-curves on test": (2 + rules * len(sizes) + 1, test),
+        "random": (controlled * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets)), test),
+    }
+    others = sum("bottom" in config.controls and 1 for _ in config.with_controls)
+    others += sum(run.unrelated_rules(rule) and run.other is not None for rule in config.with_controls)
+    others += controlled * ("reverse" in config.controls) + ("self" in config.controls and controlled > 0)
+    cells["other controls"] = (others, test)
+    if run.elsewhere.wanted and config.side_effects is not None:
+        spec = config.side_effects
+        jobs = rules + 1 + len(counts) - 1 + (spec.random if config.rules[0] in config.with_controls else 0)
+        asked = sum(len(task) for task in run.elsewhere.tasks)
+        encoded = encode(run.splits.choose, run.pair.target.tokenizer)
+        length = sum(map(len, [*encoded.prompts, *encoded.completions])) / choose
+        cells["side effects"] = (jobs, asked + (spec.texts * spec.tokens / length if run.elsewhere.text is None else 0))
+    return Estimate(cells, finished, seconds_a_question(run), rules)
+
+
+def seconds_a_question(run: Run) -> float:
+    """Seconds that the target takes for one question, at all token budgets, as the run will ask it."""
+    few = run.splits.choose.subset(range(min(TIMED, len(run.splits.choose))))
+    size = run.config.batch_size
+
+    def ask() -> None:
+        if few.short_answer:
+            for budget in run.budgets:
+                evaluate(run.pair.target, few, max_new_tokens=budget, batch_size=size)
+        else:
+            evaluate_budgets(run.pair.target, few, run.budgets, size)
+
+    if few.short_answer:
+        # what is done once is not what a cell costs; a generation is too long to be done twice
+        ask()
+    started = time.perf_counter()
+    ask()
+    return (time.perf_counter() - started) / len(few)
