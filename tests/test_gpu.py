@@ -1,0 +1,152 @@
+"""The same numbers on a GPU as on the CPU, up to rounding; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mechtransplant.evaluation import evaluate
+from mechtransplant.evaluation.generation import generate
+from mechtransplant.evaluation.gold import gold_outcomes
+from mechtransplant.evaluation.sweeps import Change, sweep
+from mechtransplant.experiment import run_experiment
+from mechtransplant.experiment.config import parse_config
+from mechtransplant.grafting import Graft, list_operators
+from mechtransplant.modules import parse_address
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.pair.shipping import ship, unship
+from mechtransplant.patching import Patch, patch_effects
+from mechtransplant.ranking import rank_modules
+from mechtransplant.shifts import measure_shifts
+from mechtransplant.side_effects import measure_side_effects
+from mechtransplant.tasks import Splits, load_task
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> tuple[Pair, Pair]:
+    """The same pair on the CPU and on the GPU."""
+    return load_pair("family/generations"), load_pair("family/generations", device="cuda")
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return load_task("addition").split(32, 32, 128)
+
+
+def test_models_are_where_they_were_asked_to_be(pairs: tuple[Pair, Pair]) -> None:
+    cpu, gpu = pairs
+    assert {p.device.type for p in gpu.target.hf.parameters()} == {"cuda"}
+    assert gpu.target.fingerprint == cpu.target.fingerprint
+    there = unship(ship(gpu.target), "cuda")
+    assert there.fingerprint == cpu.target.fingerprint and there.hf.device.type == "cuda"
+
+
+def test_verdicts_and_log_probabilities(pairs: tuple[Pair, Pair], splits: Splits) -> None:
+    for role in ("source", "target"):
+        ours, theirs = (gold_outcomes(getattr(pair, role), splits.test) for pair in pairs)
+        assert (ours.correct == theirs.correct).all()
+        np.testing.assert_allclose(ours.log_probability, theirs.log_probability, atol=2e-3)
+    ours, theirs = (generate(pair.source, splits.test) for pair in pairs)
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= 0.98 * len(ours)
+
+
+@pytest.mark.parametrize("operator", list_operators())
+def test_grafts_write_the_same_weights(operator: str, pairs: tuple[Pair, Pair]) -> None:
+    written = []
+    for pair in pairs:
+        graft = Graft(["L1.mlp", "L3H2"], 0.5, operator=operator)
+        try:
+            with graft.applied(pair):
+                written.append({n: p.detach().cpu().clone() for n, p in pair.target.hf.named_parameters()})
+        except Exception as refused:
+            written.append(type(refused).__name__)
+    if isinstance(written[0], str):
+        assert written[0] == written[1]
+        return
+    # random choices (DARE) are drawn by the device's own generator: as many weights change, not the same ones
+    for name, ours in written[0].items():
+        theirs = written[1][name]
+        if operator == "dare":
+            before = pairs[0].target.hf.get_parameter(name)
+            changed = [float((w != before).float().mean()) for w in (ours, theirs)]
+            assert abs(changed[0] - changed[1]) < 0.05
+        else:
+            torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_shifts_patches_and_sweeps(pairs: tuple[Pair, Pair], splits: Splits) -> None:
+    frames = [measure_shifts(pair, splits.discover).set_index(["measure", "module", "prompt"]).value for pair in pairs]
+    np.testing.assert_allclose(frames[1].reindex(frames[0].index), frames[0], atol=2e-4)
+    modules = ["L0H1", "L2.mlp", "L3H0", "L3H1", "L3.mlp"]
+    for positions in ("all", "answer"):
+        found = [patch_effects(pair, splits.discover, modules, positions)[1].log_probability for pair in pairs]
+        np.testing.assert_allclose(found[1], found[0], atol=5e-3)
+    swept = []
+    for pair in pairs:
+        changes = [Change(parse_address(m).layer, Graft([m]).applied(pair)) for m in modules]
+        base, after = sweep(pair.target, splits.discover, changes)
+        swept.append(after.log_probability)
+        # what a whole pass says on the same device
+        for row, module in enumerate(modules):
+            with Graft([module]).applied(pair):
+                whole = gold_outcomes(pair.target, splits.discover).log_probability
+            np.testing.assert_allclose(after.log_probability[row], whole, atol=1e-3)
+        assert len(base.correct) == len(splits.discover)
+    np.testing.assert_allclose(swept[1], swept[0], atol=5e-3)
+    with Patch(["L3.mlp"]).applied(pairs[1]):
+        patched = evaluate(pairs[1].target, splits.test)
+    with Patch(["L3.mlp"]).applied(pairs[0]):
+        assert (evaluate(pairs[0].target, splits.test).correct == patched.correct).mean() >= 0.98
+
+
+@pytest.mark.parametrize(
+    "rule", ["lae", "own", "weight_delta", "gradient", "integrated_gradient", "activation_gradient"]
+)
+def test_rankings(rule: str, pairs: tuple[Pair, Pair], splits: Splits) -> None:
+    kinds = "linear" if rule == "lae" else ("head", "mlp")
+    ours, theirs = (rank_modules(pair, splits.discover, rule, kinds).set_index("module").score for pair in pairs)
+    theirs.index, ours.index = theirs.index.astype(str), ours.index.astype(str)
+    assert stats.spearmanr(ours, theirs.reindex(ours.index)).statistic > 0.999
+
+
+def test_side_effects(pairs: tuple[Pair, Pair]) -> None:
+    other = load_task("copy").split(1, 1, 64).test
+    found = [measure_side_effects(pair, Graft(["L1.mlp"]), tasks=[other], text=False).frame for pair in pairs]
+    assert list(found[0].columns) == list(found[1].columns) and len(found[0]) == len(found[1])
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    small: dict[str, Any] = {
+        "name": "small", "pair": "family/generations", "task": "addition", "rule": "weight_delta", "k": [2, 8],
+        "random_sets": 6, "curve_sets": 3, "split": {"discover": 16, "choose": 24, "test": 64},
+        "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
+    }  # fmt: skip
+    done = [
+        run_experiment(parse_config({**small, "device": device}), tmp_path / device / "small", progress=False)
+        for device in ("cpu", "cuda")
+    ]
+    wanted = ["split", "role", "rule", "set", "k", "strength", "accuracy"]
+    one, other = (d.results[wanted].reset_index(drop=True) for d in done)
+    assert (one.accuracy - other.accuracy).abs().max() <= 0.05
+    assert (one.drop(columns="accuracy").fillna("") == other.drop(columns="accuracy").fillna("")).all().all()
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+def test_bfloat16_is_summed_in_float32(device: str, splits: Splits) -> None:
+    half = load_pair("family/generations", dtype="bfloat16", device=device)
+    measured = measure_shifts(half, splits.discover, measures=["magnitude", "distance"])
+    for model in (half.source, half.target):
+        # the same rounded weights, computed in float32
+        model.hf.float()
+    exact = measure_shifts(half, splits.discover, measures=["magnitude", "distance"])
+    gap = (measured.value - exact.value).abs().groupby(measured.measure).mean()
+    size = exact.value.abs().groupby(exact.measure).mean()
+    # activations have 8 bits; means over prompts and positions must not lose more
+    assert (gap / size < 0.05).all()
