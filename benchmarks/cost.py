@@ -59,6 +59,7 @@ def random_pair(shape: str, device: str, dtype: str) -> Any:
     for number in range(2):
         with no_init_weights(), torch.device(device):
             hf = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        hf.tie_weights()
         for name, parameter in hf.named_parameters():
             parameter.requires_grad_(False)
             if "norm" in name:

@@ -11,14 +11,25 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "peft", "numpy", "scipy
 
 def versions() -> dict[str, Any]:
     """The versions, machine and threads of this process."""
-    from importlib.metadata import version
-
     import torch
 
+    from mechtransplant import __version__
+
     return {
-        "mechtransplant": version("mechtransplant"),
-        "packages": {name: version(name) for name in PACKAGES},
+        "mechtransplant": __version__,
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
+
+
+def _version(package: str) -> str | None:
+    """A package's version; None where it is not installed (the bridge's alone is not needed by every computation)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -39,8 +39,9 @@ class HeadWrites:
 
         theirs, ours = (m.output_weights(layer).float() for m in (pair.source, pair.target))
         change = theirs - ours
-        # on the CPU: not every device has float64
-        stacked = torch.cat([theirs, change], 1).cpu().double()
+        stacked = torch.cat([theirs, change], 1)
+        # Apple's devices have no float64; on a GPU the factors of a 9B pair take a second, on its CPU 15
+        stacked = (stacked.cpu() if stacked.device.type == "mps" else stacked).double()
         d_head, narrow = theirs.shape[1], stacked.shape[2]
         if stacked.shape[1] < stacked.shape[2]:
             # M = R Qᵀ with orthonormal Q: only R matters for norms and inner products, and it is lower triangular
