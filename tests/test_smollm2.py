@@ -12,11 +12,12 @@ import torch
 from mechtransplant.activations import cache_activations, decoding_magnitudes, forced_magnitudes
 from mechtransplant.evaluation import evaluate, generate, gold_scores
 from mechtransplant.evaluation.batches import encode
+from mechtransplant.evaluation.gold import stopping_tokens
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, make_pair
 from mechtransplant.patching import Patch
 from mechtransplant.shifts import measure_shifts
-from mechtransplant.tasks import Task, load_task
+from mechtransplant.tasks import Example, PromptFormat, Task, load_task
 
 pytestmark = pytest.mark.needs_smollm2
 
@@ -68,6 +69,21 @@ def test_one_forward_decides_what_generation_would_write(pair: Pair, few_shot: T
     short = replace(few_shot, scorer="exact", short_answer=True)
     forced, written = evaluate(pair.source, short), evaluate(pair.source, short, "generate")
     assert (forced.correct == written.correct).all() and 0 < forced.accuracy < 1
+
+
+def test_one_forward_decides_short_answers_that_end_with_the_line(pair: Pair) -> None:
+    shown = tuple((f"{a} + {b} =", f" {a + b}") for a, b in ((21, 34), (45, 12), (33, 27), (52, 25), (41, 38)))
+    asked = tuple(Example(f"{a} + {b} =", str(a + b)) for a in (22, 37, 48, 51) for b in (23, 31, 36, 40))
+    form = PromptFormat(question="{question}", completion=" {answer}", shots=shown, shot_separator="\n")
+    task = Task("lines", asked, format=form, short_answer=True, stop=("\n",))
+    for model in (pair.source, pair.target):
+        forced, written = evaluate(model, task), evaluate(model, task, "generate")
+        assert forced.method == "teacher-forced" and (forced.correct == written.correct).all()
+        # without the stop the base model goes on with the next sum
+        assert forced.correct.any() and not evaluate(model, replace(task, stop=())).correct.any()
+    lines = set(stopping_tokens(pair.target.tokenizer, ("\n",)))
+    texts = {token: pair.target.tokenizer.decode([token]) for token in lines}
+    assert lines and all("\n" in text and not text.split("\n")[0].strip() for text in texts.values())
 
 
 def test_magnitudes_of_a_text_do_not_depend_on_who_decodes_it(pair: Pair, few_shot: Task) -> None:

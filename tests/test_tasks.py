@@ -383,8 +383,9 @@ def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
         register_task("echo")(echo)
 
 
-def test_short_answers_need_the_exact_scorer_and_no_stop() -> None:
-    for changes in ({"scorer": "number"}, {"stop": ("1",)}):
+def test_short_answers_need_the_exact_scorer_and_stops_of_one_character() -> None:
+    assert Task("t", (Example("1+1=", "2"),), short_answer=True, stop=("\n",)).short_answer
+    for changes in ({"scorer": "number"}, {"stop": ("\n\n",)}):
         with pytest.raises(TaskError, match="short_answer needs"):
             Task("t", (Example("1+1=", "2"),), **{"short_answer": True, **changes})  # type: ignore[arg-type]
 

@@ -64,7 +64,7 @@ class AnswerReader:
         import torch
 
         check_model(model)
-        self.model, self.questions, self.ends = model, len(task), accepted_ends(model)
+        self.model, self.questions, self.ends = model, len(task), accepted_ends(model, task)
         with torch.no_grad():
             self.batches = list(_answer_batches(model, task, batch_size))
 

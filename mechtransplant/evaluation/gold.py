@@ -7,14 +7,15 @@ Three outcomes of one forward, per question, with logits ℓ at the answer's tok
 * logit difference: minₖ (ℓ(gₖ) − max over other tokens of ℓ), the answer's narrowest margin: above 0 exactly where the
   answer is correct, so it is accuracy made continuous.
 
-The end of the text may be written by any of the model's end tokens: for log-probabilities they count as one token.
+The end of the text may be written by any of the model's end tokens, and by any token that brings one of the task's
+stops: for log-probabilities they count as one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -119,7 +120,7 @@ def gold_passes(
 
     check_model(model)
     check_count("batch_size", batch_size)
-    ends = accepted_ends(model)
+    ends = accepted_ends(model, task)
     encoded = encode(task, model.tokenizer)
     hf = model.hf
     totals = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
@@ -167,13 +168,28 @@ def gold_passes(
             yield gold_pass(rows, logits, gold, gold_mask, ends)
 
 
-def accepted_ends(model: LanguageModel) -> Tensor:
-    """The tokens that may end an answer; raises TaskError where the tokenizer has none."""
+def accepted_ends(model: LanguageModel, task: Task) -> Tensor:
+    """The tokens that may end an answer; raises TaskError where the tokenizer has none.
+
+    Stops of a free-form task are left out: its gold answer is followed by whatever the format has there.
+    """
     import torch
 
     if model.tokenizer.eos_token_id is None:
         raise TaskError(f"the tokenizer of {model.name} has no end token: use method='generate'")
-    return torch.tensor(end_tokens(model))
+    stopping = stopping_tokens(model.tokenizer, task.stop) if task.short_answer and task.stop else ()
+    return torch.tensor(sorted({*end_tokens(model), *stopping}))
+
+
+@lru_cache(maxsize=16)
+def stopping_tokens(tokenizer: Any, stops: tuple[str, ...]) -> tuple[int, ...]:
+    """The tokens whose text has a stop with nothing but spaces before it."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return tuple(
+        token
+        for token, text in enumerate(texts)
+        if any(at >= 0 and not text[:at].strip() for at in (text.find(stop) for stop in stops))
+    )
 
 
 def gold_pass(rows: list[int], logits: Tensor, gold: Tensor, mask: Tensor, ends: Tensor) -> GoldPass:

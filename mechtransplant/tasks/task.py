@@ -119,8 +119,8 @@ class Task:
     """Prompts with gold answers and a scorer.
 
     ``short_answer`` says that the gold completion, followed by the end of the text, is the only right text, so that
-    one teacher-forced forward decides greedy accuracy (see ``evaluation``); it needs the ``exact`` scorer and no
-    ``stop``. ``stop`` are strings at which a generated answer ends, besides the
+    one teacher-forced forward decides greedy accuracy (see ``evaluation``); it needs the ``exact`` scorer, and stops of
+    one character, which a single token completes. ``stop`` are strings at which a generated answer ends, besides the
     tokenizer's end of sequence.
     """
 
@@ -137,10 +137,10 @@ class Task:
         get_scorer(self.scorer)
         if not self.examples:
             raise TaskError(f"task {self.name!r} has no examples: give at least one question with its answer")
-        if self.short_answer and (self.scorer != "exact" or self.stop):
+        if self.short_answer and (self.scorer != "exact" or any(len(s) != 1 for s in self.stop)):
             raise TaskError(
-                f"task {self.name!r}: short_answer needs scorer: exact and no stop, because one forward decides "
-                "whether the model writes the gold tokens and ends; set short_answer: false"
+                f"task {self.name!r}: short_answer needs scorer: exact and no stop but single characters, because one "
+                "forward decides whether the model writes the gold tokens and ends; set short_answer: false"
             )
 
     def __repr__(self) -> str:

@@ -1,0 +1,187 @@
+"""Short answers, generation under a graft, a K-sweep with random controls, beside what one writes without a library.
+
+    python benchmarks/answers.py [--pair smollm2/generations] [--repeats 7] [--questions 32] [--out benchmarks/results]
+
+The other side is Hugging Face's ``generate`` (greedy, left-padded batches of the same size and order, the same token
+budget), decoded and scored, and for the sweep the loop over all cells: copy the set's weights, generate, score, put
+the weights back. Float32, two threads; rows are interleaved in one process; every repeat is added to the CSV file.
+
+Short answers are sums, eight prompts of 64 tokens, right where the whole text is the answer: once after worked
+examples, which all prompts share, up to the end of the line, and once as sums of many numbers that share nothing;
+budget 16 tokens (a task's default). The sweep asks the former. Generation is of the pair's own task. ``generate`` stops where every row has
+ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sweeps import TOKENS, sums
+
+from mechtransplant.controls import random_matched
+from mechtransplant.evaluation import evaluate
+from mechtransplant.evaluation.batches import encode, length_sorted, pad
+from mechtransplant.evaluation.generation import end_tokens, generation_batches
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.ranking import rank_modules
+from mechtransplant.tasks import Example, PromptFormat, Task, load_task
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH, KS, RANDOM, BUDGET = 16, (4, 8, 16, 32), 100, 16
+
+
+def worked(pair: Pair, questions: int = 8) -> Task:
+    """Sums of two numbers after as many worked examples as fill the tokens."""
+    rng = np.random.default_rng(1)
+    numbers = rng.permutation([(a, b) for a in range(20, 60) for b in range(20, 40)])
+    pairs = [(f"{a} + {b} =", str(a + b)) for a, b in numbers.tolist()]
+    for shots in range(1, 40):
+        shown = tuple((q, f" {a}") for q, a in pairs[:shots])
+        task = replace(
+            load_task("addition"),
+            name="worked sums",
+            examples=tuple(Example(q, a) for q, a in pairs[40 : 40 + questions]),
+            format=PromptFormat(question="{question}", completion=" {answer}", shots=shown, shot_separator="\n"),
+            stop=("\n",),
+            role="test",
+        )
+        if max(map(len, encode(task, pair.target.tokenizer).prompts)) >= TOKENS - 4:
+            return task
+    raise SystemExit("this tokenizer makes too few tokens of the examples")
+
+
+class HuggingFace:
+    """What one writes with transformers alone."""
+
+    def __init__(self, pair: Pair, task: Task, budget: int) -> None:
+        self.hf, self.tokenizer, self.task, self.budget = pair.target.hf, pair.target.tokenizer, task, budget
+        self.prompts = encode(task, self.tokenizer).prompts
+        self.ends = end_tokens(pair.target)
+
+    def written(self) -> tuple[list[list[int]], int]:
+        """(tokens of every question, rows × decoding steps)."""
+        texts: list[list[int]] = [[]] * len(self.prompts)
+        steps = 0
+        for rows in length_sorted([len(p) for p in self.prompts], BATCH):
+            ids, mask = pad([self.prompts[i] for i in rows], self.ends[0], "left")
+            with torch.no_grad():
+                new = self.hf.generate(
+                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.budget,
+                    eos_token_id=self.ends, pad_token_id=self.ends[0],
+                )[:, ids.shape[1] :]  # fmt: skip
+            steps += new.numel()
+            for row, tokens in zip(rows, new.tolist(), strict=True):
+                texts[row] = tokens
+        return texts, steps
+
+    def verdicts(self) -> np.ndarray:
+        """Whether every answer is right, end of the text included."""
+        found = []
+        for tokens, example in zip(self.written()[0], self.task.examples, strict=True):
+            ended = next((i for i, t in enumerate(tokens) if t in self.ends), None)
+            text = self.tokenizer.decode(tokens[:ended], skip_special_tokens=True)
+            line, stop, _ = text.partition("\n") if self.task.stop else (text, "", "")
+            found.append((ended is not None or bool(stop)) and self.task.score(line, example.answer))
+        return np.array(found)
+
+
+def steps_of(pair: Pair, task: Task, budget: int) -> int:
+    """Rows × decoding steps of a generation."""
+    encoded = encode(task, pair.target.tokenizer)
+    batches = generation_batches(pair.target, encoded, budget, BATCH)
+    return sum(len(rows) * max(len(g.tokens) for g in found) for rows, found in batches)
+
+
+def naive(pair: Pair, theirs: HuggingFace, sets: Sequence[Sequence[str]]) -> np.ndarray:
+    """One accuracy a set, by the loop that needs no library but the graft's meaning."""
+    parameters, found = dict(pair.target.hf.named_parameters()), []
+    source = dict(pair.source.hf.named_parameters())
+    for modules in sets:
+        kept = {}
+        for region in Graft(modules).regions(pair):
+            name = region.parameter
+            kept.setdefault(name, parameters[name].clone())
+            region.of(parameters[name]).copy_(region.of(source[name]))
+        found.append(theirs.verdicts().mean())
+        for name, before in kept.items():
+            parameters[name].copy_(before)
+    return np.array(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", default="smollm2/generations")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--questions", type=int, default=32, help="of the pair's own task")
+    parser.add_argument("--random", type=int, default=RANDOM, help="random sets in the sweep")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    pair = load_pair(arguments.pair)
+    splits = load_task(str(pair.default_task)).split(16, 8, arguments.questions)
+    budget = splits.test.max_new_tokens
+    shared, alone = worked(pair), sums(pair)
+    theirs, few = HuggingFace(pair, splits.test, budget), HuggingFace(pair, shared, BUDGET)
+    lone = HuggingFace(pair, alone, BUDGET)
+    ranking = [str(m) for m in rank_modules(pair, splits.discover, "gradient", "linear", batch_size=BATCH).module]
+    sets = [tuple(ranking[:k]) for k in KS] + list(random_matched(pair, ranking[:16], arguments.random, 0).sets)
+    graft = Graft(ranking[:16])
+
+    def grafted() -> int:
+        with graft.applied(pair):
+            return steps_of(pair, splits.test, budget)
+
+    def ours() -> np.ndarray:
+        found = []
+        for modules in sets:
+            with Graft(modules).applied(pair):
+                found.append(evaluate(pair.target, shared, max_new_tokens=BUDGET, batch_size=BATCH).accuracy)
+        return np.array(found)
+
+    functions: dict[str, Any] = {
+        "short answers, generate": few.verdicts,
+        "short answers, one forward": lambda: evaluate(pair.target, shared, max_new_tokens=BUDGET).correct,
+        "short answers with nothing in common, generate": lone.verdicts,
+        "short answers with nothing in common, one forward": (
+            lambda: evaluate(pair.target, alone, max_new_tokens=BUDGET).correct
+        ),
+        "generation, generate": lambda: theirs.written()[1],
+        "generation, with a graft": grafted,
+        "sweep, naive": lambda: naive(pair, few, sets),
+        "sweep, ours": ours,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "answers.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    for repeat in range(len({r["repeat"] for r in rows}), arguments.repeats):
+        done: dict[str, Any] = {}
+        new = []
+        for name, function in functions.items():
+            started = time.perf_counter()
+            done[name] = function()
+            seconds = time.perf_counter() - started
+            kind, _, which = name.partition(", ")
+            row = {"pair": arguments.pair, "repeat": repeat, "what": name, "seconds": round(seconds, 3)}
+            if kind == "generation":
+                row |= {"tokens": done[name], "tokens_a_second": round(done[name] / seconds, 2)}
+            elif which in ("one forward", "ours"):
+                other = done[f"{kind}, {'naive' if which == 'ours' else 'generate'}"]
+                row |= {"compared": len(other), "different": int((np.asarray(done[name]) != other).sum())}
+                row["accuracy"] = round(float(np.mean(done[name])), 4)
+            new.append(row)
+            print(row, flush=True)
+        rows += new
+        pd.DataFrame(rows).to_csv(path, index=False)
+
+
+if __name__ == "__main__":
+    main()
