@@ -8,8 +8,8 @@ the weights back. Float32, two threads; rows are interleaved in one process; eve
 
 Short answers are sums, eight prompts of 64 tokens, right where the whole text is the answer: once after worked
 examples, which all prompts share, up to the end of the line, and once as sums of many numbers that share nothing;
-budget 16 tokens (a task's default). The sweep asks the former. Generation is of the pair's own task. ``generate`` stops where every row has
-ended.
+budget 16 tokens (a task's default). The sweep asks the former. Generation is of the pair's own task. ``generate``
+stops where every row has ended.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
 
     from mechtransplant.activations import Reading
     from mechtransplant.pair import load_pair
-    from mechtransplant.shifts.measure import Collector
+    from mechtransplant.shifts.collector import Collector, PromptValues
     from mechtransplant.shifts.recorder import PairRecorder
 
     torch.set_num_threads(2)
@@ -114,7 +114,7 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
         return run
 
     def analysis(*measures: str) -> Callable[[], None]:
-        collector = Collector(pair, batch, ("head", "mlp"), measures, False)
+        collector = Collector(pair, batch, ("head", "mlp"), measures, PromptValues(batch))
 
         def run() -> None:
             with torch.no_grad(), PairRecorder(pair, collector.slots, collector.needs_moved) as recorder:

@@ -42,6 +42,7 @@ _HOME = {
     "cache_activations": "activations",
     "load_activations": "activations",
     "measure_shifts": "shifts",
+    "summarize_shifts": "shifts",
     "shift_vectors": "shifts",
     "shifts_and_vectors": "shifts",
     "average_by_template": "shifts",

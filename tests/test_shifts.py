@@ -12,12 +12,20 @@ import pandas as pd
 import pytest
 import torch
 from architectures import random_pair_of
+from scipy import stats
 
 from mechtransplant.activations import cache_activations
 from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.pair import LanguageModel, Pair, make_pair
-from mechtransplant.shifts import MEASURES, average_by_template, measure_shifts, shift_vectors, shifts_and_vectors
+from mechtransplant.shifts import (
+    MEASURES,
+    average_by_template,
+    measure_shifts,
+    shift_vectors,
+    shifts_and_vectors,
+    summarize_shifts,
+)
 from mechtransplant.significance import test_shifts as table_of
 from mechtransplant.tasks import Example, Task, load_task
 
@@ -270,7 +278,7 @@ def test_hooks_are_gone_afterwards(generations: Pair, task: Task) -> None:
 
 
 def test_hooks_are_gone_after_a_failure(generations: Pair, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechtransplant.shifts.measure import Collector
+    from mechtransplant.shifts.collector import Collector
 
     def fails(*_: Any) -> None:
         raise RuntimeError("cut off")
@@ -441,3 +449,29 @@ def test_frames_are_tidy_and_aligned(generations: Pair, task: Task) -> None:
     assert list(dict.fromkeys(shifts.measure)) == ["magnitude", "distance", "own"]
     assert shifts.groupby(["module", "measure"]).size().eq(len(task)).all()
     assert isinstance(shifts, pd.DataFrame)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_a_summary_is_the_summary_of_all_values(generations: Pair, addition: Task, batch_size: int) -> None:
+    task = addition.subset(range(23))
+    measures = ("magnitude", "distance", "own")
+    every = measure_shifts(generations, task, measures=measures, positions="answer", batch_size=batch_size)
+    found = summarize_shifts(generations, task, measures=measures, positions="answer", batch_size=batch_size)
+    by = every.groupby(["measure", "module"], observed=True, sort=False).value
+    keys = list(zip(found.measure, found.module, strict=True))
+    assert len(keys) == len(measures) * len(generations.modules(("head", "mlp"))) and (found.n == 23).all()
+    for column, expected in (
+        ("mean", by.mean()), ("sd", by.std()), ("se", by.sem()), ("smallest", by.min()), ("largest", by.max()),
+    ):  # fmt: skip
+        np.testing.assert_allclose(found[column], expected.reindex(keys), rtol=1e-9, atol=1e-12)
+    one = every[(every.measure == "own") & (every.module == "L2H1")].value
+    low, high = stats.t.interval(0.95, 22, one.mean(), one.sem())
+    row = found[(found.measure == "own") & (found.module == "L2H1")].iloc[0]
+    np.testing.assert_allclose([row.low, row.high], [low, high], rtol=1e-9)
+
+
+def test_a_summary_of_one_prompt_has_no_spread(generations: Pair, addition: Task) -> None:
+    found = summarize_shifts(generations, addition.subset([0]), measures="distance")
+    assert found[["sd", "se", "low", "high"]].isna().all().all() and (found.smallest == found["mean"]).all()
+    with pytest.raises(UsageError, match="alignment compares prompts with each other: use measure_shifts"):
+        summarize_shifts(generations, addition, measures="alignment")

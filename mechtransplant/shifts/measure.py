@@ -27,25 +27,22 @@ group.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mechtransplant.activations import Batch, Positions, Text, plan_reading, written_texts
-from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
+from mechtransplant.activations import Positions, Text, plan_reading, written_texts
+from mechtransplant.errors import UsageError, check_count, check_seed
 from mechtransplant.evaluation.batches import PaddingSide
 from mechtransplant.selection import QUESTIONS
-from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES, shift_frame
-from mechtransplant.shifts.heads import HeadWrites, Written
-from mechtransplant.shifts.recorder import SLOT_KINDS, PairRecorder, Slot, SlotKind, slots_of
+from mechtransplant.shifts.collector import Collector, Moments, PromptValues, names_of
+from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES
+from mechtransplant.shifts.recorder import PairRecorder
 from mechtransplant.shifts.vectors import ShiftVectors
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
     from mechtransplant.pair import Pair
 
@@ -107,6 +104,47 @@ def shifts_and_vectors(
     return frame, vectors
 
 
+def summarize_shifts(
+    pair: Pair,
+    task: Task,
+    kinds: str | Iterable[str] = ("head", "mlp"),
+    measures: str | Iterable[str] = ("magnitude", "distance", "own"),
+    positions: Positions = "all",
+    *,
+    text: Text = "target",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    padding_side: PaddingSide = "left",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Mean shifts of many prompts in memory that does not grow with them: no prompt's own value is kept.
+
+    Arguments as of :func:`measure_shifts`. Means and variances are updated batch by batch in float64 (Chan, Golub and
+    LeVeque's pairwise formula).
+
+    Returns:
+        one row a module and measure: module, kind, layer, head, measure, n (prompts), mean, sd (NaN of one prompt), se,
+        low and high (95 % interval of the mean by Student's t), smallest, largest.
+
+    Raises:
+        UsageError: for alignment and projection, which compare prompts with each other.
+    """
+    import pandas as pd
+
+    check_pair(pair, task)
+    check_count("batch_size", batch_size)
+    wanted = names_of(measures, "measure", MEASURES)
+    for measure in wanted:
+        if measure in FROM_VECTORS:
+            raise UsageError(f"{measure} compares prompts with each other: use measure_shifts, which keeps them")
+    moments = Moments()
+    collector = Collector(pair, len(task), kinds, tuple(wanted), moments)
+    collect(pair, task, collector, positions, text, max_new_tokens, batch_size, padding_side, progress)
+    whole = pd.concat([moments.frame(measure) for measure in wanted], ignore_index=True)
+    whole.attrs[QUESTIONS] = list(task.keys)
+    return whole
+
+
 def _measured(
     pair: Pair,
     task: Task,
@@ -126,17 +164,18 @@ def _measured(
     check_pair(pair, task)
     check_seed(seed)
     check_count("batch_size", batch_size)
-    wanted = _names(measures, "measure", MEASURES)
+    wanted = names_of(measures, "measure", MEASURES)
     with_vectors = [m for m in wanted if m in FROM_VECTORS]
     if with_vectors and len(task) < 2:
         raise UsageError(f"{with_vectors[0]} compares prompts with each other: give at least two, got {len(task)}")
     direct = tuple(m for m in wanted if m in DIRECT)
-    collector = Collector(pair, len(task), kinds, direct, keep_vectors or bool(with_vectors))
+    values = PromptValues(len(task))
+    collector = Collector(pair, len(task), kinds, direct, values, keep_vectors or bool(with_vectors))
     collect(pair, task, collector, positions, text, max_new_tokens, batch_size, padding_side, progress)
     frames = []
     for measure in wanted:
         if measure in DIRECT:
-            frames.append(collector.frame(measure))
+            frames.append(values.frame(measure))
         else:
             assert collector.vectors is not None
             frames.append(collector.vectors.frame(measure, seed))
@@ -151,18 +190,6 @@ def check_pair(pair: object, task: object) -> None:
         raise UsageError(f"expected a pair, got {type(pair).__name__}: pass load_pair(…)")
     if not isinstance(task, Task):
         raise UsageError(f"expected a task, got {type(task).__name__}: pass load_task(…), or one of its splits")
-
-
-def _names(given: str | Iterable[str], what: str, known: tuple[str, ...]) -> list[str]:
-    if given is None or not isinstance(given, Iterable):
-        raise UsageError(f"expected a {what} or several, got {given!r}: some of {', '.join(known)}")
-    names = list(dict.fromkeys([given] if isinstance(given, str) else given))
-    for name in names:
-        if name not in known:
-            raise UnknownNameError(what, name, known)
-    if not names:
-        raise UsageError(f"no {what} was named: expected some of {', '.join(known)}")
-    return names
 
 
 def collect(
@@ -186,113 +213,6 @@ def collect(
     with torch.no_grad(), PairRecorder(pair, collector.slots, collector.needs_moved) as recorder:
         for batch in reading.batches(pair.target.hf, batch_size, padding_side, progress, "measure shifts"):
             recorder.read(batch, collector.consumer(batch))
-
-
-class Collector:
-    """Turns recorded tensors into values per module and prompt, and shift vectors where they are wanted.
-
-    ``values`` maps measure → array of shape (modules, prompts).
-    """
-
-    by_magnitude: ClassVar = {"magnitude", "lae", "lae_relative"}
-
-    def __init__(
-        self, pair: Pair, prompts: int, kinds: str | Iterable[str], measures: tuple[str, ...], with_vectors: bool
-    ) -> None:
-        self.pair, self.prompts, self.measures = pair, prompts, measures
-        self.slots = slots_of(pair, cast("list[SlotKind]", _names(kinds, "kind of module", SLOT_KINDS)))
-        self.modules = [m for slot in self.slots for m in slot.modules(pair)]
-        self.rows = {m: i for i, m in enumerate(self.modules)}
-        #: of the residual stream, which heads write to
-        self.width = int(pair.target.hf.config.get_text_config().hidden_size)
-        self.needs_moved = bool({"own", "inherited"} & set(measures))
-        self.writes = {s: HeadWrites.of(pair, s.layer) for s in self.slots if s.kind == "head"}
-        self.values = {m: np.zeros((len(self.modules), prompts)) for m in measures}
-        self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
-
-    def _widths(self) -> dict[str, int]:
-        widths = {}
-        for slot in self.slots:
-            if slot.kind == "head":
-                width = self.writes[slot].change.shape[-1]
-            else:
-                linear: Any = self.pair.target.hf.get_submodule(self.pair.layout.linears[slot.linear])
-                width = linear.nf if type(linear).__name__ == "Conv1D" else linear.out_features
-            widths.update(dict.fromkeys(slot.modules(self.pair), int(width)))
-        return widths
-
-    def consumer(self, batch: Batch) -> Any:
-        """A function that takes in a slot's tensors of one batch."""
-
-        def consume(slot: Slot, source: Any, target: Any, moved: Any) -> None:
-            first = self.rows[slot.modules(self.pair)[0]]
-            terms = self._plain_terms if slot.kind != "head" else partial(self._head_terms, slot)
-            values, shift = terms(source, target, moved)
-            for name, value in values.items():
-                # (counted, modules) → (prompts, modules); sums over positions in float64, which not every device has
-                mean = batch.mean(value.cpu().double())
-                self.values[name][first : first + mean.shape[1], batch.prompts] = mean.T.numpy()
-            if self.vectors is not None and shift is not None:
-                self.vectors.write(self.modules[first], batch.prompts, batch.mean(shift).flatten(1).cpu().numpy())
-
-        return consume
-
-    def _plain_terms(
-        self, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Measures of one module from its outputs, each (counted, width): values (counted, 1), and the shift."""
-        import torch
-
-        def norm(vectors: torch.Tensor) -> torch.Tensor:
-            return torch.linalg.vector_norm(vectors, dim=-1)[:, None]
-
-        shift = source - target
-        norms = {"‖source‖": norm(source), "‖target‖": norm(target), "distance": norm(shift)}
-        if self.by_magnitude & set(self.measures):
-            norms |= {"‖source‖₁": source.abs().sum(-1)[:, None], "‖target‖₁": target.abs().sum(-1)[:, None]}
-        if moved is not None:
-            norms |= {"own": norm(moved - target), "inherited": norm(source - moved)}
-        return self._values(norms, source.shape[-1]), shift[:, None]
-
-    def _head_terms(
-        self, slot: Slot, source: Written, target: Written, moved: Written | None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Measures of a layer's heads: values (counted, heads)."""
-
-        writes, heads = self.writes[slot], self.pair.layout.heads
-        zs = [None if w is None else w.z.float().reshape(len(w.z), heads, -1) for w in (source, target, moved)]
-        norms = {"‖source‖": source.norms, "‖target‖": target.norms, "‖source‖₁": source.sums, "‖target‖₁": target.sums}
-        if {"distance", "own", "inherited"} & set(self.measures):
-            norms |= writes.norms(*cast("list[torch.Tensor]", zs))
-        shift = None
-        if self.vectors is not None:
-            shift = writes.difference(*cast("list[torch.Tensor]", zs[:2]))
-        return self._values(norms, self.width), shift
-
-    def _values(self, norms: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-        """The measures, each (counted, modules), from norms of outputs of ``width`` numbers, and of differences."""
-        found: dict[str, torch.Tensor] = {}
-        if self.by_magnitude & set(self.measures):
-            source, target = norms["‖source‖₁"] / width, norms["‖target‖₁"] / width
-            gap, size = source - target, (source + target) / 2
-            found |= {"magnitude": gap, "lae": gap.abs(), "lae_relative": (gap.abs() / size).masked_fill(size == 0, 0)}
-        # one mean norm for all three, so that distance ≤ own + inherited; 0 where both outputs are
-        scale = (norms["‖source‖"] + norms["‖target‖"]) / 2
-        for name in ("distance", "own", "inherited"):
-            if name in norms:
-                found[name] = (norms[name] / scale).masked_fill(scale == 0, 0)
-        return {name: value for name, value in found.items() if name in self.measures}
-
-    def frame(self, measure: str) -> pd.DataFrame:
-        """One measure as a tidy frame."""
-        values: NDArray[np.float64] = self.values[measure]
-        broken = ~np.isfinite(values).all(1)
-        if broken.any():
-            raise UsageError(
-                f"{self.modules[int(np.argmax(broken))]} has activations that are NaN or infinite: its weights are "
-                f"broken, or {self.pair.target.hf.dtype} overflows (use dtype float32)"
-            )
-        return shift_frame(self.modules, measure, values)
 
 
 def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:

@@ -165,10 +165,11 @@ def shift_vectors(
 
     Arguments are those of :func:`measure_shifts`.
     """
-    from mechtransplant.shifts.measure import Collector, check_pair, collect
+    from mechtransplant.shifts.collector import Collector, PromptValues
+    from mechtransplant.shifts.measure import check_pair, collect
 
     check_pair(pair, task)
-    collector = Collector(pair, len(task), kinds, (), with_vectors=True)
+    collector = Collector(pair, len(task), kinds, (), PromptValues(len(task)), with_vectors=True)
     collect(pair, task, collector, positions, text, max_new_tokens, batch_size, "left", progress)
     assert collector.vectors is not None
     return collector.vectors
