@@ -38,13 +38,17 @@ notebooks: install  ## run every notebook from top to bottom; the copies go to a
 		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir "$$out" "$$notebook" || exit 1; \
 	done
 
-benchmarks: install  ## error rates, power, speed, and operators beside mergekit (fetched): about two and a half hours
+benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about eight hours
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/real_null.py
 	$(BIN)/python benchmarks/power.py
 	$(BIN)/python benchmarks/screens.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/sweeps.py
+	$(BIN)/python benchmarks/answers.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/grafting_speed.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/report.py

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import performance
 
-from mechtransplant.figures import calibration_plot, power_plot, save_figure
+from mechtransplant.figures import calibration_plot, cost_plot, power_plot, save_figure
 from mechtransplant.figures.calibration import interval_coverage
 
 HERE = Path(__file__).resolve().parent
@@ -258,7 +259,22 @@ its mean), 1 = every planted module before every other, 0.5 = chance:
 
 
 def speed() -> str:
-    return (RESULTS / "speed.md").read_text(encoding="utf-8")
+    found = performance.lines()
+    statistics = (RESULTS / "statistics_speed.md").read_text(encoding="utf-8").strip()
+    measured = f"""
+`python benchmarks/speed.py`, `sweeps.py`, `answers.py`: smollm2/generations, 8 × 64 tokens, float32, two threads of two shared
+cores; what is compared is interleaved in one process, ratios are taken repeat by repeat.
+
+{table(pd.DataFrame(found))}
+"""
+    parts = [
+        measured.strip() if found else "",
+        performance.memory(),
+        statistics,
+        performance.cost(table),
+        performance.kills(table),
+    ]
+    return "## Speed and memory\n\n" + "\n\n".join(part for part in parts if part)
 
 
 def grafting_speed() -> str:
@@ -433,6 +449,7 @@ def main() -> None:
     path.write_text(text, encoding="utf-8")
     save_figure(calibration_plot(pd.read_csv(RESULTS / "calibration_rates.csv"))[0], FIGURES, "calibration")
     save_figure(interval_coverage(pd.read_csv(RESULTS / "coverage.csv"))[0], FIGURES, "coverage")
+    save_figure(cost_plot(pd.read_csv(RESULTS / "cost.csv"))[0], FIGURES, "cost")
     save_figure(power_plot(pd.read_csv(RESULTS / "power.csv"))[0], FIGURES, "power")
 
 

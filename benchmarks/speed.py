@@ -1,6 +1,6 @@
 """How fast the statistics and the shift analysis are, side by side with what they are compared to.
 
-    python benchmarks/speed.py [--repeats 7] [--pair smollm2/generations] [--out benchmarks/results]
+    python benchmarks/speed.py [--repeats 7] [--pair smollm2/generations] [--only shifts] [--out benchmarks/results]
 
 Rows are interleaved in one process, and ratios are medians. Memory is the peak of a process of its own.
 """
@@ -90,8 +90,8 @@ def statistics(repeats: int) -> list[str]:
     ]
 
 
-def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> list[str]:
-    """The shift analysis of one batch, beside plain forwards of the two models."""
+def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> pd.DataFrame:
+    """Seconds of the shift analysis of one batch and of plain forwards of both models: one row a repeat and name."""
     import torch
 
     from mechtransplant.activations import Reading
@@ -105,11 +105,11 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
     reading = Reading(rows, [(0, length)] * batch)
     (one,) = reading.batches(pair.target.hf, batch)
 
-    def plain(times: int, **options: Any) -> Callable[[], None]:
+    def plain(times: int, inputs: dict[str, Any]) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
                 for model in (pair.target, pair.source, pair.target)[:times]:
-                    model.hf(**one.inputs, **options)
+                    model.hf(**inputs)
 
         return run
 
@@ -122,69 +122,63 @@ def forwards(pair_name: str, repeats: int, batch: int = 8, length: int = 64) -> 
 
         return run
 
-    # the least that a forward can be asked for: what the analysis itself asks for
-    least = {"use_cache": False, "logits_to_keep": 1}
+    # also the least that a forward can be asked for, which is what the analysis itself asks for
     seconds = interleaved(
         {
-            "two": plain(2),
-            "two, hidden states": plain(2, **least),
+            "two forwards": plain(2, one.inputs),
+            "two forwards, no logits": plain(2, one.hidden_only),
             "distance": analysis("distance"),
-            "both": analysis("magnitude", "distance"),
-            "three": plain(3),
-            "three, hidden states": plain(3, **least),
-            "own": analysis("magnitude", "distance", "own"),
+            "magnitude and distance": analysis("magnitude", "distance"),
+            "three forwards": plain(3, one.inputs),
+            "three forwards, no logits": plain(3, one.hidden_only),
+            "magnitude, distance and own": analysis("magnitude", "distance", "own"),
         },
         repeats,
     )
-    lines = []
-    for name, base, what in (
-        ("distance", "two", "distance of all heads and MLPs against two plain forwards"),
-        ("both", "two", "magnitude and distance against two plain forwards"),
-        ("own", "three", "magnitude, distance and own against three plain forwards"),
-    ):
-        ratios = [seconds[name] / seconds[f"{base}{which}"] for which in ("", ", hidden states")]
-        cells = [f"{np.median(r):.2f} × | {r.min():.2f} – {r.max():.2f}" for r in ratios]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    head = (
-        f"{pair_name}, {batch} × {length} tokens, float32, two threads; ratios, medians of {repeats} interleaved "
-        f"repeats (two plain forwards: {np.median(seconds['two']):.2f} s). On the right the forwards "
-        "compute no logits but the last position's, as the analysis does:\n\n"
-        "| what | plain forwards | range | without logits | range |\n|---|---|---|---|---|"
+    return pd.DataFrame(
+        [
+            {"pair": pair_name, "batch": batch, "length": length, "repeat": at, "what": name, "seconds": value}
+            for name, values in seconds.items()
+            for at, value in enumerate(values)
+        ]
     )
-    return [head, *lines]
 
 
-def peak(pair_name: str, prompts: int) -> float:
-    """MiB that a process needs beside its loaded models at its peak, measuring shifts (0 prompts: plain forwards)."""
+def peak(pair_name: str, what: str, prompts: int) -> float:
+    """MiB that a process needs beside its loaded models at its peak: "forwards" of both, "summary" or "values"."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", pair_name, str(prompts)],
+        [sys.executable, __file__, "--child", pair_name, what, str(prompts)],
         check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **GIVE_BACK},
     )  # fmt: skip
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def child(pair_name: str, prompts: int) -> None:
+def child(pair_name: str, what: str, prompts: int) -> None:
     """One memory measurement; prints in MiB how far the peak lies above what the loaded models hold."""
     import torch
 
     from mechtransplant.activations import plan_reading
     from mechtransplant.pair import load_pair
-    from mechtransplant.shifts import measure_shifts
+    from mechtransplant.shifts import measure_shifts, summarize_shifts
     from mechtransplant.tasks import load_task
 
     torch.set_num_threads(2)
     pair = load_pair(pair_name)
-    task = load_task(str(pair.default_task), max(prompts, 32), seed=0)
+    # weights that are mapped from a file count when they are first read
+    for model in (pair.source, pair.target):
+        for parameter in model.hf.parameters():
+            parameter.sum()
+    task = load_task(str(pair.default_task), prompts, seed=0)
     held = _status("VmRSS")
     # the peak of loading (adapters are merged in copies) is not what is asked for: start it anew
     Path("/proc/self/clear_refs").write_text("5")
-    if prompts:
-        measure_shifts(pair, task, batch_size=8)
-    else:
+    if what == "forwards":
         with torch.no_grad():
             for batch in plan_reading(pair.target, task).batches(pair.target.hf, 8):
                 for model in (pair.target, pair.source):
-                    model.hf(**batch.inputs, use_cache=False, logits_to_keep=1)
+                    model.hf(**batch.hidden_only)
+    else:
+        {"summary": summarize_shifts, "values": measure_shifts}[what](pair, task, batch_size=8)
     print(_status("VmHWM") - held)
 
 
@@ -194,34 +188,37 @@ def _status(key: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def memory(pair_name: str) -> list[str]:
-    plain, few, many = (peak(pair_name, n) for n in (0, 32, 320))
-    return [
-        f"Peak memory beside the loaded models ({pair_name}, batches of 8, positions `all`): plain forwards of both "
-        f"models on 32 prompts {plain:.0f} MiB, `measure_shifts` of 32 prompts {few:.0f} MiB, of 320 prompts "
-        f"{many:.0f} MiB. (Freed memory given back at once; glibc's habit of keeping it adds tens of MiB that depend "
-        "on the order of batch sizes.)",
-    ]
+def memory(pair_name: str) -> pd.DataFrame:
+    """Peaks beside the loaded models, in MiB; 6,400 prompts take three quarters of an hour."""
+    rows = []
+    for what, prompts in (("forwards", 64), ("summary", 64), ("values", 64), ("summary", 6400), ("values", 6400)):
+        rows.append({"pair": pair_name, "what": what, "prompts": prompts, "peak_mib": peak(pair_name, what, prompts)})
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
     if "--child" in sys.argv:
-        child(sys.argv[2], int(sys.argv[3]))
+        child(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pair", default="smollm2/generations")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--only", choices=("statistics", "shifts", "memory"), nargs="+")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = "`python benchmarks/speed.py`, on two shared cores: ratios carry over, seconds do not."
-    parts = [f"## Speed and memory\n\n{about}"]
-    parts += statistics(arguments.repeats)
-    parts.append("\n".join(forwards(arguments.pair, arguments.repeats)))
-    parts += memory(arguments.pair)
-    text = "\n\n".join(parts) + "\n"
-    (arguments.out / "speed.md").write_text(text, encoding="utf-8")
-    print(text)
+    wanted = arguments.only or ("statistics", "shifts", "memory")
+    if "statistics" in wanted:
+        text = "\n\n".join(statistics(arguments.repeats)) + "\n"
+        (arguments.out / "statistics_speed.md").write_text(text, encoding="utf-8")
+        print(text)
+    if "shifts" in wanted:
+        rows = forwards(arguments.pair, arguments.repeats)
+        rows.to_csv(arguments.out / "shifts_speed.csv", index=False, float_format="%.5g")
+        print(rows.groupby("what", sort=False).seconds.describe())
+    if "memory" in wanted:
+        memory(arguments.pair).to_csv(arguments.out / "shifts_memory.csv", index=False, float_format="%.4g")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from mechtransplant.controls import random_matched
-from mechtransplant.figures import k_curve, save_figure, score_heatmap
+from mechtransplant.figures import cost_plot, k_curve, save_figure, score_heatmap
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import rank_modules
@@ -115,3 +116,25 @@ def test_nothing_is_shown_or_registered() -> None:
     before = plt.get_fignums()
     k_curve(sweep())
     assert plt.get_fignums() == before
+
+
+def test_the_cost_figure_says_what_it_shows(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        [
+            {
+                "shape": shape, "layers": layers, "parameters": size * 1_000_000, "prompts": prompts, "device": "cpu",
+                "held_mib": 8 * size, "peak_mib": 9 * size + prompts, "total": size * prompts / 100,
+            }
+            for shape, layers, size in (("small", 4, 40), ("large", 30, 135))
+            for prompts in (16, 128)
+        ]
+    )  # fmt: skip
+    figure, (time, memory) = cost_plot(rows)
+    assert [line.get_label() for line in time.get_lines()] == ["small, cpu", "large, cpu"]
+    np.testing.assert_allclose(time.get_lines()[1].get_ydata(), [135 * 0.16, 135 * 1.28])
+    assert [t.get_text() for t in memory.get_xticklabels()] == ["small\n40 M × 2", "large\n135 M × 2"]
+    # both weights, and above them the highest peak of the shape's rows
+    tops = [bar.get_y() + bar.get_height() for bar in memory.patches]
+    np.testing.assert_allclose(tops[1::2], [(9 * 40 + 128) / 1024, (9 * 135 + 128) / 1024])
+    save_figure(figure, tmp_path, "cost")
+    assert (tmp_path / "cost.pdf").stat().st_size > 1000

@@ -2,11 +2,12 @@
 
 ``grafts`` (what grafts did), ``shifts`` (what differs, how surely, how consistently and where), ``effects`` (patches
 beside grafts), ``heads_mlps`` (heads against MLPs), ``side_effects`` (gain against harm), ``calibration`` (what the
-tests keep of what they promise), ``style``.
+tests keep of what they promise), ``cost`` (seconds and memory by size), ``style``.
 """
 
 from mechtransplant.figures.bench import planted_benchmark
 from mechtransplant.figures.calibration import calibration_plot, interval_coverage, power_plot
+from mechtransplant.figures.cost import cost_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
 from mechtransplant.figures.heads_mlps import heads_against_mlps_bars
@@ -23,6 +24,7 @@ __all__ = [
     "PAGE",
     "calibration_plot",
     "consistency_plot",
+    "cost_plot",
     "gain_against_harm",
     "heads_against_mlps_bars",
     "interval_coverage",

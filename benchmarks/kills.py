@@ -1,0 +1,139 @@
+"""A run that is killed (kill -9) at random moments and started again: is it the run that nobody disturbed?
+
+    python benchmarks/kills.py [--kills 20] [--engines serial processes ray] [--out benchmarks/results]
+
+Every start of a small run on family/generations is killed after a random time, with all its processes or (every third
+time) one of its workers alone; after the last kill it runs to its end. Compared are the bytes of every table, and the
+cells: each is in the file once, and what was finished before a kill is there afterwards as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG: dict[str, Any] = {
+    "name": "small", "pair": "family/generations", "task": "addition", "rule": "weight_delta", "k": [2, 4, 8],
+    "random_sets": 100, "curve_sets": 20, "split": {"discover": 32, "choose": 64, "test": 256}, "threads": 1,
+    "side_effects": {"questions": 32, "texts": 8, "tokens": 8, "random": 5},
+}  # fmt: skip
+TABLES = ("outcome.json", "rules.csv", "side_effects.csv", "summary.md", "ranking.csv")
+
+
+def start(folder: Path, engine: str) -> subprocess.Popen[bytes]:
+    """A start of the run, in a session of its own."""
+    config = folder.parent / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG))
+    command = [sys.executable, "-m", "mechtransplant.cli", "run", str(config), "--out", str(folder), "--engine", engine]
+    command += ["--workers", "2"] if engine != "serial" else []
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def finished(folder: Path) -> list[bytes]:
+    """The whole lines of the run's cells."""
+    path = folder / "cells.jsonl"
+    return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
+
+
+def workers(pid: int) -> list[int]:
+    """The processes of a run's engine, whoever their parent is."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+        except OSError:
+            continue
+        if b"engine.worker" in command or command.startswith(b"ray::_Process"):
+            found.append(int(entry.name))
+    return found
+
+
+def disturbed(folder: Path, engine: str, kills: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Start and kill, then run to the end: one row a kill."""
+    rows: list[dict[str, Any]] = []
+    process = start(folder, engine)
+    while len(rows) < kills:
+        before = finished(folder)
+        time.sleep(rng.uniform(6, 24))
+        over = process.poll() is not None
+        alone = engine != "serial" and len(rows) % 3 == 2 and bool(workers(process.pid)) and not over
+        if alone:
+            os.kill(rng.choice(workers(process.pid)), signal.SIGKILL)
+        else:
+            process.kill()
+            process.wait()
+            for pid in workers(process.pid):
+                os.kill(pid, signal.SIGKILL)
+        now = finished(folder)
+        rows.append(
+            {
+                "engine": engine,
+                "kill": len(rows) + 1,
+                "killed": "nothing: it was over" if over else "a worker" if alone else "the run",
+                "cells_finished": len(now),
+                "kept": now[: len(before)] == before,
+            }
+        )
+        print(rows[-1], flush=True)
+        if not alone:
+            process = start(folder, engine)
+    if process.wait() != 0:
+        raise SystemExit(f"the last start of {engine} ended with {process.returncode}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--engines", nargs="+", default=["serial", "processes", "ray"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = Path(temporary) / "whole" / "run"
+        whole.parent.mkdir()
+        started = time.perf_counter()
+        if start(whole, "serial").wait():
+            raise SystemExit("the run that nobody disturbs failed")
+        alone = time.perf_counter() - started
+        rows, verdicts = [], []
+        for engine in arguments.engines:
+            folder = Path(temporary) / engine / "run"
+            folder.parent.mkdir()
+            rows += disturbed(folder, engine, arguments.kills, rng)
+            keys = [json.loads(line)["key"] for line in finished(folder)]
+            verdicts.append(
+                {
+                    "engine": engine,
+                    "kills": sum(r["engine"] == engine and r["killed"] != "nothing: it was over" for r in rows),
+                    "cells": len(keys),
+                    "cells_twice": len(keys) - len(set(keys)),
+                    "cells_of_the_undisturbed": len(finished(whole)),
+                    "cells_kept": all(r["kept"] for r in rows if r["engine"] == engine),
+                    "tables_equal": all((folder / t).read_bytes() == (whole / t).read_bytes() for t in TABLES)
+                    and pd.read_parquet(folder / "results.parquet").equals(pd.read_parquet(whole / "results.parquet")),
+                    "undisturbed_seconds": round(alone, 1),
+                }
+            )
+            print(verdicts[-1], flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(arguments.out / "kills.csv", index=False)
+    pd.DataFrame(verdicts).to_csv(arguments.out / "kills_verdicts.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()

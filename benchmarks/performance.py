@@ -1,0 +1,145 @@
+"""The part of the benchmarks' page about speed and memory: what was measured, against what, and what was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def read(name: str) -> pd.DataFrame | None:
+    """A table of results, None where it was not measured."""
+    path = RESULTS / f"{name}.csv"
+    return pd.read_csv(path) if path.exists() else None
+
+
+def ratios(rows: pd.DataFrame, over: str, under: str, value: str = "seconds") -> pd.Series:
+    """One row's value over another's, repeat by repeat."""
+    wide = rows.pivot(index="repeat", columns="what", values=value)
+    return (wide[over] / wide[under]).dropna()
+
+
+def line(what: str, against: str, ratio: pd.Series, asked: str, more: str = "") -> dict[str, str]:
+    """A row of the table: the median of the repeats' ratios, with their range."""
+    value = f"**{ratio.median():.2f} ×** ({ratio.min():.2f} – {ratio.max():.2f})"
+    return {"what": what, "against": against, "asked": asked, "median (range)": value, "n": str(len(ratio)), "": more}
+
+
+def lines() -> list[dict[str, str]]:
+    """All rows that were measured."""
+    found = []
+    shifts = read("shifts_speed")
+    if shifts is not None:
+        for name, times in (("magnitude and distance", "two"), ("magnitude, distance and own", "three")):
+            for which, more in (("", "logits at all positions"), (", no logits", "the last position's logits alone")):
+                against = f"{times} plain Hugging Face forwards"
+                ratio = ratios(shifts, name, f"{times} forwards{which}")
+                asked = "≤ 1.10 ×" if not which else "–"
+                found.append(line(f"shifts of all heads and MLPs: {name}", against, ratio, asked, more))
+    sweeps = read("sweeps")
+    if sweeps is not None:
+        worst = sweeps.groupby("what").largest_difference.max()
+        for kind, what, asked in (
+            ("grafts", "weights moved, all positions", "≥ 2.3 ×"),
+            ("patches at the answer", "activations patched at the answer", "≥ 10 ×"),
+        ):
+            ratio = ratios(sweeps, f"{kind}, TransformerLens", f"{kind}, sweep")
+            more = f"largest difference of a log-probability {worst[f'{kind}, sweep']:.0e}"
+            modules = int(sweeps.modules.iloc[0])
+            found.append(
+                line(f"exact effects of {modules}: {what}", "TransformerLens, a forward each", ratio, asked, more)
+            )
+        for rule in ("gradient", "activation_gradient"):
+            alike = sweeps[sweeps.what == rule].spearman.median()
+            more = f"Spearman {alike:.3f}"
+            for exact in ("TransformerLens", "sweep"):
+                against = "exact, TransformerLens" if exact == "TransformerLens" else "exact, our sweep"
+                asked = "≥ 50 ×" if rule == "gradient" and exact == "TransformerLens" else "–"
+                ratio = ratios(sweeps, f"grafts, {exact}", rule)
+                found.append(line(f"screen of all modules: `{rule}`", against, ratio, asked, more))
+    answers = read("answers")
+    if answers is not None:
+        different = answers.groupby("what").different.sum()
+        for kind, what, asked in (
+            ("short answers", "accuracy on short answers after worked examples", "≥ 5 ×"),
+            ("short answers with nothing in common", "the same, prompts that share nothing", "–"),
+        ):
+            ratio = ratios(answers, f"{kind}, generate", f"{kind}, one forward")
+            more = f"{different[f'{kind}, one forward']:.0f} verdicts differ"
+            found.append(line(what, "Hugging Face `generate`", ratio, asked, more))
+        ratio = ratios(answers, "generation, with a graft", "generation, generate", "tokens_a_second")
+        found.append(line("tokens a second, a graft in place", "`generate` of the target", ratio, "≥ 0.98 ×"))
+        ratio = ratios(answers, "sweep, naive", "sweep, ours")
+        more = f"{different['sweep, ours']:.0f} accuracies differ"
+        found.append(line("K-sweep with 100 random controls", "the naive loop", ratio, "≥ 3 ×", more))
+    return found
+
+
+def memory() -> str:
+    """The peaks beside the loaded models."""
+    rows = read("shifts_memory")
+    if rows is None:
+        return ""
+    peak = rows.set_index(["what", "prompts"]).peak_mib
+    plain = peak["forwards", 64]
+    said = [
+        f"{what} of {prompts:,} prompts {peak[what, prompts] - plain:+.0f} MiB"
+        for what in ("summary", "values")
+        for prompts in sorted(rows[rows.what == what].prompts)
+    ]
+    return (
+        f"Peak memory of the shift analysis above that of plain forwards of both models ({plain:.0f} MiB beside the "
+        f"loaded weights, batches of 8; asked for: ≤ 64 MiB): {', '.join(said)}. `summarize_shifts` keeps no prompt's "
+        "value; `measure_shifts` returns every prompt's, twenty bytes a module, measure and prompt. Freed memory is "
+        "given back at once here; glibc's habit of keeping it adds tens of MiB that depend on the order of batch sizes."
+    )
+
+
+def kills(table: object) -> str:
+    """Runs that were killed at random moments."""
+    rows = read("kills_verdicts")
+    if rows is None:
+        return ""
+    assert callable(table)
+    shown = rows.rename(columns=lambda name: name.replace("_", " "))
+    return f"""### Runs that are killed
+
+`python benchmarks/kills.py`: a small run, `kill -9` at random moments (of the run with its processes, or of one
+worker), started again each time, beside the same run undisturbed on the serial engine.
+
+{table(shown)}
+"""
+
+
+def cost(table: object) -> str:
+    """Seconds and memory by size."""
+    rows = read("cost")
+    if rows is None:
+        return ""
+    stages = ["shifts", "test", "screen", "exact effects", "evaluation", "random sets", "total"]
+    shown = pd.DataFrame(
+        {
+            "shape": rows["shape"],
+            "parameters": [f"{p / 1e6:,.0f} M" for p in rows.parameters],
+            "modules": rows.modules,
+            "on": [f"{r.device}, {r.dtype}" for r in rows.itertuples()],
+            "prompts": [f"{p:,}" for p in rows.prompts],
+            **{stage: [f"{v:.1f}" for v in rows[stage]] for stage in stages},
+            "both models, GiB": [f"{h / 1024:.1f}" for h in rows.held_mib],
+            "peak, GiB": [f"{p / 1024:.1f}" for p in rows.peak_mib],
+        }
+    )
+    assert callable(table)
+    return f"""### Cost against size
+
+`python benchmarks/cost.py`: the whole pipeline on models of random weights, 64 tokens a prompt, batches of 16, in
+seconds a stage: shifts of all heads and MLPs (magnitude, distance, own), their test, the gradient screen of all, exact
+effects of the 16 highest, accuracy of target, source and graft, four random sets. Memory is that of a process of its
+own. The 2B and 9B pairs are measured on one GPU (`benchmarks/on_gpu.sh`), not extrapolated.
+
+![Seconds against prompts, and memory, by shape](../figures/cost.png)
+
+{table(shown)}
+"""
