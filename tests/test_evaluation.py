@@ -85,6 +85,20 @@ def test_budgets_are_prefixes_of_one_generation(instruct: Pair) -> None:
     assert together[2].answered is not None and not together[2].answered.any()
 
 
+def test_short_answers_at_several_budgets_take_one_forward(generations: Pair) -> None:
+    task, passes = load_task("addition", 40), []
+    hook = generations.source.hf.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        together = evaluate_budgets(generations.source, task, [2, 3, 4, 8], method="auto")
+    finally:
+        hook.remove()
+    assert len(passes) == 1
+    for budget, found in together.items():
+        alone = evaluate(generations.source, task, "generate", max_new_tokens=budget)
+        assert found.method == "teacher-forced" and found.budget == budget and (found.correct == alone.correct).all()
+    assert together[2].accuracy < together[8].accuracy
+
+
 def test_stop_strings_end_an_answer(instruct: Pair) -> None:
     task = replace(load_task("boxed", 20), stop=("}",))
     found = evaluate(instruct.source, task)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,31 +97,43 @@ def evaluate(
     check_model(model)
     check_task(task)
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    return evaluate_budgets(model, task, [budget], batch_size, progress, gold, method)[budget]
+
+
+def _decided(method: str, model: LanguageModel, task: Task) -> str:
+    """The method that is meant, once it is known to be one, and exact for the task."""
     if method == "auto":
-        decided = task.short_answer and model.tokenizer.eos_token_id is not None
-        method = "teacher-forced" if decided else "generate"
-    if method == "generate":
-        return evaluate_budgets(model, task, [budget], batch_size, progress, gold)[budget]
-    if method != "teacher-forced":
+        exact = task.short_answer and model.tokenizer.eos_token_id is not None
+        return "teacher-forced" if exact else "generate"
+    if method not in ("teacher-forced", "generate"):
         raise UsageError(f"unknown method {method!r}: expected auto, teacher-forced or generate")
-    if not task.short_answer:
+    if method == "teacher-forced" and not task.short_answer:
         raise TaskError(
             f"task {task.name!r} has free-form answers, which one forward cannot decide: use method='generate'"
         )
+    return method
+
+
+def _short_answers(model: LanguageModel, task: Task, budgets: Sequence[int], batch_size: int) -> dict[int, Evaluation]:
+    """Evaluations of a short-answer task at several budgets, from one forward: a longer answer than fits is wrong."""
     found = gold_outcomes(model, task, batch_size)
-    fits = np.array([len(c) <= budget for c in encode(task, model.tokenizer).completions])
-    return Evaluation(
-        task.name,
-        task.role,
-        task.fingerprint,
-        found.correct & fits,
-        "teacher-forced",
-        budget,
-        found.log_probability,
-        found.logit_difference,
-        questions=task.keys,
-        selections=_noted(model, task),
-    )
+    lengths = np.array([len(c) for c in encode(task, model.tokenizer).completions])
+    selections = _noted(model, task)
+    return {
+        budget: Evaluation(
+            task.name,
+            task.role,
+            task.fingerprint,
+            found.correct & (lengths <= budget),
+            "teacher-forced",
+            budget,
+            found.log_probability,
+            found.logit_difference,
+            questions=task.keys,
+            selections=selections,
+        )
+        for budget in budgets
+    }
 
 
 def evaluate_budgets(
@@ -131,12 +143,19 @@ def evaluate_budgets(
     batch_size: int = 64,
     progress: bool = False,
     gold: bool = True,
+    method: Method = "generate",
 ) -> dict[int, Evaluation]:
-    """Accuracy at several token budgets from one generation: greedy text at a smaller budget is a prefix of it."""
+    """Accuracy at several token budgets from one generation: greedy text at a smaller budget is a prefix of it.
+
+    Arguments and errors as of :func:`evaluate`; short answers are decided by one forward for all budgets.
+    """
     check_model(model)
     check_task(task)
+    method = cast("Method", _decided(method, model, task))
     if not budgets or min(budgets) < 1:
         raise UsageError(f"token budgets must be positive whole numbers, got {list(budgets)}")
+    if method == "teacher-forced":
+        return _short_answers(model, task, budgets, batch_size)
     generations = generate(model, task, max(budgets), batch_size, progress)
     # without an end token it is not known where the gold answer ends
     outcomes = gold_outcomes(model, task, batch_size) if gold and model.tokenizer.eos_token_id is not None else None

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mechtransplant.evaluation import evaluate, evaluate_budgets
+from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def seconds_a_question(run: Run) -> float:
     size = run.config.batch_size
 
     def ask() -> None:
-        if few.short_answer:
-            for budget in run.budgets:
-                evaluate(run.pair.target, few, max_new_tokens=budget, batch_size=size)
-        else:
-            evaluate_budgets(run.pair.target, few, run.budgets, size)
+        evaluate_budgets(run.pair.target, few, run.budgets, size, method="auto")
 
     if few.short_answer:
         # what is done once is not what a cell costs; a generation is too long to be done twice

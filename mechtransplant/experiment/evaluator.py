@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.evaluation import Evaluation, evaluate, evaluate_budgets
+from mechtransplant.evaluation import Evaluation, evaluate_budgets
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import Graft
@@ -127,13 +127,7 @@ class Evaluator:
         return unpacked_budgets(split, cell)
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
-        size = self.config.batch_size
-        if split.short_answer:
-            first = evaluate(model, split, max_new_tokens=max(self.setup.budgets), batch_size=size)
-            if len(self.setup.budgets) == 1:
-                return {first.budget: first}
-            return {b: evaluate(model, split, max_new_tokens=b, batch_size=size) for b in self.setup.budgets}
-        return evaluate_budgets(model, split, self.setup.budgets, size)
+        return evaluate_budgets(model, split, self.setup.budgets, self.config.batch_size, method="auto")
 
 
 #: what is kept of the gold answer under teacher forcing
