@@ -41,7 +41,7 @@ def test_usage_mistakes_get_one_line(command: Run, arguments: list[str], message
 
 
 def test_an_interrupt_says_what_is_left(command: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def interrupted(*arguments: object) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.analyses, "_run", interrupted)
