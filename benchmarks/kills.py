@@ -27,7 +27,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
     "name": "small", "pair": "family/generations", "task": "addition", "rule": "weight_delta", "k": [2, 4, 8],
-    "random_sets": 100, "curve_sets": 20, "split": {"discover": 32, "choose": 64, "test": 256}, "threads": 1,
+    "random_sets": 400, "curve_sets": 100, "split": {"discover": 32, "choose": 64, "test": 256}, "threads": 1,
     "side_effects": {"questions": 32, "texts": 8, "tokens": 8, "random": 5},
 }  # fmt: skip
 TABLES = ("outcome.json", "rules.csv", "side_effects.csv", "summary.md", "ranking.csv")
