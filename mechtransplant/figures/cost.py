@@ -10,7 +10,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-LOOKS = ((BLUE, "o", "-"), (GREEN, "s", "--"), (ORANGE, "^", "-."), (PURPLE, "D", ":"), (BLACK, "v", "-"))
+LOOKS = (
+    (BLUE, "o", "-"),
+    (GREEN, "s", "--"),
+    (ORANGE, "^", "-."),
+    (PURPLE, "D", ":"),
+    (BLACK, "v", "-"),
+    (GREY, "P", "--"),
+)
 
 
 def cost_plot(rows: pd.DataFrame) -> tuple[Figure, Any]:
