@@ -30,6 +30,8 @@ CONFIG: dict[str, Any] = {
     "random_sets": 400, "curve_sets": 100, "split": {"discover": 32, "choose": 64, "test": 256}, "threads": 1,
     "side_effects": {"questions": 32, "texts": 8, "tokens": 8, "random": 5},
 }  # fmt: skip
+#: in the environment of all that is started here: another run's processes must not be killed
+MARK = f"mechtransplant-kills-{os.getpid()}"
 TABLES = ("outcome.json", "rules.csv", "side_effects.csv", "summary.md", "ranking.csv")
 
 
@@ -39,7 +41,13 @@ def start(folder: Path, engine: str) -> subprocess.Popen[bytes]:
     config.write_text(yaml.safe_dump(CONFIG))
     command = [sys.executable, "-m", "mechtransplant.cli", "run", str(config), "--out", str(folder), "--engine", engine]
     command += ["--workers", "2"] if engine != "serial" else []
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "KILLS": MARK},
+    )
 
 
 def finished(folder: Path) -> list[bytes]:
@@ -48,12 +56,14 @@ def finished(folder: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")] if path.exists() else []
 
 
-def workers(pid: int) -> list[int]:
-    """The processes of a run's engine, whoever their parent is."""
+def workers() -> list[int]:
+    """The processes of this benchmark's engines, whoever their parent is now."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            command = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if not entry.name.isdigit() or MARK.encode() not in (entry / "environ").read_bytes():
+                continue
+            command = (entry / "cmdline").read_bytes()
         except OSError:
             continue
         if b"engine.worker" in command or command.startswith(b"ray::_Process"):
@@ -69,13 +79,13 @@ def disturbed(folder: Path, engine: str, kills: int, rng: random.Random) -> list
         before = finished(folder)
         time.sleep(rng.uniform(6, 24))
         over = process.poll() is not None
-        alone = engine != "serial" and len(rows) % 3 == 2 and bool(workers(process.pid)) and not over
+        alone = engine != "serial" and len(rows) % 3 == 2 and bool(workers()) and not over
         if alone:
-            os.kill(rng.choice(workers(process.pid)), signal.SIGKILL)
+            os.kill(rng.choice(workers()), signal.SIGKILL)
         else:
             process.kill()
             process.wait()
-            for pid in workers(process.pid):
+            for pid in workers():
                 os.kill(pid, signal.SIGKILL)
         now = finished(folder)
         rows.append(

@@ -177,7 +177,7 @@ def main() -> None:
             rows.append({**row, "seconds": round(seconds, 4), **compared(name, values)})
             np.savez(kept, **values)
             pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
-    kept.unlink()
+    kept.unlink(missing_ok=True)
 
 
 def compared(name: str, values: dict[str, np.ndarray]) -> dict[str, float]:

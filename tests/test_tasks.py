@@ -385,6 +385,8 @@ def test_register_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_short_answers_need_the_exact_scorer_and_stops_of_one_character() -> None:
     assert Task("t", (Example("1+1=", "2"),), short_answer=True, stop=("\n",)).short_answer
+    with pytest.raises(TaskError, match="a stop is part of an answer"):
+        Task("t", (Example("1+1=", "2\n"),), short_answer=True, stop=("\n",))
     for changes in ({"scorer": "number"}, {"stop": ("\n\n",)}):
         with pytest.raises(TaskError, match="short_answer needs"):
             Task("t", (Example("1+1=", "2"),), **{"short_answer": True, **changes})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from mechtransplant import __version__
 from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, answer_to, checked, died
-from mechtransplant.errors import UsageError, check_count
+from mechtransplant.errors import UsageError, check_count, one_line
 
 #: seconds without an answer after which it is asked whether there is room for the processes
 PATIENCE = 60.0
@@ -69,7 +69,7 @@ class Ray:
                     answer = checked(ray.get(ready))
                 except ray.exceptions.RayActorError as end:
                     if tries >= TRIES:
-                        raise died(tries, type(end).__name__) from end
+                        raise died(tries, one_line(end)) from end
                     waiting.append((number, tries + 1))
                     continue
                 self._idle.append(process)
@@ -92,13 +92,6 @@ class Ray:
                 warnings.warn("Ray has no free core for another process: waiting (see `ray status`)", stacklevel=3)
             ready, _ = ray.wait(awaited, timeout=PATIENCE)
         return ready
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes there are."""
-        import ray
-
-        return sum(1 for node in ray.nodes() if node["Alive"])
 
     def close(self) -> None:
         """End the processes, and Ray where it was started here."""
@@ -129,9 +122,9 @@ class Ray:
                 ray.init(address=self.address, **quiet)
             except (OSError, ValueError, RuntimeError) as error:
                 where = f"at {self.address!r}" if self.address else "on this machine"
-                reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
                 raise UsageError(
-                    f"no Ray {where}: {reason}. Start a cluster with `ray start --head`, or leave --address out"
+                    f"no Ray {where}: {one_line(error).rstrip('.')}. Start a cluster with `ray start "
+                    "--head`, or leave --address out"
                 ) from error
             self._ours = True
         there = ray.cluster_resources()

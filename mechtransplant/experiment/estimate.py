@@ -1,7 +1,8 @@
 """What a run will cost, before it starts: how many cells, and how long they take on this machine.
 
-Counts are exact but for cells that turn out to be the same one (a control that is another rule's graft), which are
-computed once. Seconds are those of the target on a few questions, measured now; rankings are not counted.
+Counts are a little high: cells that turn out to be the same one (a control that is another rule's graft) are computed
+once. A file of neutral texts is not counted. Seconds are those of the target on a few questions, measured now;
+rankings are not counted.
 """
 
 from __future__ import annotations
@@ -73,9 +74,11 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         "K-curves on test": (2 + rules * len(sizes) + 1, test),
         "random": (controlled * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets)), test),
     }
-    others = sum("bottom" in config.controls and 1 for _ in config.with_controls)
+    others = controlled * ("bottom" in config.controls)
     others += sum(run.unrelated_rules(rule) and run.other is not None for rule in config.with_controls)
-    others += controlled * ("reverse" in config.controls) + ("self" in config.controls and controlled > 0)
+    others += controlled * ("reverse" in config.controls) + (
+        "self" in config.controls and config.rules[0] in config.with_controls
+    )
     cells["other controls"] = (others, test)
     if run.elsewhere.wanted and config.side_effects is not None:
         spec = config.side_effects

@@ -95,11 +95,6 @@ class Setup:
         return Parts(pair, False, task, other)
 
     @property
-    def parts(self) -> Parts:
-        """What another setup of the same config can be made of."""
-        return Parts(self.pair, self.turned, self.task, self.other)
-
-    @property
     def budget(self) -> int:
         """The token budget that decides: the largest."""
         return max(self.budgets)

@@ -142,6 +142,11 @@ class Task:
                 f"task {self.name!r}: short_answer needs scorer: exact and no stop but single characters, because one "
                 "forward decides whether the model writes the gold tokens and ends; set short_answer: false"
             )
+        if self.short_answer and any(s in self.format.complete(e.answer) for s in self.stop for e in self.examples):
+            raise TaskError(
+                f"task {self.name!r}: a stop is part of an answer, which generation would cut there; set short_answer: "
+                "false, or leave that stop out"
+            )
 
     def __repr__(self) -> str:
         first = self.examples[0]
