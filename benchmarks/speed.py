@@ -188,6 +188,41 @@ def _status(key: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
+def whole_process(pair_name: str, one_at_a_time: bool) -> None:
+    """Prints the MiB of the process before it has models, and its peaks while it loads them and measures shifts."""
+    import torch
+
+    from mechtransplant.pair import load_pair
+    from mechtransplant.shifts import summarize_shifts
+    from mechtransplant.tasks import load_task
+
+    import transformers  # noqa: F401, I001  (not counted as a model's)
+
+    torch.set_num_threads(2)
+    found = [_status("VmRSS")]
+    pair = load_pair(pair_name, one_at_a_time=one_at_a_time)
+    task = load_task(str(pair.default_task), 64, seed=0)
+    found.append(_status("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+    summarize_shifts(pair, task, batch_size=8)
+    print(*found, _status("VmHWM"))
+
+
+def residence(pair_name: str) -> pd.DataFrame:
+    """What a process needs for both models, and for one at a time, in MiB above what it needs without any."""
+    rows = []
+    for one_at_a_time in (False, True):
+        done = subprocess.run(
+            [sys.executable, __file__, "--whole", pair_name, str(int(one_at_a_time))],
+            check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **GIVE_BACK},
+        )  # fmt: skip
+        before, loading, measuring = map(float, done.stdout.strip().splitlines()[-1].split())
+        row = {"pair": pair_name, "one_at_a_time": one_at_a_time}
+        rows.append({**row, "loading_mib": loading - before, "shifts_mib": measuring - before})
+        print(rows[-1], flush=True)
+    return pd.DataFrame(rows)
+
+
 def memory(pair_name: str) -> pd.DataFrame:
     """Peaks beside the loaded models, in MiB; 6,400 prompts take three quarters of an hour."""
     rows = []
@@ -201,14 +236,17 @@ def main() -> None:
     if "--child" in sys.argv:
         child(sys.argv[2], sys.argv[3], int(sys.argv[4]))
         return
+    if "--whole" in sys.argv:
+        whole_process(sys.argv[2], sys.argv[3] == "1")
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--pair", default="smollm2/generations")
-    parser.add_argument("--only", choices=("statistics", "shifts", "memory"), nargs="+")
+    parser.add_argument("--only", choices=("statistics", "shifts", "memory", "residence"), nargs="+")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    wanted = arguments.only or ("statistics", "shifts", "memory")
+    wanted = arguments.only or ("statistics", "shifts", "memory", "residence")
     if "statistics" in wanted:
         text = "\n\n".join(statistics(arguments.repeats)) + "\n"
         (arguments.out / "statistics_speed.md").write_text(text, encoding="utf-8")
@@ -217,6 +255,8 @@ def main() -> None:
         rows = forwards(arguments.pair, arguments.repeats)
         rows.to_csv(arguments.out / "shifts_speed.csv", index=False, float_format="%.5g")
         print(rows.groupby("what", sort=False).seconds.describe())
+    if "residence" in wanted:
+        residence(arguments.pair).to_csv(arguments.out / "residence.csv", index=False, float_format="%.4g")
     if "memory" in wanted:
         memory(arguments.pair).to_csv(arguments.out / "shifts_memory.csv", index=False, float_format="%.4g")
 

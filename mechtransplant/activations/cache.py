@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.activations.reading import Batch, Positions, plan_reading
 from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.evaluation.batches import make_ready
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def cache_activations(
     folder = None if to is None else Path(to)
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder: choose another to=, or remove it")
+    make_ready(model)
     wanted = _expand(model, hooks)
     reading = plan_reading(model, task, positions, max_new_tokens, batch_size, progress=progress)
     parts: list[dict[str, torch.Tensor] | Path] = []

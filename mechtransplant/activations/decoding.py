@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.activations.reading import plan_reading
-from mechtransplant.evaluation.batches import encode
+from mechtransplant.evaluation.batches import encode, make_ready
 from mechtransplant.evaluation.generation import Generation, generation_batches
 from mechtransplant.tasks import Task
 
@@ -81,6 +81,7 @@ def forced_magnitudes(
     """
     import torch
 
+    make_ready(model)
     reading = plan_reading(model, task, "decoding", texts=texts)
     values = np.full((len(model.layout.linears), len(task), max(reading.lengths)), np.nan)
     with torch.no_grad(), _recorded_magnitudes(model) as calls:

@@ -15,6 +15,7 @@ from mechtransplant.evaluation.batches import PaddingSide, check_lengths, encode
 from mechtransplant.evaluation.interventions import check_recordable
 from mechtransplant.progress import track
 from mechtransplant.tasks import Task
+from mechtransplant.weights import runs_on
 
 if TYPE_CHECKING:
     import torch
@@ -97,13 +98,14 @@ class Reading:
         if side not in get_args(PaddingSide):
             raise UsageError(f"unknown padding side {side!r}: expected left or right")
         lengths = [len(row) for row in self.rows]
+        device = runs_on(model)
         check_lengths(model, max(lengths))
         for prompts in track(list(length_sorted(lengths, batch_size)), what, progress):
             ids, mask = pad([self.rows[i] for i in prompts], 0, side)
             inputs = {
-                "input_ids": ids.to(model.device),
-                "attention_mask": mask.to(model.device),
-                "position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(model.device),
+                "input_ids": ids.to(device),
+                "attention_mask": mask.to(device),
+                "position_ids": (mask.cumsum(1) - 1).clamp_min(0).to(device),
             }
             row: list[int] = []
             column: list[int] = []
@@ -115,8 +117,8 @@ class Reading:
             yield Batch(
                 prompts,
                 inputs,
-                torch.tensor(row, device=model.device),
-                torch.tensor(column, device=model.device),
+                torch.tensor(row, device=device),
+                torch.tensor(column, device=device),
                 [self.lengths[i] for i in prompts],
             )
 

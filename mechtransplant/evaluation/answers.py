@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation.batches import (
     check_lengths,
-    check_model,
     encode,
     length_sorted,
+    make_ready,
     pad,
     prefix_cache,
     scored,
@@ -63,7 +63,7 @@ class AnswerReader:
     def __init__(self, model: LanguageModel, task: Task, batch_size: int) -> None:
         import torch
 
-        check_model(model)
+        make_ready(model)
         self.model, self.questions, self.ends = model, len(task), accepted_ends(model, task)
         with torch.no_grad():
             self.batches = list(_answer_batches(model, task, batch_size))

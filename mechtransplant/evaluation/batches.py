@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.interventions import accepting, by_acceptance, interventions_on
 from mechtransplant.tasks import Example, Task
+from mechtransplant.weights import awaken
 
 if TYPE_CHECKING:
     import torch
@@ -34,10 +35,11 @@ class Encoded:
     examples: tuple[Example, ...]
 
 
-def check_model(model: Any) -> None:
-    """Raise UsageError for what is no language model (a pair, a Hugging Face model)."""
+def make_ready(model: Any) -> None:
+    """Have a model's weights where it runs; raises UsageError for what is no model (a pair, a Hugging Face model)."""
     if not hasattr(model, "hf") or not hasattr(model, "tokenizer"):
         raise UsageError(f"expected a model, such as pair.target, got {type(model).__name__}")
+    awaken(model.hf)
 
 
 def check_task(task: Any) -> None:

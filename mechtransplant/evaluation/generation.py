@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.evaluation.batches import (
     Encoded,
     check_lengths,
-    check_model,
     encode,
+    make_ready,
     one_product,
     pad,
     prefix_cache,
@@ -123,7 +123,7 @@ def generate(
     model: LanguageModel, task: Task, max_new_tokens: int | None = None, batch_size: int = 64, progress: bool = False
 ) -> list[Generation]:
     """Greedy continuations of a task's prompts, in the task's order."""
-    check_model(model)
+    make_ready(model)
     encoded = encode(task, model.tokenizer)
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     results: list[Generation | None] = [None] * len(task)

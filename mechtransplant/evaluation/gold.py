@@ -25,9 +25,9 @@ from mechtransplant.errors import TaskError, check_count
 from mechtransplant.evaluation.batches import (
     PaddingSide,
     check_lengths,
-    check_model,
     check_task,
     encode,
+    make_ready,
     pad,
     prefix_cache,
     question_batches,
@@ -118,7 +118,7 @@ def gold_passes(
     """
     import torch
 
-    check_model(model)
+    make_ready(model)
     check_count("batch_size", batch_size)
     ends = accepted_ends(model, task)
     encoded = encode(task, model.tokenizer)
@@ -223,7 +223,7 @@ def gold_variants(
     """The outcomes of passes that fork (see ``forked``), each of shape (variants, questions)."""
     import torch
 
-    check_model(model)
+    make_ready(model)
     check_task(task)
     collected = GoldCollector(variants, len(task))
     with torch.no_grad():

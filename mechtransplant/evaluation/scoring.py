@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import TaskError, UsageError
-from mechtransplant.evaluation.batches import check_model, check_task, encode
+from mechtransplant.evaluation.batches import check_task, encode, make_ready
 from mechtransplant.evaluation.generation import generate
 from mechtransplant.evaluation.gold import gold_outcomes
 from mechtransplant.selection import Selection, selections_on, what_acts_on
@@ -94,7 +94,7 @@ def evaluate(
     Raises:
         TaskError: teacher-forcing asked of a task whose answers are free-form.
     """
-    check_model(model)
+    make_ready(model)
     check_task(task)
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     return evaluate_budgets(model, task, [budget], batch_size, progress, gold, method)[budget]
@@ -149,7 +149,7 @@ def evaluate_budgets(
 
     Arguments and errors as of :func:`evaluate`; short answers are decided by one forward for all budgets.
     """
-    check_model(model)
+    make_ready(model)
     check_task(task)
     method = cast("Method", _decided(method, model, task))
     if not budgets or min(budgets) < 1:

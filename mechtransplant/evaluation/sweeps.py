@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.errors import UsageError, check_count
 from mechtransplant.evaluation.answers import AnswerReader
-from mechtransplant.evaluation.batches import check_model, check_task, encode, usable_prefix
+from mechtransplant.evaluation.batches import check_task, encode, make_ready, usable_prefix
 from mechtransplant.evaluation.forked import Variant, forking, in_every_pass
 from mechtransplant.evaluation.gold import GoldCollector, GoldOutcomes, gold_variants
 from mechtransplant.evaluation.interventions import interventions_on
@@ -65,7 +65,7 @@ def sweep(
     Returns:
         (outcomes of shape (questions,), outcomes of shape (changes, questions)).
     """
-    check_model(model)
+    make_ready(model)
     check_task(task)
     check_count("batch_size", batch_size)
     if answer_only and interventions_on(model.hf):

@@ -117,6 +117,8 @@ class RunConfig(_Strict):
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    #: for models that do not fit into memory together (see ``pair.load_pair``)
+    one_at_a_time: bool = False
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 

@@ -12,9 +12,10 @@ from mechtransplant.experiment.config import parse_config
 from mechtransplant.experiment.elsewhere import SIDE_EFFECTS, Elsewhere
 from mechtransplant.experiment.evaluator import Cell, Evaluator
 from mechtransplant.experiment.setup import Parts, Setup
-from mechtransplant.pair import make_pair
+from mechtransplant.pair import LanguageModel, make_pair
 from mechtransplant.pair.shipping import ShippedModel, ship, unship
 from mechtransplant.tasks import Task
+from mechtransplant.weights import Residence, admit
 
 if TYPE_CHECKING:
     from mechtransplant.side_effects import NeutralText
@@ -118,19 +119,27 @@ class Shipped:
         found = elsewhere.tasks, elsewhere.file
         return cls(ship(pair.source), ship(pair.target), base, named, setup.task, setup.other, found)
 
-    def parts(self, turned: bool, device: str) -> Parts:
+    def parts(self, turned: bool, device: str, one_at_a_time: bool) -> Parts:
         """Models and questions again."""
-        pair = make_pair(unship(self.source, device), unship(self.target, device))
+        residence = Residence() if one_at_a_time else None
+
+        def unpacked(shipped: ShippedModel) -> LanguageModel:
+            model = unship(shipped, device)
+            if residence is not None:
+                admit(model.hf, residence)
+            return model
+
+        pair = make_pair(unpacked(self.source), unpacked(self.target))
         for name, value in self.pair.items():
             setattr(pair, name, value)
-        pair.base = None if self.base is None else unship(self.base, device)
+        pair.base = None if self.base is None else unpacked(self.base)
         return Parts(pair, turned, self.task, self.other)
 
 
 def shipped_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, str], shipped: Shipped) -> CellWorker:
     """The worker of a run on another machine; raises UsageError where other weights arrive than were sent."""
     parsed = parse_config(config)
-    setup = Setup(parsed, shipped.parts(turned, parsed.device))
+    setup = Setup(parsed, shipped.parts(turned, parsed.device, parsed.one_at_a_time))
     return _worker(setup, fingerprints, Elsewhere(setup, shipped.elsewhere))
 
 

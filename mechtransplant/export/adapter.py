@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError, check_count, finite_number
+from mechtransplant.evaluation.batches import make_ready
 from mechtransplant.export.card import (
     METHOD,
     NOT_MEASURED,
@@ -166,6 +167,7 @@ def factors(pair: Pair, changed: dict[str, Any], max_rank: int, tolerance: float
 def _logit_difference(pair: Pair, changed: dict[str, Any], layers: list[Factors]) -> float:
     import torch
 
+    make_ready(pair.target)
     merged = {}
     for layer in layers:
         name = f"{layer.module}.weight"

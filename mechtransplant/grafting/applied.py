@@ -10,6 +10,7 @@ from mechtransplant.grafting.operators import Operator, Replace
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 from mechtransplant.selection import put_on, selected_by, take_off
+from mechtransplant.weights import pin, unpin
 
 if TYPE_CHECKING:
     from mechtransplant.grafting.graft import Graft
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Entry:
-    """One entry of a block: what was overwritten, newest last, and whether the block was left."""
+    """One entry of a block: what was overwritten, newest last; whether the block was left, and the target has to stay
+    in memory (see ``weights.residence``)."""
 
     saved: list[tuple[Any, Any]] = field(default_factory=list)
     left: bool = False
+    pinned: bool = False
 
     def restore(self) -> None:
         """Write back what was overwritten, newest first."""
@@ -49,8 +52,11 @@ class Applied:
     @guard.protect
     def __enter__(self) -> Graft:
         self.pair.check_free(self.regions)
+        # a graft of nothing holds nothing
+        entry = Entry(pinned=bool(self.regions))
+        if entry.pinned:
+            pin(self.pair.target.hf)
         guard.hold()
-        entry = Entry()
         self.entries.append(entry)
         self.pair.applied.append(entry)
         put_on(self.pair.target.hf, *self.chosen)
@@ -83,7 +89,8 @@ class Applied:
             # a graft that was left too early waits for those above it, or it would restore over their weights
             while self.pair.applied and self.pair.applied[-1].left:
                 self.pair.applied[-1].restore()
-                self.pair.applied.pop()
+                if self.pair.applied.pop().pinned:
+                    unpin(self.pair.target.hf)
             self.pair.target.weights_changed()
         finally:
             guard.release()

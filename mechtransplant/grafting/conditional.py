@@ -23,6 +23,7 @@ from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 from mechtransplant.pair import holds_copies
 from mechtransplant.selection import put_on, selected_by, take_off
+from mechtransplant.weights import pin, unpin
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
@@ -83,6 +84,7 @@ class AppliedConditional:
         if self.inside:
             raise UsageError("this conditional graft is in place already: make another block of it")
         self.pair.check_free(self.regions)
+        pin(self.pair.target.hf)
         guard.hold()
         self.inside = True
         self.pair.conditional.append(self.regions)
@@ -109,6 +111,7 @@ class AppliedConditional:
             while self.ends:
                 self.ends.pop()()
             self.entry.restore()
+            unpin(self.pair.target.hf)
             self.pair.target.when_bridged.remove(self._on_bridge)
             take_off(self.pair.target.hf, *self.chosen)
             interventions_on(self.pair.target.hf).remove(self.intervention)

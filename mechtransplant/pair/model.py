@@ -14,6 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.modules import Layout, layout_of
+from mechtransplant.weights import awaken
 
 
 @dataclass
@@ -31,6 +32,7 @@ class LanguageModel:
         """A raw TransformerBridge over the same parameters; made when first asked for (about 4 s of imports)."""
         from transformer_lens.model_bridge import TransformerBridge
 
+        awaken(self.hf)
         # booting replaces submodules, so it gets a twin that shares every parameter
         twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name

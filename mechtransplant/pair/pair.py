@@ -111,17 +111,24 @@ def load_pair(
     base: str | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    one_at_a_time: bool = False,
 ) -> Pair:
     """Two models by the pair's name, or by the specs of its source and its target (see ``weights``).
 
     ``load_pair("family/generations")``, ``load_pair(source="org/model-it", target="org/model")``. ``base`` is the spec
     of their common ancestor, for merge operators that take changes from one.
 
+    Args:
+        dtype: float32, bfloat16 or float16.
+        device: a torch device.
+        one_at_a_time: for two models that do not fit into memory together: the weights of the one that does not run lie
+            in a file of the temporary folder (see ``weights.residence``). Results are the same to the bit.
+
     Raises:
         UnknownNameError: no pair of that name. WeightsError: weights that cannot be had. CompatibilityError: models
         between which nothing can be grafted, with the reasons.
     """
-    from mechtransplant.weights import get_pair, load_model
+    from mechtransplant.weights import Residence, admit, get_pair, load_model
 
     task = None
     planted: tuple[str, ...] = ()
@@ -134,12 +141,19 @@ def load_pair(
         tasks = entry.tasks
     if not source or not target:
         raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
-    theirs = LanguageModel(source, *load_model(source, dtype=dtype, device=device))
-    ours = LanguageModel(target, *load_model(target, dtype=dtype, device=device))
+    residence = Residence() if one_at_a_time else None
+
+    def load(spec: str) -> LanguageModel:
+        model = LanguageModel(spec, *load_model(spec, dtype=dtype, device=device))
+        if residence is not None:
+            admit(model.hf, residence)
+        return model
+
+    theirs, ours = load(source), load(target)
     pair = make_pair(theirs, ours, name or f"{source} → {target}", task)
     pair.planted, pair.tasks = planted, tasks
     if base is not None:
-        ancestor = LanguageModel(base, *load_model(base, dtype=dtype, device=device))
+        ancestor = load(base)
         unlike = compare_models(ancestor, ours).forbidden
         if unlike:
             raise CompatibilityError(f"{base} is no ancestor of {target}: {unlike[0]}. Give a model of the same shape")

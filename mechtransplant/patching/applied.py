@@ -13,6 +13,7 @@ from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, read_pass
 from mechtransplant.patching.sites import Body, Site
 from mechtransplant.selection import put_on, selected_by, take_off
+from mechtransplant.weights import takes_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +151,11 @@ class AppliedPatch:
             exchanges=self.patch.heads_exchanged,
         )
         self._check_heads(intervention)
+        if self.source is not None and self.source.hf is not self.target.hf and takes_turns(self.source.hf):
+            raise UsageError(
+                "a patch runs the source beside the target, and this pair's models are in memory one at a time: load "
+                "it without one_at_a_time, or use patch_effects or patch_versus_graft at the default positions"
+            )
         guard.hold()
         self.entries.append((installed, intervention, on_bridge))
         interventions_on(self.target.hf).append(intervention)

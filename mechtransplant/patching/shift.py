@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.activations import Batch, Positions, Reading, plan_reading
 from mechtransplant.errors import UsageError, finite_number
+from mechtransplant.evaluation.batches import make_ready
 from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
@@ -180,6 +181,7 @@ def _means(
     totals: dict[Site, Tensor] = {}
     current: list[Batch] = []
     body = Body(model)
+    make_ready(model)
 
     def listener(site: Site) -> Any:
         def add(tensor: Tensor) -> None:

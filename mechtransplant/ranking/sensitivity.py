@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +27,14 @@ from mechtransplant.modules import Region
 from mechtransplant.patching.patch import HeadPoint
 from mechtransplant.progress import track
 from mechtransplant.shifts.recorder import Slot, SlotKind, slots_of
+from mechtransplant.shifts.stored import StoredOutputs
 from mechtransplant.tasks import Task
+from mechtransplant.weights import awaken, runs_on, takes_turns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mechtransplant.evaluation.gold import GoldPass
     from mechtransplant.pair import LanguageModel, Pair
 
 Floats = NDArray[np.float64]
@@ -42,6 +45,8 @@ class WeightChanges:
 
     def __init__(self, pair: Pair, modules: Sequence[str], kv: KV = "never") -> None:
         self.pair, self.modules = pair, list(modules)
+        # products are made where the gradients are
+        awaken(pair.target.hf)
         self.inside: dict[str, list[tuple[int, Region]]] = {}
         for index, module in enumerate(modules):
             for region in Graft([module], kv=kv).regions(pair):
@@ -58,7 +63,7 @@ class WeightChanges:
         if parameter in self.kept:
             return self.kept[parameter]
         theirs, ours = self.pair.source_parameters[parameter], self.pair.target_parameters[parameter]
-        return (theirs.detach().float() - ours.detach().float()).to(ours.device)
+        return theirs.detach().to(ours.device).float() - ours.detach().float()
 
     def products(self, parameter: str, gradient: Tensor, into: Floats) -> None:
         """Add ⟨gradient, change⟩ of every module that has a part of this parameter."""
@@ -154,10 +159,14 @@ def activation_effects(
     theirs: dict[Slot, Tensor] = {}
     ours: dict[Slot, Tensor] = {}
     source, target = (gold_passes(m, task, batch_size, share_prefix=False) for m in (pair.source, pair.target))
+    stored = _stored(pair.source, slots, source) if takes_turns(pair.source.hf) else None
     with _recorded(pair.source, slots, theirs), _recorded(pair.target, read, ours), _graph_starts(pair.target):
-        for _ in track(range(-(-len(task) // batch_size)), "attribution patching", progress):
-            with torch.no_grad():
-                next(source)
+        for batch in track(range(-(-len(task) // batch_size)), "attribution patching", progress):
+            if stored is None:
+                with torch.no_grad():
+                    next(source)
+            else:
+                theirs.update({slot: cast("Tensor", stored.get(batch, slot)) for slot in slots})
             with torch.enable_grad():
                 done = next(target)
                 gradients = torch.autograd.grad(
@@ -169,6 +178,19 @@ def activation_effects(
             theirs.clear()
             ours.clear()
     return np.concatenate([found[slot] for slot in slots])
+
+
+def _stored(model: LanguageModel, slots: Sequence[Slot], passes: Iterator[GoldPass]) -> StoredOutputs:
+    """What a model has in passes of its own."""
+    import torch
+
+    stored = StoredOutputs(model.hf.dtype, runs_on(model.hf))
+    seen: dict[Slot, Tensor] = {}
+    with torch.no_grad(), _recorded(model, slots, seen):
+        for batch, _ in enumerate(passes):
+            for slot in slots:
+                stored.put(batch, slot, seen.pop(slot))
+    return stored
 
 
 @contextmanager
@@ -219,7 +241,7 @@ def _products(pair: Pair, slot: Slot, gradient: Tensor, theirs: Tensor, ours: Te
         by_head = (gradient.unflatten(-1, shape).flatten(0, -3) * (z_source - z_target)).sum((0, 2))
     else:
         flat = gradient.flatten(0, -2)
-        w_source, w_target = (m.output_weights(slot.layer).float() for m in (pair.source, pair.target))
+        w_source, w_target = (m.output_weights(slot.layer).to(flat) for m in (pair.source, pair.target))
         # z_S W_S − z_T W_T = (z_S − z_T) W_S + z_T (W_S − W_T): exactly 0 where both agree
         by_head = torch.einsum("chd,hdm,cm->h", z_source - z_target, w_source, flat)
         by_head += torch.einsum("chd,hdm,cm->h", z_target, w_source - w_target, flat)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mechtransplant.weights import runs_on
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,7 +39,8 @@ class HeadWrites:
         """The factor of a layer's two W_O, computed in float64 and kept in float32."""
         import torch
 
-        theirs, ours = (m.output_weights(layer).float() for m in (pair.source, pair.target))
+        device = runs_on(pair.target.hf)
+        theirs, ours = (m.output_weights(layer).to(device).float() for m in (pair.source, pair.target))
         change = theirs - ours
         stacked = torch.cat([theirs, change], 1)
         # Apple's devices have no float64; on a GPU the factors of a 9B pair take a second, on its CPU 15
@@ -48,7 +51,7 @@ class HeadWrites:
             stacked, narrow = torch.linalg.qr(stacked.mT, mode="r").R.mT, d_head
         # a head whose W_O is the same in both has no rounding error in ΔW either
         moved = change.abs().amax((1, 2), keepdim=True) > 0
-        stacked = stacked.float().to(theirs.device)
+        stacked = stacked.float().to(device)
         return cls(stacked[:, :d_head, :narrow].contiguous(), (stacked[:, d_head:] * moved).contiguous())
 
     def difference(self, z_source: torch.Tensor, z_target: torch.Tensor) -> torch.Tensor:

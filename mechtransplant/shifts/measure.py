@@ -27,19 +27,22 @@ group.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mechtransplant.activations import Positions, Text, plan_reading, written_texts
 from mechtransplant.errors import UsageError, check_count, check_seed
-from mechtransplant.evaluation.batches import PaddingSide
+from mechtransplant.evaluation.batches import PaddingSide, make_ready
 from mechtransplant.selection import QUESTIONS
 from mechtransplant.shifts.collector import Collector, Moments, PromptValues, names_of
 from mechtransplant.shifts.frames import DIRECT, FROM_VECTORS, MEASURES
 from mechtransplant.shifts.recorder import PairRecorder
+from mechtransplant.shifts.stored import StoredOutputs
 from mechtransplant.shifts.vectors import ShiftVectors
 from mechtransplant.tasks import Task
+from mechtransplant.weights import runs_on, takes_turns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,9 +213,19 @@ def collect(
     if positions == "decoding":
         texts = written_texts(pair.source, pair.target, task, text, max_new_tokens, batch_size, progress)
     reading = plan_reading(pair.target, task, positions, texts=texts)
+    batches = partial(reading.batches, pair.target.hf, batch_size, padding_side, progress)
     with torch.no_grad(), PairRecorder(pair, collector.slots, collector.needs_moved) as recorder:
-        for batch in reading.batches(pair.target.hf, batch_size, padding_side, progress, "measure shifts"):
-            recorder.read(batch, collector.consumer(batch))
+        if not takes_turns(pair.source.hf):
+            for batch in batches("measure shifts"):
+                recorder.read(batch, collector.consumer(batch))
+            return
+        stored = StoredOutputs(pair.source.hf.dtype, runs_on(pair.source.hf))
+        make_ready(pair.source)
+        for number, batch in enumerate(batches("read the source")):
+            recorder.read_source(batch, partial(stored.put, number))
+        make_ready(pair.target)
+        for number, batch in enumerate(batches("read the target")):
+            recorder.read_target(batch, partial(stored.get, number), collector.consumer(batch))
 
 
 def average_by_template(shifts: pd.DataFrame, task: Task) -> pd.DataFrame:

@@ -7,7 +7,7 @@ input, as the target's forward passes by; that gives the *moved* output f^S(x^T)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Union
@@ -16,7 +16,8 @@ from mechtransplant.activations import Batch
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.remembered import answering
 from mechtransplant.shifts.heads import Written
-from mechtransplant.shifts.turns import Turns
+from mechtransplant.shifts.turns import Alone, Turns
+from mechtransplant.weights import lent, runs_on
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,10 @@ class PairRecorder:
         self.pair, self.slots, self.with_moved = pair, slots, moved
         self.batch: Batch
         self.consume: Consumer
-        self.turns: Turns | None = None
+        self.turns: Turns | Alone | None = None
+        #: where the source's tensors go, and come from, when it has passes of its own
+        self.store: Callable[[Slot, Recorded], None] | None = None
+        self.fetch: Callable[[Slot], Recorded] | None = None
         #: which slots a run of a single source module fills
         self.filling: frozenset[Slot] = frozenset()
         self.kept: dict[Slot, Recorded] = {}
@@ -102,33 +106,51 @@ class PairRecorder:
         The tensors are the models' own: they may change once ``consume`` has returned.
         """
         self.batch, self.consume = batch, consume
-
-        def run(model: LanguageModel) -> None:
-            # only hidden states are wanted: one position of logits is the least that can be asked for
-            model.hf(**batch.hidden_only)
-
-        self.turns = Turns(lambda: run(self.pair.source))
-        failed = True
-        try:
-            run(self.pair.target)
-            failed = False
-        finally:
+        turns = Turns(lambda: self._run(self.pair.source))
+        with self._passing(turns):
+            failed = True
             try:
-                self.turns.end(failed)
+                self._run(self.pair.target)
+                failed = False
             finally:
-                self.turns, self.filling = None, frozenset()
-                self.kept.clear()
-                self.moved.clear()
+                turns.end(failed)
+
+    def read_source(self, batch: Batch, store: Callable[[Slot, Recorded], None]) -> None:
+        """Run the source alone; ``store`` gets every slot's tensor."""
+        self.batch, self.store = batch, store
+        with self._passing(Alone(in_second=True)):
+            self._run(self.pair.source)
+
+    def read_target(self, batch: Batch, fetch: Callable[[Slot], Recorded], consume: Consumer) -> None:
+        """Run the target alone; ``fetch`` gives what the source had."""
+        self.batch, self.fetch, self.consume = batch, fetch, consume
+        with self._passing(Alone(in_second=False)):
+            self._run(self.pair.target)
+
+    def _run(self, model: LanguageModel) -> None:
+        # only hidden states are wanted: one position of logits is the least that can be asked for
+        model.hf(**self.batch.hidden_only)
+
+    @contextmanager
+    def _passing(self, turns: Turns | Alone) -> Iterator[None]:
+        """A block in which the hooks record."""
+        self.turns = turns
+        try:
+            yield
+        finally:
+            self.turns, self.store, self.fetch, self.filling = None, None, None, frozenset()
+            self.kept.clear()
+            self.moved.clear()
 
     def _check_alike(self) -> None:
         """The source's modules get the target's tensors as they are: one device, and one dtype."""
-        source, target = self.pair.source.hf, self.pair.target.hf
-        for what in ("device", "dtype") if self.with_moved else ("device",):
-            if getattr(source, what) != getattr(target, what):
-                raise UsageError(
-                    f"the source has {what} {getattr(source, what)} and the target {getattr(target, what)}: load both "
-                    "alike"
-                )
+        models = self.pair.source.hf, self.pair.target.hf
+        alike = {"device": [runs_on(hf) for hf in models]}
+        if self.with_moved:
+            alike["dtype"] = [hf.dtype for hf in models]
+        for what, (source, target) in alike.items():
+            if source != target:
+                raise UsageError(f"the source has {what} {source} and the target {target}: load both alike")
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
@@ -145,8 +167,8 @@ class PairRecorder:
 
     def _writing(self, linear: Any, whose: list[tuple[LanguageModel, Slot, bool]]) -> AbstractContextManager[None]:
         """An output projection that tells of its heads' writes."""
-        own, weights = linear.forward, whose[0][0].output_weights(whose[0][1].layer)
-        plain = _is_plain(linear)
+        own, plain = linear.forward, _is_plain(linear)
+        model, layer = whose[0][0], whose[0][1].layer
 
         def write(z: torch.Tensor) -> torch.Tensor:
             if self.turns is None:
@@ -156,16 +178,21 @@ class PairRecorder:
             all_of_them = plain and 2 * len(self.batch.row) >= self.batch.inputs["input_ids"].numel()
             if all_of_them:
                 # also where it is not wanted: every run of the layer rounds alike
-                written, output = Written.of(z, weights)
+                written, output = Written.of(z, self._weights(model, layer, z))
                 written = written.gathered(self._chosen)
                 output = output if linear.bias is None else output + linear.bias
             elif wanted:
-                written, _ = Written.of(self._gathered(z), weights.float())
+                written, _ = Written.of(self._gathered(z), self._weights(model, layer, z).float())
             for slot in wanted:
                 self._arrive(slot, written)
             return output if all_of_them else own(z)
 
         return answering(linear, write)
+
+    @staticmethod
+    def _weights(model: LanguageModel, layer: int, z: torch.Tensor) -> torch.Tensor:
+        """A layer's W_O, where z is: asked for every time, since a model that goes away takes its weights along."""
+        return model.output_weights(layer).to(z.device)  # type: ignore[no-any-return]
 
     def _counts(self, slot: Slot, is_source: bool) -> bool:
         """Whether a tensor is wanted. In a pair of one model twice both listeners hear of it: the turn tells which."""
@@ -178,13 +205,20 @@ class PairRecorder:
     def _arrive(self, slot: Slot, tensor: Recorded) -> None:
         """File a tensor, or consume it together with the target's."""
         assert self.turns is not None
-        if self.turns.in_second:
+        if self.store is not None:
+            self.store(slot, tensor)
+            return
+        if isinstance(self.turns, Turns) and self.turns.in_second:
             while not self._passed(slot):
                 self.turns.wait()
             self.consume(slot, tensor, self.kept.pop(slot), self.moved.pop(slot, None))
             return
         (self.moved if self.filling else self.kept)[slot] = tensor
-        if self._passed(slot):
+        if not self._passed(slot):
+            return
+        if self.fetch is not None:
+            self.consume(slot, self.fetch(slot), self.kept.pop(slot), self.moved.pop(slot, None))
+        elif isinstance(self.turns, Turns):
             self.turns.advance()
 
     def _passed(self, slot: Slot) -> bool:
@@ -232,7 +266,7 @@ class PairRecorder:
                 slots: list[Slot] = slots,
             ) -> None:
                 if self.turns is not None and not self.turns.in_second and not self.filling:
-                    with self._filling(slots):
+                    with self._filling(slots), lent(theirs, runs_on(self.pair.target.hf)):
                         theirs(*inputs, **keywords)
 
             stack.callback(ours.register_forward_hook(replay, with_kwargs=True).remove)

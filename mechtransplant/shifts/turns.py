@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A computation without another beside it: the first of two, or the second."""
+
+    in_second: bool
 
 
 class Turns:

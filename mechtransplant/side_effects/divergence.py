@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count
-from mechtransplant.evaluation.batches import check_lengths, length_sorted, pad
+from mechtransplant.evaluation.batches import check_lengths, length_sorted, make_ready, pad
 from mechtransplant.evaluation.interventions import interventions_on
 from mechtransplant.side_effects.neutral import NeutralText
 
@@ -95,6 +95,7 @@ class Reading:
         """The model's logits at the positions that predict a token, shape (rows, longest − 1, vocabulary)."""
         import torch
 
+        make_ready(model)
         ids, mask = pad([self.rows[i] for i in self.batches[batch]], 0, "right")
         hf = model.hf
         with torch.no_grad():

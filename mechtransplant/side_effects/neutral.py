@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError, check_count, check_seed, finite_number
-from mechtransplant.evaluation.batches import check_lengths, check_model
+from mechtransplant.evaluation.batches import check_lengths, make_ready
 from mechtransplant.evaluation.generation import end_tokens
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def neutral_texts(
     import torch
     from transformers import DynamicCache
 
-    check_model(model)
+    make_ready(model)
     for name, value in (("n", n), ("tokens", tokens), ("batch_size", batch_size)):
         check_count(name, value)
     check_seed(seed)

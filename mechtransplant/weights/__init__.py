@@ -24,6 +24,8 @@ from mechtransplant.weights.loading import (
     quiet,
 )
 from mechtransplant.weights.pairs import PairEntry, get_pair, list_pairs, models_folder
+from mechtransplant.weights.residence import Residence, admit, awaken, lent, pin, runs_on, takes_turns, unpin
+from mechtransplant.weights.tensor_file import Place, TensorFile
 
 __all__ = [
     "DTYPES",
@@ -31,15 +33,25 @@ __all__ = [
     "PACKAGES",
     "GgufPackage",
     "PairEntry",
+    "Place",
+    "Residence",
+    "TensorFile",
+    "admit",
+    "awaken",
     "cache_folder",
     "check_not_quantised",
     "check_safetensors",
     "fetch",
     "fingerprint",
     "get_pair",
+    "lent",
     "list_pairs",
     "load_model",
     "models_folder",
+    "pin",
     "quiet",
+    "runs_on",
+    "takes_turns",
+    "unpin",
     "write_hashes",
 ]
