@@ -191,12 +191,11 @@ def _status(key: str) -> float:
 def whole_process(pair_name: str, one_at_a_time: bool) -> None:
     """Prints the MiB of the process before it has models, and its peaks while it loads them and measures shifts."""
     import torch
+    import transformers  # noqa: F401  (not counted as a model's)
 
     from mechtransplant.pair import load_pair
     from mechtransplant.shifts import summarize_shifts
     from mechtransplant.tasks import load_task
-
-    import transformers  # noqa: F401, I001  (not counted as a model's)
 
     torch.set_num_threads(2)
     found = [_status("VmRSS")]
