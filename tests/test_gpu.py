@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy import stats
 
+from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
 from mechtransplant.evaluation.generation import generate
 from mechtransplant.evaluation.gold import gold_outcomes
@@ -136,6 +137,136 @@ def test_a_whole_run(tmp_path: Path) -> None:
     one, other = (d.results[wanted].reset_index(drop=True) for d in done)
     assert (one.accuracy - other.accuracy).abs().max() <= 0.05
     assert (one.drop(columns="accuracy").fillna("") == other.drop(columns="accuracy").fillna("")).all().all()
+
+
+def test_one_model_at_a_time(pairs: tuple[Pair, Pair], splits: Splits) -> None:
+    """The numbers of both at once, to the bit, from a GPU that holds one."""
+    gpu, turns = pairs[1], load_pair("family/generations", device="cuda", one_at_a_time=True)
+    ours, theirs = (measure_shifts(pair, splits.discover, batch_size=16) for pair in (turns, gpu))
+    assert (ours.value == theirs.value).all()
+    for rule in ("gradient", "activation_gradient", "weight_delta", "single_swap"):
+        ours, theirs = (rank_modules(pair, splits.discover, rule, ("head", "mlp")).score for pair in (turns, gpu))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    for positions in ("all", "answer"):
+        ours, theirs = (
+            patch_effects(pair, splits.discover, ["L0H1", "L2.mlp"], positions)[1].log_probability
+            for pair in (turns, gpu)
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for one in (turns.source, turns.target, turns.source):
+        there = {m.name: {p.device.type for p in m.hf.parameters()} for m in (turns.source, turns.target)}
+        evaluate(one, splits.choose)
+        there = {m.name: {p.device.type for p in m.hf.parameters()} for m in (turns.source, turns.target)}
+        assert there.pop(one.name) == {"cuda"} and list(there.values()) == [{"cpu"}]
+    with Graft(["L1.mlp", "L3H2"]).applied(turns):
+        inside = evaluate(turns.target, splits.choose).log_probability
+    with Graft(["L1.mlp", "L3H2"]).applied(gpu):
+        np.testing.assert_allclose(inside, evaluate(gpu.target, splits.choose).log_probability, atol=1e-6)
+    assert turns.target.fingerprint == gpu.target.fingerprint and turns.source.fingerprint == gpu.source.fingerprint
+
+
+def test_memory_of_one_model_at_a_time(splits: Splits) -> None:
+    """Two models of 400 MB: shifts of one at a time need the memory of one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mechtransplant.pair import LanguageModel, make_pair
+    from mechtransplant.weights import Residence, admit
+
+    tokenizer = load_pair("family/generations").target.tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
+        num_attention_heads=16, num_key_value_heads=16,
+    )  # fmt: skip
+    peaks, values, size = {}, {}, 0
+    for turns in (False, True):
+        residence, models = Residence(), []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            hf = LlamaForCausalLM(config).eval().requires_grad_(False).to("cuda")
+            size = sum(p.numel() * p.element_size() for p in hf.parameters())
+            models.append(LanguageModel(f"random {seed}", hf, tokenizer))
+            if turns:
+                admit(hf, residence)
+        pair = make_pair(*models)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        values[turns] = measure_shifts(pair, splits.discover, batch_size=8).value
+        peaks[turns] = torch.cuda.max_memory_allocated()
+        del pair, models, hf
+        torch.cuda.empty_cache()
+    print({turns: f"{peak / size:.2f} models" for turns, peak in peaks.items()})
+    assert (values[True] == values[False]).all()
+    assert peaks[False] > 2 * size and peaks[True] < 1.6 * size
+
+
+@pytest.fixture(scope="module")
+def halves() -> Pair:
+    """The pair with its lower layers on the CPU and its upper ones on the GPU: two devices that compute."""
+    there: dict[str, Any] = {"model.embed_tokens": "cpu", "model.norm": 0, "lm_head": 0}
+    there |= {f"model.layers.{n}": "cpu" if n < 2 else 0 for n in range(4)}
+    return load_pair("family/generations", device_map=there)
+
+
+def test_a_model_on_two_devices(halves: Pair, pairs: tuple[Pair, Pair], splits: Splits) -> None:
+    cpu = pairs[0]
+    for role in ("source", "target"):
+        here = getattr(halves, role)
+        assert {p.device.type for p in here.hf.parameters()} == {"cpu", "cuda"}
+        assert here.fingerprint == getattr(cpu, role).fingerprint
+        ours, theirs = (gold_outcomes(getattr(pair, role), splits.test) for pair in (cpu, halves))
+        assert (ours.correct == theirs.correct).all()
+        np.testing.assert_allclose(ours.log_probability, theirs.log_probability, atol=2e-3)
+    measures = ("magnitude", "distance", "own", "inherited", "alignment")
+    ours, theirs = (
+        measure_shifts(pair, splits.discover, ("head", "mlp", "attn", "linear"), measures)
+        .set_index(["measure", "module", "prompt"])
+        .value
+        for pair in (cpu, halves)
+    )
+    np.testing.assert_allclose(theirs.reindex(ours.index), ours, atol=5e-4)
+    for rule in ("lae", "own", "weight_delta", "gradient", "integrated_gradient", "activation_gradient", "single_swap"):
+        kinds = "linear" if rule == "lae" else ("head", "mlp")
+        found = [rank_modules(pair, splits.discover, rule, kinds).set_index("module").score for pair in (cpu, halves)]
+        for one in found:
+            one.index = one.index.astype(str)
+        assert stats.spearmanr(found[0], found[1].reindex(found[0].index)).statistic > 0.999
+    modules = ["L0H1", "L1.mlp", "L2.mlp", "L3H0"]
+    for positions in ("all", "answer"):
+        found = [patch_effects(pair, splits.discover, modules, positions)[1].log_probability for pair in (cpu, halves)]
+        np.testing.assert_allclose(found[1], found[0], atol=5e-3)
+    texts = []
+    for pair in (cpu, halves):
+        with Graft(modules, 0.7, operator="slerp").applied(pair):
+            texts.append(generate(pair.target, splits.choose))
+    assert sum(a == b for a, b in zip(*texts, strict=True)) >= 0.95 * len(splits.choose)
+    patched = []
+    for pair in (cpu, halves):
+        with Patch(["L1.mlp", "L3.mlp"]).applied(pair):
+            patched.append(evaluate(pair.target, splits.test).correct)
+    assert (patched[0] == patched[1]).mean() >= 0.98
+    with pytest.raises(UsageError, match="on several devices, where it has no bridge"):
+        _ = halves.target.bridge
+    assert halves.target.fingerprint == cpu.target.fingerprint
+
+
+def test_runs_on_two_devices_and_with_one_model_at_a_time(tmp_path: Path) -> None:
+    there: dict[str, Any] = {"model.embed_tokens": 0, "model.norm": "cpu", "lm_head": "cpu"}
+    there |= {f"model.layers.{n}": 0 if n < 3 else "cpu" for n in range(4)}
+    small: dict[str, Any] = {
+        "pair": "family/generations", "task": "addition", "rule": ["own", "gradient"], "kind": "mlp", "k": [1, 2],
+        "random_sets": 2, "curve_sets": 1, "split": {"discover": 16, "choose": 24, "test": 64},
+        "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
+    }  # fmt: skip
+    places = {"cpu": {}, "map": {"device_map": there}, "turns": {"device": "cuda", "one_at_a_time": True}}
+    found = {name: run_experiment(parse_config({**small, **more}), tmp_path / name) for name, more in places.items()}
+    for name in ("map", "turns"):
+        one, other = (found[key].results.reset_index(drop=True) for key in ("cpu", name))
+        assert len(one) == len(other) and (one.accuracy - other.accuracy).abs().max() <= 0.05
+
+
+def test_an_even_spread_over_what_is_there() -> None:
+    pair = load_pair("family/generations", device_map="auto", dtype="bfloat16")
+    assert {p.device.type for m in (pair.source, pair.target) for p in m.hf.parameters()} == {"cuda"}
 
 
 @pytest.mark.parametrize("device", ["cuda"])

@@ -119,6 +119,8 @@ class RunConfig(_Strict):
     device: str = "cpu"
     #: for models that do not fit into memory together (see ``pair.load_pair``)
     one_at_a_time: bool = False
+    #: for models that do not fit on one device: "auto", or part → device (see ``weights.spread``)
+    device_map: Literal["auto"] | dict[str, str | int] | None = None
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 

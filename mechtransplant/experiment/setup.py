@@ -88,7 +88,8 @@ class Setup:
     def _made(self) -> Parts:
         """The parts that the config names."""
         named = self.config.pair
-        options: dict[str, Any] = {key: getattr(self.config, key) for key in ("dtype", "device", "one_at_a_time")}
+        keys = ("dtype", "device", "one_at_a_time", "device_map")
+        options: dict[str, Any] = {key: getattr(self.config, key) for key in keys}
         pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
         task = build_task(self.config, pair)
         other = unrelated_task(self.config, pair, task) if "unrelated" in self.config.controls else None

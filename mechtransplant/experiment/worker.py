@@ -62,6 +62,11 @@ class EngineChoice:
         if self.name == "serial":
             return Serial(CellWorker(setup, elsewhere))
         config = setup.config
+        if config.device_map is not None:
+            raise UsageError(
+                f"the engine {self.name} gives every worker models of its own, on one device: leave device_map out, or "
+                "choose the engine serial"
+            )
         arguments = {
             "config": config.model_dump(mode="json"),
             "turned": setup.turned,

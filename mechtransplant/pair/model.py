@@ -14,7 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.modules import Layout, layout_of
-from mechtransplant.weights import awaken
+from mechtransplant.weights import awaken, parts_of
 
 
 @dataclass
@@ -33,6 +33,11 @@ class LanguageModel:
         from transformer_lens.model_bridge import TransformerBridge
 
         awaken(self.hf)
+        if parts_of(self.hf) is not None:
+            raise UsageError(
+                f"{self.name} is on several devices, where it has no bridge: what needs none (shifts, grafts, patches, "
+                "evaluations, rankings) works as it is; for a bridge load it on one device"
+            )
         # booting replaces submodules, so it gets a twin that shares every parameter
         twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name

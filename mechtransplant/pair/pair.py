@@ -12,6 +12,7 @@ from mechtransplant.errors import CompatibilityError, UsageError
 from mechtransplant.modules import Kind, Layout, Region
 from mechtransplant.pair.compatibility import Compatibility, compare_models
 from mechtransplant.pair.model import LanguageModel, Parameters
+from mechtransplant.weights import DeviceMap
 
 #: what is in place belongs to the weights, not to a pair: two pairs may share a target
 _IN_PLACE: weakref.WeakKeyDictionary[Any, tuple[list[Any], list[Any]]] = weakref.WeakKeyDictionary()
@@ -112,6 +113,7 @@ def load_pair(
     dtype: str = "float32",
     device: str = "cpu",
     one_at_a_time: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> Pair:
     """Two models by the pair's name, or by the specs of its source and its target (see ``weights``).
 
@@ -123,6 +125,8 @@ def load_pair(
         device: a torch device.
         one_at_a_time: for two models that do not fit into memory together: the weights of the one that does not run lie
             in a file of the temporary folder (see ``weights.residence``). Results are the same to the bit.
+        device_map: for models that do not fit on one device: "auto" spreads both over all CUDA devices, a mapping says
+            which part is where (see ``weights.spread``); an ancestor stays in the CPU's memory.
 
     Raises:
         UnknownNameError: no pair of that name. WeightsError: weights that cannot be had. CompatibilityError: models
@@ -141,19 +145,23 @@ def load_pair(
         tasks = entry.tasks
     if not source or not target:
         raise UsageError("a pair needs a name (see `mechtransplant pairs list`), or both a source and a target")
+    if one_at_a_time and device_map is not None:
+        raise UsageError("one_at_a_time keeps a model on one device: leave device_map out, or one_at_a_time")
     residence = Residence() if one_at_a_time else None
 
-    def load(spec: str) -> LanguageModel:
-        model = LanguageModel(spec, *load_model(spec, dtype=dtype, device=device))
+    def load(spec: str, where: DeviceMap | None) -> LanguageModel:
+        model = LanguageModel(spec, *load_model(spec, dtype, device, device_map=where, models=2))
         if residence is not None:
             admit(model.hf, residence)
         return model
 
-    theirs, ours = load(source), load(target)
+    theirs = load(source, device_map)
+    # a module's two versions meet on one device
+    ours = load(target, device_map if device_map is None else theirs.hf.hf_device_map)
     pair = make_pair(theirs, ours, name or f"{source} → {target}", task)
     pair.planted, pair.tasks = planted, tasks
     if base is not None:
-        ancestor = load(base)
+        ancestor = load(base, None)
         unlike = compare_models(ancestor, ours).forbidden
         if unlike:
             raise CompatibilityError(f"{base} is no ancestor of {target}: {unlike[0]}. Give a model of the same shape")

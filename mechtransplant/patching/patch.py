@@ -17,7 +17,7 @@ from mechtransplant.patching.applied import AppliedPatch
 from mechtransplant.patching.lockstep import Lockstep
 from mechtransplant.patching.passes import Pass, Where, check_where
 from mechtransplant.patching.sites import Module, Site, modules_of
-from mechtransplant.weights import runs_on
+from mechtransplant.weights import parts_of, runs_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Patch:
         """
         if not hasattr(pair, "source"):
             raise UsageError(f"a patch goes between two models: pass the pair, got {type(pair).__name__}")
-        devices = [runs_on(model.hf) for model in (pair.source, pair.target)]
+        devices = [parts_of(model.hf) or runs_on(model.hf) for model in (pair.source, pair.target)]
         if devices[0] != devices[1]:
             raise CompatibilityError(f"the source is on {devices[0]} and the target on {devices[1]}: load both alike")
         modules = modules_of(pair.layout, self.modules)

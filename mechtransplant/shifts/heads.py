@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mechtransplant.weights import runs_on
+from mechtransplant.weights import runs_on, takes_turns
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +39,9 @@ class HeadWrites:
         """The factor of a layer's two W_O, computed in float64 and kept in float32."""
         import torch
 
-        device = runs_on(pair.target.hf)
-        theirs, ours = (m.output_weights(layer).to(device).float() for m in (pair.source, pair.target))
+        theirs, ours = (m.output_weights(layer) for m in (pair.source, pair.target))
+        device = runs_on(pair.target.hf) if takes_turns(pair.target.hf) else ours.device
+        theirs, ours = theirs.to(device).float(), ours.to(device).float()
         change = theirs - ours
         stacked = torch.cat([theirs, change], 1)
         # Apple's devices have no float64; on a GPU the factors of a 9B pair take a second, on its CPU 15

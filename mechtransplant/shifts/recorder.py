@@ -17,7 +17,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.remembered import answering
 from mechtransplant.shifts.heads import Written
 from mechtransplant.shifts.turns import Alone, Turns
-from mechtransplant.weights import lent, runs_on
+from mechtransplant.weights import lent, parts_of, runs_on
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,10 @@ class PairRecorder:
     def _check_alike(self) -> None:
         """The source's modules get the target's tensors as they are: one device, and one dtype."""
         models = self.pair.source.hf, self.pair.target.hf
-        alike = {"device": [runs_on(hf) for hf in models]}
+        alike: dict[str, list[Any]] = {
+            "device": [runs_on(hf) for hf in models],
+            "device map": [parts_of(hf) for hf in models],
+        }
         if self.with_moved:
             alike["dtype"] = [hf.dtype for hf in models]
         for what, (source, target) in alike.items():
@@ -266,7 +269,7 @@ class PairRecorder:
                 slots: list[Slot] = slots,
             ) -> None:
                 if self.turns is not None and not self.turns.in_second and not self.filling:
-                    with self._filling(slots), lent(theirs, runs_on(self.pair.target.hf)):
+                    with self._filling(slots), lent(theirs, self.pair.source.hf):
                         theirs(*inputs, **keywords)
 
             stack.callback(ours.register_forward_hook(replay, with_kwargs=True).remove)

@@ -25,10 +25,12 @@ from mechtransplant.weights.loading import (
 )
 from mechtransplant.weights.pairs import PairEntry, get_pair, list_pairs, models_folder
 from mechtransplant.weights.residence import Residence, admit, awaken, lent, pin, runs_on, takes_turns, unpin
+from mechtransplant.weights.spread import DeviceMap, parts_of
 from mechtransplant.weights.tensor_file import Place, TensorFile
 
 __all__ = [
     "DTYPES",
+    "DeviceMap",
     "HUB_NAME",
     "PACKAGES",
     "GgufPackage",
@@ -48,6 +50,7 @@ __all__ = [
     "list_pairs",
     "load_model",
     "models_folder",
+    "parts_of",
     "pin",
     "quiet",
     "runs_on",

@@ -16,6 +16,7 @@ from mechtransplant.errors import UsageError, WeightsError, one_line
 from mechtransplant.weights.files import check_folder, read_json, sha256_of
 from mechtransplant.weights.gguf import PACKAGES, check_gguf, converted, download
 from mechtransplant.weights.pairs import models_folder
+from mechtransplant.weights.spread import DeviceMap, spread
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTISED = "{} is still quantised: load dequantised weights (a GGUF file is dequantised for you)"
@@ -75,7 +76,14 @@ def fetch(spec: str, verify: bool = False) -> list[Path]:
     return [_locate(p, "adapter_config.json" if i else "config.json", verify) for i, p in enumerate(parts)]
 
 
-def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: bool = False) -> tuple[Any, Any]:
+def load_model(
+    spec: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    verify: bool = False,
+    device_map: DeviceMap | None = None,
+    models: int = 1,
+) -> tuple[Any, Any]:
     """The model of a spec, in evaluation mode and without gradients, and its tokenizer.
 
     Args:
@@ -83,6 +91,7 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         dtype: float32, bfloat16 or float16.
         device: a torch device.
         verify: check the full hash of converted weights, not only their size.
+        device_map, models: for a model on several devices, instead of ``device`` (see ``spread``).
 
     Raises:
         WeightsError: weights that are missing, broken, pickled, still quantised, or cannot be fetched.
@@ -91,6 +100,8 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if device == "meta":
         raise UsageError("device meta holds no numbers: expected cpu, cuda, cuda:0, mps, …")
+    if device_map is not None and device != "cpu":
+        raise UsageError(f"give device={device!r} or a device_map, not both")
     base, *adapters = fetch(spec, verify)
     if read_json(base / "config.json").get("quantization_config"):
         raise WeightsError(QUANTISED.format(spec))
@@ -132,6 +143,8 @@ def load_model(spec: str, dtype: str = "float32", device: str = "cpu", verify: b
         model = model.to(device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"cannot use device {device!r}: {one_line(error)}") from error
+    if device_map is not None:
+        model = spread(model, device_map, models)
     return model.eval().requires_grad_(False), tokenizer
 
 

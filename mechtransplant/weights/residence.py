@@ -127,9 +127,10 @@ def runs_on(hf: Any) -> torch.device:
 
 
 @contextmanager
-def lent(module: Any, device: torch.device) -> Iterator[None]:
-    """A module of a model that is away, with its parameters on a device for the length of a block."""
-    moved = [(p, p.data) for p in module.parameters() if p.device != device]
+def lent(module: Any, hf: Any) -> Iterator[None]:
+    """A module of a model that may be away, with its parameters where it runs for the length of a block."""
+    device = runs_on(hf)
+    moved = [(p, p.data) for p in module.parameters() if p.device != device] if takes_turns(hf) else []
     try:
         for parameter, _ in moved:
             parameter.data = parameter.data.to(device)

@@ -1,0 +1,58 @@
+"""A device map on one device is that device; wrong ones are refused. What needs two devices is in test_gpu.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import evaluate
+from mechtransplant.experiment import run_experiment
+from mechtransplant.experiment.config import parse_config
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.tasks import Task
+
+
+def test_a_map_of_one_device(generations: Pair, addition: Task) -> None:
+    pair = load_pair("family/generations", device_map={"": "cpu"})
+    task = addition.subset(range(24))
+    ours, theirs = (evaluate(p.target, task) for p in (pair, generations))
+    assert ours.log_probability is not None and theirs.log_probability is not None
+    assert np.array_equal(ours.log_probability, theirs.log_probability)
+    # a bridge is a matter of several devices alone
+    assert pair.target.bridge is not None
+
+
+@pytest.mark.parametrize(
+    ("device_map", "said"),
+    [
+        ({"model": "cpu"}, "this device_map cannot be used: .*lm_head"),
+        ({"": "disk"}, "weights on the disk cannot be grafted"),
+        ({"": "nowhere"}, "this device_map cannot be used"),
+        ({}, "device_map is 'auto' or maps parts"),
+        ("balanced", "device_map is 'auto' or maps parts"),
+    ],
+)
+def test_wrong_maps_are_refused(device_map: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        load_pair("family/generations", device_map=device_map)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="leave device_map out, or one_at_a_time"):
+        load_pair("family/generations", device_map={"": "cpu"}, one_at_a_time=True)
+    with pytest.raises(UsageError, match="give device='cuda' or a device_map, not both"):
+        load_pair("family/generations", device_map={"": "cpu"}, device="cuda")
+    config = parse_config({"pair": "family/generations", "device_map": {"": "cpu"}, "k": [1]})
+    with pytest.raises(UsageError, match="the engine processes gives every worker models of its own"):
+        run_experiment(config, tmp_path / "run", engine="processes")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to spread over")
+def test_nothing_to_spread_over_is_said() -> None:
+    with pytest.raises(UsageError, match="spreads a model over CUDA devices, and there are none here"):
+        load_pair("family/generations", device_map="auto")
