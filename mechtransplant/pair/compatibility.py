@@ -154,7 +154,7 @@ def _compare_shapes(source: LanguageModel, target: LanguageModel) -> pd.DataFram
         match = sizes[0] == sizes[1]
         change = float("nan")
         if match and tensors[0] is not None and tensors[1] is not None:
-            new, old = tensors[0].detach().float(), tensors[1].detach().float()
+            new, old = tensors[0].detach().to(tensors[1].device).float(), tensors[1].detach().float()
             change = float((new - old).norm() / old.norm().clamp_min(1e-30))
         rows.append(
             {"module": address, "source": sizes[0], "target": sizes[1], "match": match, "relative_change": change}
@@ -175,5 +175,5 @@ def _check_other_tensors(check: Any, source: LanguageModel, target: LanguageMode
     for group, is_in in (("norm scales", True), ("embeddings and output head", False)):
         names = [n for n in ours if n not in moved and ("norm" in n or "ln_" in n) == is_in]
         fits = [n for n in names if theirs[n].shape == ours[n].shape]
-        equal = len(fits) == len(names) and all(torch.equal(theirs[n], ours[n].to(theirs[n].dtype)) for n in names)
+        equal = len(fits) == len(names) and all(torch.equal(theirs[n], ours[n].to(theirs[n])) for n in names)
         check(f"{group} ({len(names)} tensors)", ["equal" if equal else "differ"] * 2, "stays the target's", same=equal)

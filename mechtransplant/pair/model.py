@@ -30,14 +30,14 @@ class LanguageModel:
     @cached_property
     def bridge(self) -> Any:
         """A raw TransformerBridge over the same parameters; made when first asked for (about 4 s of imports)."""
-        from transformer_lens.model_bridge import TransformerBridge
-
-        awaken(self.hf)
         if parts_of(self.hf) is not None:
             raise UsageError(
                 f"{self.name} is on several devices, where it has no bridge: what needs none (shifts, grafts, patches, "
                 "evaluations, rankings) works as it is; for a bridge load it on one device"
             )
+        from transformer_lens.model_bridge import TransformerBridge
+
+        awaken(self.hf)
         # booting replaces submodules, so it gets a twin that shares every parameter
         twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name

@@ -30,9 +30,11 @@ def weight_delta(
     scores = []
     for module in pair.modules(kind):
         regions = Graft([module], kv=kv).regions(pair)
-        moved = sum(
-            float((r.of(theirs[r.parameter]).float() - r.of(ours[r.parameter]).float()).square().sum()) for r in regions
-        )
+        moved = 0.0
+        for region in regions:
+            mine = region.of(ours[region.parameter])
+            # of models in memory one at a time the source's are on the CPU
+            moved += float((region.of(theirs[region.parameter]).to(mine.device).float() - mine.float()).square().sum())
         size = sum(float(r.of(ours[r.parameter]).float().square().sum()) for r in regions) if relative else 1.0
         scores.append(float(np.sqrt(moved / size)) if size else 0.0)
     return scores

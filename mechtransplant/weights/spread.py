@@ -31,10 +31,13 @@ def spread(hf: Any, device_map: DeviceMap, models: int = 1) -> Any:
         raise UsageError(f"device_map is 'auto' or maps parts of the model to devices, got {device_map!r}")
     if "disk" in placed.values():
         raise UsageError("device_map: weights on the disk cannot be grafted; use GPUs and cpu, or one_at_a_time")
-    devices = list(dict.fromkeys(placed.values()))
     try:
-        # the first part's: what is computed on the CPU has its weights there
-        main = "cpu" if "cpu" in devices else devices[0]
+        # the whole's inputs are where the embeddings are
+        words = next(n for n, m in hf.named_modules() if m is hf.get_input_embeddings())
+        main = next((placed[part] for part in sorted(placed, reverse=True) if f"{words}.".startswith(f"{part}.")), None)
+        main = placed.get("") if main is None else main
+        if main != "cpu" and "cpu" in placed.values():
+            raise UsageError(f"a device_map that names cpu has {words} there, where the inputs begin: move it to cpu")
         hf = accelerate.dispatch_model(hf, dict(placed), main_device=main)
     except (ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise UsageError(f"this device_map cannot be used: {one_line(error)}") from error
