@@ -123,7 +123,7 @@ def pipeline(pair: Any, prompts: int, finish: Callable[[], object]) -> dict[str,
     return stages
 
 
-def child(shape: str, prompts: int, device: str, dtype: str) -> None:
+def child(shape: str, prompts: int, device: str, dtype: str, one_at_a_time: bool) -> None:
     """One row, printed as JSON."""
     import torch
     from speed import _status
@@ -131,8 +131,15 @@ def child(shape: str, prompts: int, device: str, dtype: str) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     started = time.perf_counter()
     pair = random_pair(shape, device, dtype)
+    if one_at_a_time:
+        from mechtransplant.weights import Residence, admit
+
+        residence = Residence()
+        for model in (pair.source, pair.target):
+            admit(model.hf, residence)
     on_gpu = device.startswith("cuda")
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
@@ -165,14 +172,15 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[16, 128, 1024])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--one-at-a-time", action="store_true", help="one of the two models in memory: cost_turns.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.shapes[0], arguments.prompts[0], arguments.device, arguments.dtype)
+        child(arguments.shapes[0], arguments.prompts[0], arguments.device, arguments.dtype, arguments.one_at_a_time)
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "cost.csv"
+    path = arguments.out / ("cost_turns.csv" if arguments.one_at_a_time else "cost.csv")
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
     for prompts in arguments.prompts:
         for shape in arguments.shapes:
@@ -181,6 +189,7 @@ def main() -> None:
             if any(all(r[k] == v for k, v in asked.items()) and ("cpu" in r["device"]) == (on == "cpu") for r in rows):
                 continue
             options = ["--device", arguments.device, "--dtype", arguments.dtype]
+            options += ["--one-at-a-time"] * arguments.one_at_a_time
             command = [sys.executable, __file__, "--child", "--shapes", shape, "--prompts", str(prompts), *options]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
