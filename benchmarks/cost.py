@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", type=int, default=[16, 128, 1024])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--one-at-a-time", action="store_true", help="one of the two models in memory: cost_turns.csv")
+    parser.add_argument("--one-at-a-time", action="store_true", help="both models in memory, then one: cost_turns.csv")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,22 +183,24 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / ("cost_turns.csv" if arguments.one_at_a_time else "cost.csv")
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    for prompts in arguments.prompts:
-        for shape in arguments.shapes:
-            asked = {"shape": shape, "prompts": prompts, "dtype": arguments.dtype}
-            on = arguments.device.split(":")[0]
-            if any(all(r[k] == v for k, v in asked.items()) and ("cpu" in r["device"]) == (on == "cpu") for r in rows):
-                continue
-            options = ["--device", arguments.device, "--dtype", arguments.dtype]
-            options += ["--one-at-a-time"] * arguments.one_at_a_time
-            command = [sys.executable, __file__, "--child", "--shapes", shape, "--prompts", str(prompts), *options]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                print(f"{shape}, {prompts} prompts: {done.stderr.strip().splitlines()[-1]}", flush=True)
-                continue
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(rows[-1], flush=True)
-            pd.DataFrame(rows).to_csv(path, index=False)
+    both = [False, True] if arguments.one_at_a_time else [False]
+    for prompts, shape, turns in product(arguments.prompts, arguments.shapes, both):
+        asked = {"shape": shape, "prompts": prompts, "dtype": arguments.dtype}
+        if arguments.one_at_a_time:
+            asked["one_at_a_time"] = turns
+        on = arguments.device.split(":")[0]
+        if any(all(r[k] == v for k, v in asked.items()) and ("cpu" in r["device"]) == (on == "cpu") for r in rows):
+            continue
+        options = ["--device", arguments.device, "--dtype", arguments.dtype]
+        options += ["--one-at-a-time"] * turns
+        command = [sys.executable, __file__, "--child", "--shapes", shape, "--prompts", str(prompts), *options]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            print(f"{shape}, {prompts} prompts: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            continue
+        rows.append(asked | json.loads(done.stdout.strip().splitlines()[-1]))
+        print(rows[-1], flush=True)
+        pd.DataFrame(rows).to_csv(path, index=False)
 
 
 if __name__ == "__main__":

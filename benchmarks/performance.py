@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -97,12 +98,11 @@ def memory() -> str:
     )
 
 
-def kills(table: object) -> str:
+def kills() -> str:
     """Runs that were killed at random moments."""
     rows = read("kills_verdicts")
     if rows is None:
         return ""
-    assert callable(table)
     shown = rows.rename(columns=lambda name: name.replace("_", " "))
     return f"""### Runs that are killed
 
@@ -113,7 +113,7 @@ worker), started again each time, beside the same run undisturbed on the serial 
 """
 
 
-def cost(table: object) -> str:
+def cost() -> str:
     """Seconds and memory by size."""
     rows = read("cost")
     if rows is None:
@@ -131,7 +131,6 @@ def cost(table: object) -> str:
             "peak, GiB": [f"{p / 1024:.1f}" for p in rows.peak_mib],
         }
     )
-    assert callable(table)
     return f"""### Cost against size
 
 `python benchmarks/cost.py`: the whole pipeline on models of random weights, 64 tokens a prompt, batches of 16, in
@@ -140,6 +139,42 @@ effects of the 16 highest, accuracy of target, source and graft, four random set
 own. The 2B and 9B pairs are measured on one GPU (`benchmarks/on_gpu.sh`), not extrapolated.
 
 ![Seconds against prompts, and memory, by shape](../figures/cost.png)
+
+{table(shown)}
+"""
+
+
+def residence() -> str:
+    """Both models in memory, or one at a time."""
+    found = []
+    rows = read("residence")
+    for row in [] if rows is None else rows.itertuples():
+        where = "the process, above what it needs without a model"
+        found.append((row.pair, "CPU, float32", row.one_at_a_time, where, row.shifts_mib, "–"))
+    rows = read("cost_turns")
+    for row in [] if rows is None else rows.itertuples():
+        on = f"{row.device}, {row.dtype}"
+        found.append((f"{row.shape}, {row.prompts} prompts", on, row.one_at_a_time, "the GPU", row.peak_mib, row.total))
+    if not found:
+        return ""
+    shown = pd.DataFrame(
+        [
+            {
+                "pair": pair,
+                "on": on,
+                "in memory": "one at a time" if turns else "both",
+                "peak, GiB": f"{peak / 1024:.2f}",
+                "of": what,
+                "pipeline, s": seconds if seconds == "–" else f"{seconds:.0f}",
+            }
+            for pair, on, turns, what, peak, seconds in found
+        ]
+    )
+    return f"""### One model at a time
+
+`python benchmarks/speed.py --only residence` (shifts of 64 prompts) and `python benchmarks/cost.py --one-at-a-time` (the
+pipeline above; with `TMPDIR=/dev/shm` the files were in memory): the peak with both models in memory, and with one while the
+other lies in a file.
 
 {table(shown)}
 """

@@ -12,19 +12,13 @@ from typing import Any
 
 import pandas as pd
 import performance
+from tables import table
 
 from mechtransplant.figures import calibration_plot, cost_plot, power_plot, save_figure
 from mechtransplant.figures.calibration import interval_coverage
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE.parent / "figures"
-
-
-def table(frame: pd.DataFrame) -> str:
-    """A Markdown table."""
-    rows = [f"| {' | '.join(map(str, frame.columns))} |", "|" + "---|" * len(frame.columns)]
-    rows += [f"| {' | '.join(map(str, row))} |" for row in frame.itertuples(index=False)]
-    return "\n".join(rows)
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -271,8 +265,9 @@ cores; what is compared is interleaved in one process, ratios are taken repeat b
         measured.strip() if found else "",
         performance.memory(),
         statistics,
-        performance.cost(table),
-        performance.kills(table),
+        performance.cost(),
+        performance.residence(),
+        performance.kills(),
     ]
     return "## Speed and memory\n\n" + "\n\n".join(part for part in parts if part)
 
