@@ -172,9 +172,9 @@ def residence() -> str:
     )
     return f"""### One model at a time
 
-`python benchmarks/speed.py --only residence` (shifts of 64 prompts) and `python benchmarks/cost.py --one-at-a-time` (the
-pipeline above; with `TMPDIR=/dev/shm` the files were in memory): the peak with both models in memory, and with one while the
-other lies in a file.
+`python benchmarks/speed.py --only residence` (shifts of 64 prompts) and `python benchmarks/cost.py --one-at-a-time`
+(the pipeline above; with `TMPDIR=/dev/shm` the files were in memory): the peak with both models in memory, and with
+one while the other lies in a file.
 
 {table(shown)}
 """
