@@ -24,7 +24,8 @@ from mechtransplant.tasks import Task, load_task
 
 REQUIRED = [
     "lae", "lae_relative", "distance", "own", "own_over_inherited", "significant", "weight_delta", "gradient",
-    "activation_gradient", "single_swap", "greedy", "mask", "random", "random_matched", "bottom", "depth",
+    "activation_gradient", "single_swap", "screened_swap", "greedy", "mask", "random", "random_matched", "bottom",
+    "depth",
 ]  # fmt: skip
 
 
@@ -564,6 +565,32 @@ def test_generated_answers_have_continuous_outcomes_too(instruct: Pair) -> None:
     assert found.method == "generate" and found.log_probability is not None and found.logit_difference is not None
     np.testing.assert_allclose(found.log_probability, gold_scores(instruct.source, task)[1])
     assert evaluate(instruct.source, task, gold=False).log_probability is None
+
+
+def test_a_screen_is_confirmed_from_above(drifted: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechtransplant.ranking import swaps
+
+    task, kinds = load_task("addition").split(32, 8, 8).discover, ("head", "mlp")
+    tried: list[str] = []
+    gains = swaps._gains
+
+    def counted(pair: Pair, task: Task, modules: Any, *more: Any) -> Any:
+        tried.extend(modules)
+        return gains(pair, task, modules, *more)
+
+    first, exact = (scores(drifted, task, r, kinds) for r in ("gradient", "single_swap"))
+    monkeypatch.setattr(swaps, "_gains", counted)
+    found = scores(drifted, task, "screened_swap", kinds, confirm=6)
+    # each once, and few
+    assert 6 <= len(tried) == len(set(tried)) < len(exact) / 2
+    others = [m for m in found.index if m not in tried]
+    np.testing.assert_allclose(found[tried], exact[tried], atol=1e-4)
+    np.testing.assert_allclose(found[others], first[others], atol=1e-6)
+    # none of the highest is an approximation
+    assert set(found.sort_values(ascending=False).index[:6]) <= set(tried)
+    assert found.idxmax() == exact.idxmax()
+    whole = scores(drifted, task, "screened_swap", kinds, confirm=len(exact))
+    np.testing.assert_allclose(whole, exact, atol=1e-4)
 
 
 def test_gradient_against_single_swap(drifted: Pair) -> None:

@@ -45,6 +45,41 @@ def single_swap(
 
 
 @register_rule(
+    "screened_swap",
+    "s(m) = L(target with m grafted) − L(target) for the `confirm` highest, ⟨∂L/∂W_m, W_source − W_target⟩ below them",
+    needs="gradients",
+    cost="1 forward and 1 backward pass, then about `confirm` passes from the modules' layers on",
+    sign=GAIN + ", exactly for the `confirm` highest",
+)
+def screened_swap(
+    pair: Pair,
+    task: Task,
+    kind: Kinds,
+    *,
+    confirm: int = 32,
+    kv: KV = "never",
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scores:
+    """All modules by `gradient`, and the highest of them again by `single_swap`, until the highest are all exact.
+
+    A module whose exact effect is below a first-order one lets the next be tried, so that nothing stands among the
+    ``confirm`` highest by an approximation alone.
+    """
+    modules = pair.modules(kind)
+    scores = weight_effects(WeightChanges(pair, modules, kv), task, batch_size, progress)[0]
+    exact: set[int] = set()
+    while True:
+        highest = np.argsort(-scores, kind="stable")[:confirm]
+        new = [int(i) for i in highest if int(i) not in exact]
+        if not new:
+            return scores
+        scores[new] = _gains(pair, task, [modules[i] for i in new], kv, batch_size, progress)
+        exact.update(new)
+
+
+@register_rule(
     "greedy",
     "m₁ = argmax L(target with m), then m₂ = argmax L(target with m₁ and m), …; s = N − place",
     needs="gold answers",
