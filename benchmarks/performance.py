@@ -113,6 +113,38 @@ worker), started again each time, beside the same run undisturbed on the serial 
 """
 
 
+def engines() -> str:
+    """Seconds of one run on every engine."""
+    rows = read("engines")
+    if rows is None:
+        return ""
+    alone = rows[(rows.engine == "serial") & (rows.threads == 1)].set_index("repeat")
+    shown = []
+    for (engine, threads), each in rows.groupby(["engine", "threads"], sort=False):
+        here = each.set_index("repeat")
+        after = (alone.seconds - alone.first_cell) / (here.seconds - here.first_cell)
+        same = each.tables_equal.dropna()
+        shown.append(
+            {
+                "engine": f"{engine}, {threads} thread{'s' * (threads > 1)}" + (" each" if engine != "serial" else ""),
+                "processes": 1 if engine == "serial" else 2,
+                "seconds": f"{here.seconds.median():.0f}",
+                "of which to the first cell": f"{here.first_cell.median():.0f}",
+                "whole run": f"{(alone.seconds / here.seconds).median():.2f} ×",
+                "after the first cell": f"{after.median():.2f} ×",
+                "tables": "–" if threads > 1 else "the same bytes" if same.astype(str).eq("True").all() else "DIFFER",
+                "n": len(each),
+            }
+        )
+    return f"""### Engines
+
+`python benchmarks/engines.py`: one run of {int(rows.cells.iloc[0])} cells on {rows["pair"].iloc[0]} (48 questions
+each), on two shared cores; how many times faster than the serial engine with one thread (medians of repeats in turns).
+
+{table(pd.DataFrame(shown))}
+"""
+
+
 def cost() -> str:
     """Seconds and memory by size."""
     rows = read("cost")

@@ -267,6 +267,7 @@ cores; what is compared is interleaved in one process, ratios are taken repeat b
         statistics,
         performance.cost(),
         performance.residence(),
+        performance.engines(),
         performance.kills(),
     ]
     return "## Speed and memory\n\n" + "\n\n".join(part for part in parts if part)
