@@ -50,6 +50,7 @@ benchmarks: install  ## error rates, power, speed, and cost, and operators besid
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/grafting_speed.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/report.py

@@ -113,6 +113,38 @@ worker), started again each time, beside the same run undisturbed on the serial 
 """
 
 
+def peers() -> str:
+    """The same measurement with other libraries."""
+    rows = read("peers")
+    if rows is None:
+        return ""
+    shown = []
+    for kind, what in (
+        ("shifts", "magnitude and distance of all heads and MLPs, 8 prompts"),
+        ("patches", "the answer's log-probability with each MLP patched at the answer, one by one"),
+    ):
+        for name in dict.fromkeys(w.partition(", ")[2] for w in rows.what if w.startswith(kind)):
+            here = rows[rows.what == f"{kind}, {name}"]
+            ratio = ratios(rows, f"{kind}, {name}", f"{kind}, ours")
+            shown.append(
+                {
+                    "what": what,
+                    "with": name,
+                    "seconds": f"{here.seconds.median():.2f}",
+                    "of ours, median (range)": f"{ratio.median():.1f} × ({ratio.min():.1f} – {ratio.max():.1f})",
+                    "largest difference from ours": f"{here.largest_difference.max():.0e}" if name != "ours" else "–",
+                    "n": len(here),
+                }
+            )
+    return f"""### Other libraries
+
+`python benchmarks/peers.py` (nnsight 0.8.1 and pyvene 0.1.8 are installed for it, and are no dependencies): how long
+the same numbers take with each library on {rows["pair"].iloc[0]}, 8 × 64 tokens, float32, two threads, in turns.
+
+{table(pd.DataFrame(shown))}
+"""
+
+
 def engines() -> str:
     """Seconds of one run on every engine."""
     rows = read("engines")

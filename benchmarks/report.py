@@ -267,6 +267,7 @@ cores; what is compared is interleaved in one process, ratios are taken repeat b
         statistics,
         performance.cost(),
         performance.residence(),
+        performance.peers(),
         performance.engines(),
         performance.kills(),
     ]
