@@ -2,7 +2,7 @@
 
     python benchmarks/engines.py [--pair smollm2/generations] [--repeats 3] [--out benchmarks/results]
 
-A run of some sixty cells, most of them random sets; each start is a process in a new folder, and engines take turns.
+A run of some thirty cells, most of them random sets; each start is a process in a new folder, and engines take turns.
 "Serial" with one thread has what a worker has; with two it has all of this machine that two workers have. Every
 measurement is added to the CSV file, so that a killed benchmark continues.
 """
@@ -23,8 +23,8 @@ from kills import TABLES, finished
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
-    "name": "engines", "rule": "weight_delta", "k": [8, 32], "random_sets": 40, "curve_sets": 2, "batch_size": 16,
-    "split": {"discover": 8, "choose": 16, "test": 48}, "side_effects": None, "controls": ["bottom"],
+    "name": "engines", "rule": "weight_delta", "k": [8, 32], "random_sets": 20, "curve_sets": 1, "batch_size": 16,
+    "split": {"discover": 8, "choose": 16, "test": 32}, "side_effects": None, "controls": ["bottom"],
 }  # fmt: skip
 #: a run without side effects has no table of them
 USED = tuple(t for t in TABLES if t != "side_effects.csv")

@@ -170,7 +170,7 @@ def engines() -> str:
         )
     return f"""### Engines
 
-`python benchmarks/engines.py`: one run of {int(rows.cells.iloc[0])} cells on {rows["pair"].iloc[0]} (48 questions
+`python benchmarks/engines.py`: one run of {int(rows.cells.iloc[0])} cells on {rows["pair"].iloc[0]} (32 questions
 each), on two shared cores; how many times faster than the serial engine with one thread (medians of repeats in turns).
 
 {table(pd.DataFrame(shown))}
