@@ -54,7 +54,7 @@ def read_by_nnsight(wrapped: Any, ids: torch.Tensor) -> Read:
     """nnsight: one trace."""
     import nnsight
 
-    with wrapped.trace(input_ids=ids):
+    with wrapped.trace(input_ids=ids, logits_to_keep=1):
         zs, outs = nnsight.save([]), nnsight.save([])
         for layer in wrapped.model.layers:
             zs.append(layer.self_attn.o_proj.input)
@@ -110,6 +110,7 @@ def patches(pair: Pair, wrapped: dict[str, Any]) -> dict[str, Callable[[], np.nd
     """name → a function that gives log p of the answers, (MLPs, questions)."""
     import pyvene
 
+    twin = copy_without_hooks(pair.target.hf, share_parameters=True)
     task, mlps = sums(pair), pair.modules("mlp")
     theirs = TransformerLens(pair, task)
     inputs = {"input_ids": theirs.ids, "attention_mask": theirs.mask}
@@ -148,7 +149,7 @@ def patches(pair: Pair, wrapped: dict[str, Any]) -> dict[str, Callable[[], np.nd
             config = pyvene.IntervenableConfig(
                 {"layer": layer, "component": "mlp_output"}, intervention_types=pyvene.VanillaIntervention
             )
-            model = pyvene.IntervenableModel(config, model=pair.target.hf)
+            model = pyvene.IntervenableModel(config, model=twin)
             moved = {model.sorted_keys[0]: outs[layer][:, start:]}
             _, output = model(inputs, source_representations=moved, unit_locations={"base": places})
             found.append(theirs.score(output.logits))
