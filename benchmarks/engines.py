@@ -39,16 +39,17 @@ def run(pair: str, engine: str, threads: int, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "mechtransplant.cli", "run", str(config), "--out", str(folder), "--engine", engine]
     command += ["--workers", "2"] if engine != "serial" else []
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     first = None
-    while process.poll() is None:
-        time.sleep(0.1)
-        if first is None and finished(folder):
-            first = time.perf_counter() - started
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        assert process.stderr is not None
-        raise SystemExit(f"{engine}: {process.stderr.read().decode().strip().splitlines()[-1]}")
+    with (folder.parent / "said.txt").open("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        while process.poll() is None:
+            time.sleep(0.1)
+            if first is None and finished(folder):
+                first = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{engine}: {said.read().strip().splitlines()[-1]}")
     return {"first_cell": round(first or seconds, 2), "seconds": round(seconds, 2), "cells": len(finished(folder))}
 
 

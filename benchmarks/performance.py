@@ -156,7 +156,8 @@ def engines() -> str:
     for (engine, threads), each in rows.groupby(["engine", "threads"], sort=False):
         here = each.set_index("repeat")
         after = (alone.seconds - alone.first_cell) / (here.seconds - here.first_cell)
-        same = each.tables_equal.dropna()
+        compared = each.tables_equal.dropna().astype(str)
+        same = "the same bytes" if compared.eq("True").all() else "DIFFER"
         shown.append(
             {
                 "engine": f"{engine}, {threads} thread{'s' * (threads > 1)}" + (" each" if engine != "serial" else ""),
@@ -165,7 +166,7 @@ def engines() -> str:
                 "of which to the first cell": f"{here.first_cell.median():.0f}",
                 "whole run": f"{(alone.seconds / here.seconds).median():.2f} ×",
                 "after the first cell": f"{after.median():.2f} ×",
-                "tables": "–" if threads > 1 else "the same bytes" if same.astype(str).eq("True").all() else "DIFFER",
+                "tables": same if len(compared) and engine != "serial" else "–",
                 "n": len(each),
             }
         )
@@ -219,7 +220,8 @@ def residence() -> str:
     rows = read("cost_turns")
     for row in [] if rows is None else rows.itertuples():
         on = f"{row.device}, {row.dtype}"
-        found.append((f"{row.shape}, {row.prompts} prompts", on, row.one_at_a_time, "the GPU", row.peak_mib, row.total))
+        what = "the process, models included" if "cpu" in row.device else "the GPU"
+        found.append((f"{row.shape}, {row.prompts} prompts", on, row.one_at_a_time, what, row.peak_mib, row.total))
     if not found:
         return ""
     shown = pd.DataFrame(

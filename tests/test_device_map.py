@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
 from mechtransplant.experiment import run_experiment
 from mechtransplant.experiment.config import parse_config
-from mechtransplant.pair import Pair, load_pair
+from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.tasks import Task
+from mechtransplant.weights.spread import spread
 
 
 def test_a_map_of_one_device(generations: Pair, addition: Task) -> None:
@@ -44,6 +46,13 @@ def test_a_map_of_one_device(generations: Pair, addition: Task) -> None:
 def test_wrong_maps_are_refused(device_map: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load_pair("family/generations", device_map=device_map)
+
+
+def test_parts_that_share_a_tensor_have_one_device(random_model: Callable[..., LanguageModel]) -> None:
+    hf = random_model(0, tie_word_embeddings=True).hf
+    there: dict[str, Any] = {"model": "cpu", "lm_head": 0}
+    with pytest.raises(UsageError, match="lm_head and model share a tensor: give them one device"):
+        spread(hf, there)
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from architectures import random_pair_of
 
 import mechtransplant as mt
 from mechtransplant.errors import UsageError
@@ -24,8 +26,8 @@ from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.patching import Patch, patch_effects
 from mechtransplant.ranking import rank_modules
 from mechtransplant.shifts import decoding_shifts, measure_shifts, shift_vectors, summarize_shifts
-from mechtransplant.tasks import Task
-from mechtransplant.weights import Residence, TensorFile, admit, awaken, runs_on, takes_turns
+from mechtransplant.tasks import Task, load_task
+from mechtransplant.weights import Residence, TensorFile, admit, awaken, is_here, runs_on, takes_turns
 
 MODULES = ["L1.mlp", "L2H1", "L0.q_proj"]
 
@@ -39,7 +41,19 @@ def loaded() -> Pair:
 def turns(loaded: Pair) -> Iterator[Pair]:
     """The pair; fails the test that leaves a byte of either model different."""
     before = [m.fingerprint for m in (loaded.source, loaded.target)]
+    late: list[str] = []
+
+    def begins(hf: Any, *_: Any) -> None:
+        # on a GPU what is prepared before the pass would have been for the wrong device
+        if not is_here(hf):
+            late.append("".join(traceback.format_stack()[-12:]))
+
+    # before everything else, the call of the pass's own hook included
+    handles = [m.hf.register_forward_pre_hook(begins, prepend=True) for m in (loaded.source, loaded.target)]
     yield loaded
+    for handle in handles:
+        handle.remove()
+    assert not late, late[0]
     assert [m.fingerprint for m in (loaded.source, loaded.target)] == before
 
 
@@ -79,8 +93,13 @@ def test_summaries_vectors_and_decoding_shifts(turns: Pair, generations: Pair, q
     same(*(decoding_shifts(pair, questions, batch_size=8) for pair in (turns, generations)))
 
 
+def test_lae_by_decoding_and_as_a_rule(turns: Pair, generations: Pair, questions: Task) -> None:
+    same(*(rank_modules(pair, questions, "lae", "linear", batch_size=8) for pair in (turns, generations)))
+
+
 @pytest.mark.parametrize(
-    "rule", ["lae", "own", "weight_delta", "gradient", "integrated_gradient", "activation_gradient", "single_swap"]
+    "rule",
+    ["screened_swap", "own", "weight_delta", "gradient", "integrated_gradient", "activation_gradient", "single_swap"],
 )
 def test_rankings(rule: str, turns: Pair, generations: Pair, questions: Task) -> None:
     options = {} if rule == "weight_delta" else {"batch_size": 8}
@@ -154,6 +173,12 @@ def test_what_is_written_into_a_model_stays(questions: Task) -> None:
         weight[3, :5] += 1
     changed = pair.target.fingerprint
     after = evaluate(pair.target, questions)
+    evaluate(pair.source, questions)
+    assert pair.target.fingerprint == changed
+    evaluate(pair.target, questions)
+    # a write that leaves no mark
+    weight.data[5, :5] += 1
+    changed = pair.target.fingerprint
     evaluate(pair.source, questions)
     assert pair.target.fingerprint == changed
     with torch.no_grad():
@@ -244,3 +269,64 @@ def test_a_run(tmp_path: Path) -> None:
         for flag in (True, False)
     ]
     pd.testing.assert_frame_equal(*found, rtol=0, atol=0)
+
+
+def test_exports_and_copies_are_of_the_target_where_it_runs(turns: Pair, generations: Pair, tmp_path: Path) -> None:
+    graft = Graft(["L1.mlp", "L2H1"], 0.7)
+    prints, found = [], []
+    for at, pair in enumerate((turns, generations)):
+        evaluate(pair.source, load_task("addition").subset(range(4)))
+        mt.export_graft(pair, graft, tmp_path / str(at))
+        prints.append(graft.copied(pair).fingerprint)
+        found.append(mt.verify_export(tmp_path / str(at), pair).problems)
+    assert prints[0] == prints[1] and found == [[], []]
+    weights = [(tmp_path / str(at) / "model.safetensors").read_bytes() for at in (0, 1)]
+    assert weights[0] == weights[1]
+
+
+def test_a_pass_by_hand_calls_its_model(loaded: Pair, generations: Pair) -> None:
+    ids = torch.arange(5, 12)[None]
+    for role in ("source", "target", "source"):
+        ours, theirs = (getattr(pair, role) for pair in (loaded, generations))
+        assert torch.equal(ours.hf(ids).logits, theirs.hf(input_ids=ids).logits)
+        assert is_here(ours.hf)
+        assert torch.equal(ours.bridge(ids), theirs.bridge(ids))
+
+
+def test_a_bridge_that_splits_weights_follows_its_model(generations: Pair, addition: Task) -> None:
+    """GPT-2's Q, K and V are one tensor, of which a bridge holds views."""
+    pair, task = random_pair_of("gpt2", generations.target.tokenizer), addition.subset(range(4))
+    residence = Residence()
+    for model in (pair.source, pair.target):
+        admit(model.hf, residence)
+    before = mt.cache_activations(pair.target, task, ["attn.hook_z"])
+    mt.cache_activations(pair.source, task, ["attn.hook_z"])
+    with torch.no_grad():
+        pair.target.hf.get_parameter("transformer.h.0.attn.c_attn.weight").mul_(1.5)
+    after = mt.cache_activations(pair.target, task, ["attn.hook_z"])
+    mt.cache_activations(pair.source, task, ["attn.hook_z"])
+    again = mt.cache_activations(pair.target, task, ["attn.hook_z"])
+    name = "blocks.0.attn.hook_z"
+    assert not torch.equal(before.prompt(0, name), after.prompt(0, name))
+    assert torch.equal(after.prompt(0, name), again.prompt(0, name))
+
+
+def test_an_interrupt_while_a_model_is_called_leaves_no_pin(
+    turns: Pair, questions: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechtransplant.weights import residence
+
+    evaluate(turns.source, questions)
+    put = residence._put
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for applied in (Graft(MODULES).applied(turns), ConditionalGraft(Graft(MODULES), "decoding").applied(turns)):
+        evaluate(turns.source, questions)
+        monkeypatch.setattr(residence, "_put", interrupted)
+        with pytest.raises(KeyboardInterrupt), applied:
+            pass
+        monkeypatch.setattr(residence, "_put", put)
+        evaluate(turns.target, questions)
+        evaluate(turns.source, questions)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.interventions import accepting, by_acceptance, interventions_on
 from mechtransplant.tasks import Example, Task
-from mechtransplant.weights import awaken
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +36,9 @@ class Encoded:
 
 def make_ready(model: Any) -> None:
     """Have a model's weights where it runs; raises UsageError for what is no model (a pair, a Hugging Face model)."""
-    if not hasattr(model, "hf") or not hasattr(model, "tokenizer"):
+    if not all(hasattr(model, name) for name in ("hf", "tokenizer", "awaken")):
         raise UsageError(f"expected a model, such as pair.target, got {type(model).__name__}")
-    awaken(model.hf)
+    model.awaken()
 
 
 def check_task(task: Any) -> None:

@@ -90,6 +90,7 @@ def generation_batches(
 
     from mechtransplant.progress import track
 
+    make_ready(model)
     hf = model.hf
     lengths = [len(p) for p in encoded.prompts]
     check_lengths(hf, max(lengths) + max_new_tokens)

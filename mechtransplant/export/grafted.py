@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.batches import make_ready
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.applied import written
 from mechtransplant.grafting.graft import checked
@@ -22,6 +23,8 @@ def written_tensors(pair: Pair, graft: Graft) -> tuple[dict[Region, float], dict
     if pair.applied:
         raise UsageError("a graft is in place on this pair's target: leave its `with` block first, then export")
     pair.check_plain("export")
+    # random choices and rounding are the device's own: written where it was measured
+    make_ready(pair.target)
     regions = checked(graft, pair)
     changed: dict[str, Any] = {}
     for region, strength in regions.items():

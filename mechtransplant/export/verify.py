@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.batches import make_ready
 from mechtransplant.export.manifest import file_names, graft_of, read_manifest
 from mechtransplant.export.staging import readable
 from mechtransplant.export.tensors import Stored, dtype_name, file_sha256, stored_tensors, tensor_sha256
@@ -156,6 +157,7 @@ def _models(
             "the export was made with a common ancestor and the pair has none, or the other way round: load the pair "
             "as it was then (base=, --base)"
         )
+    make_ready(pair.target)
     regions = checked(graft, pair)
     for role in ("source", "target", "base") if inside else ("target",):
         model, said = getattr(pair, role), manifest["pair"].get(role)

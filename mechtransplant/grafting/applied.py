@@ -52,11 +52,16 @@ class Applied:
     @guard.protect
     def __enter__(self) -> Graft:
         self.pair.check_free(self.regions)
-        # a graft of nothing holds nothing
-        entry = Entry(pinned=bool(self.regions))
-        if entry.pinned:
-            pin(self.pair.target.hf)
+        entry = Entry()
         guard.hold()
+        try:
+            # a graft of nothing holds nothing
+            if self.regions:
+                pin(self.pair.target.hf)
+                entry.pinned = True
+        except BaseException:
+            guard.release()
+            raise
         self.entries.append(entry)
         self.pair.applied.append(entry)
         put_on(self.pair.target.hf, *self.chosen)

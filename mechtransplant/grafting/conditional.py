@@ -84,8 +84,12 @@ class AppliedConditional:
         if self.inside:
             raise UsageError("this conditional graft is in place already: make another block of it")
         self.pair.check_free(self.regions)
-        pin(self.pair.target.hf)
         guard.hold()
+        try:
+            pin(self.pair.target.hf)
+        except BaseException:
+            guard.release()
+            raise
         self.inside = True
         self.pair.conditional.append(self.regions)
         interventions_on(self.pair.target.hf).append(self.intervention)
@@ -111,13 +115,13 @@ class AppliedConditional:
             while self.ends:
                 self.ends.pop()()
             self.entry.restore()
-            unpin(self.pair.target.hf)
             self.pair.target.when_bridged.remove(self._on_bridge)
             take_off(self.pair.target.hf, *self.chosen)
             interventions_on(self.pair.target.hf).remove(self.intervention)
             self.pair.conditional[:] = [r for r in self.pair.conditional if r is not self.regions]
             self.inside = False
         finally:
+            unpin(self.pair.target.hf)
             guard.release()
 
     def _on_bridge(self, bridge: Any) -> None:

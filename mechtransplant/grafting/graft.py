@@ -35,6 +35,7 @@ from mechtransplant.selection import (
     selections_on,
     what_acts_on,
 )
+from mechtransplant.weights import awaken
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel, Pair
@@ -215,8 +216,10 @@ class Graft:
         """
         from mechtransplant.pair import LanguageModel, copy_without_hooks
 
-        regions = checked(self, pair)
         pair.check_plain("copy")
+        # the copy stays where it is made
+        awaken(pair.target.hf)
+        regions = checked(self, pair)
         hf = copy_without_hooks(pair.target.hf)
         new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
         parameters = dict(hf.named_parameters())

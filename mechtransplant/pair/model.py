@@ -14,7 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.modules import Layout, layout_of
-from mechtransplant.weights import awaken, parts_of
+from mechtransplant.weights import awaken, count_positions, parts_of, takes_turns
 
 
 @dataclass
@@ -37,7 +37,7 @@ class LanguageModel:
             )
         from transformer_lens.model_bridge import TransformerBridge
 
-        awaken(self.hf)
+        self.awaken()
         # booting replaces submodules, so it gets a twin that shares every parameter
         twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
@@ -46,9 +46,21 @@ class LanguageModel:
         bridge = TransformerBridge.boot_transformers(
             folder, hf_model=twin, tokenizer=self.tokenizer, device=str(self.hf.device)
         )
+        if takes_turns(self.hf):
+            bridge.original_model.register_forward_pre_hook(lambda *_: self.awaken())
         for act in self.when_bridged:
             act(bridge)
         return bridge
+
+    def awaken(self) -> None:
+        """Have the weights where the model runs; for a pair that is loaded one at a time (see ``weights.residence``).
+
+        Everything in this package does so by itself, and so does a forward pass.
+        """
+        awaken(self.hf)
+        if takes_turns(self.hf):
+            # a bridge may hold views of where the weights were
+            self.weights_changed()
 
     def weights_changed(self) -> None:
         """Forget a bridge that holds copies: the next use makes one of the weights as they are then."""
@@ -92,10 +104,14 @@ def copy_without_hooks(hf: Any, share_parameters: bool = False) -> Any:
     try:
         for module, name, hooks in kept:
             setattr(module, name, type(hooks)())
-        return copy.deepcopy(hf, memo={id(p): p for p in hf.parameters()} if share_parameters else None)
+        made = copy.deepcopy(hf, memo={id(p): p for p in hf.parameters()} if share_parameters else None)
     finally:
         for module, name, hooks in kept:
             setattr(module, name, hooks)
+    if parts_of(made) is not None:
+        # no effect on numbers: without it logits of chosen positions cannot be asked for
+        count_positions(made)
+    return made
 
 
 def holds_copies(hf: Any, bridge: Any) -> bool:

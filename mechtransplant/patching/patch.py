@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from mechtransplant.errors import CompatibilityError, UsageError, finite_number
@@ -98,11 +97,6 @@ class Copying:
         #: the target's z of this pass, for writes that are exchanged where the heads' sum comes out
         self.z: dict[int, Tensor] = {}
 
-    @cached_property
-    def writes(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """W_O of source and target of every patched layer, each (head, d_head, d_model)."""
-        return {n: (self.pair.source.output_weights(n), self.pair.target.output_weights(n)) for n in self.heads}
-
     def sites(self, model: LanguageModel | None = None) -> list[Site]:
         """z of every patched head's layer, the block's output where writes are exchanged, and whole sites."""
         found = [Site("z", layer) for layer in self.heads]
@@ -141,7 +135,9 @@ class Copying:
         heads, ours = self.heads[site.layer], self.z.pop(site.layer)
         theirs = seen[Site("z", site.layer)].reshape(ours.shape)[..., heads, :]
         ours = ours[..., heads, :]
-        w_source, w_target = (w[heads].to(ours) for w in self.writes[site.layer])
+        models = self.pair.source, self.pair.target
+        # looked up every time: held, they would keep the memory of a model that has to make room
+        w_source, w_target = (m.output_weights(site.layer)[heads].to(ours) for m in models)
         change = torch.einsum("bphd,hdm->bpm", theirs - ours, w_source)
         change += torch.einsum("bphd,hdm->bpm", ours, w_source - w_target)
         return self.patch.strength * change

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import UsageError, check_count
 from mechtransplant.evaluation.sweeps import Change, sweep
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
@@ -48,7 +48,7 @@ def single_swap(
     "screened_swap",
     "s(m) = L(target with m grafted) − L(target) for the `confirm` highest, ⟨∂L/∂W_m, W_source − W_target⟩ below them",
     needs="gradients",
-    cost="1 forward and 1 backward pass, then about `confirm` passes from the modules' layers on",
+    cost="1 forward and 1 backward pass, then `confirm` or more passes from the modules' layers on",
     sign=GAIN + ", exactly for the `confirm` highest",
 )
 def screened_swap(
@@ -67,6 +67,7 @@ def screened_swap(
     A module whose exact effect is below a first-order one lets the next be tried, so that nothing stands among the
     ``confirm`` highest by an approximation alone.
     """
+    check_count("confirm", confirm)
     modules = pair.modules(kind)
     scores = weight_effects(WeightChanges(pair, modules, kv), task, batch_size, progress)[0]
     exact: set[int] = set()

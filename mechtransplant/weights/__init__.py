@@ -24,8 +24,8 @@ from mechtransplant.weights.loading import (
     quiet,
 )
 from mechtransplant.weights.pairs import PairEntry, get_pair, list_pairs, models_folder
-from mechtransplant.weights.residence import Residence, admit, awaken, lent, pin, runs_on, takes_turns, unpin
-from mechtransplant.weights.spread import DeviceMap, parts_of
+from mechtransplant.weights.residence import Residence, admit, awaken, is_here, lent, pin, runs_on, takes_turns, unpin
+from mechtransplant.weights.spread import DeviceMap, count_positions, parts_of
 from mechtransplant.weights.tensor_file import Place, TensorFile
 
 __all__ = [
@@ -43,9 +43,11 @@ __all__ = [
     "cache_folder",
     "check_not_quantised",
     "check_safetensors",
+    "count_positions",
     "fetch",
     "fingerprint",
     "get_pair",
+    "is_here",
     "lent",
     "list_pairs",
     "load_model",

@@ -4,8 +4,8 @@ A model that is *away* can be looked at: its parameters are the file's own numbe
 Before a model runs it is called (:func:`awaken`), and the one that was there goes away. Parameters stay the same
 objects, so whoever holds them (a bridge over the same parameters) sees where they are.
 
-What was written into a model's parameters by then goes to its file with it. While a graft is in place its model stays,
-since what the graft will restore are the tensors that it wrote into.
+What was written into a model's parameters while it was there goes to its file with it. While a graft is in place its
+model stays, since what the graft will restore are the tensors that it wrote into.
 """
 
 from __future__ import annotations
@@ -69,6 +69,20 @@ def admit(hf: Any, residence: Residence) -> None:
     tenant = _TENANTS[hf] = Tenant(residence, file, places)
     residence.models.add(hf)
     _put(hf, tenant, torch.device("cpu"))
+    hf.register_forward_pre_hook(arriving, with_kwargs=True)
+
+
+def arriving(hf: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Before a pass that somebody begins by hand: the model is called, and what it reads goes where it runs."""
+    import torch
+
+    awaken(hf)
+    device = runs_on(hf)
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(moved, inputs)), {key: moved(value) for key, value in keywords.items()}
 
 
 def awaken(hf: Any) -> None:
@@ -82,7 +96,8 @@ def awaken(hf: Any) -> None:
     if tenant is None:
         return
     residence = tenant.residence
-    if residence.resident is not None and residence.resident() is hf:
+    there = None if residence.resident is None else residence.resident()
+    if there is hf:
         return
     if residence.pins:
         raise UsageError(
@@ -90,7 +105,7 @@ def awaken(hf: Any) -> None:
             "other model is used, or load the pair without one_at_a_time"
         )
     for model in residence.models:
-        _write_back(model, _TENANTS[model])
+        _write_back(model, _TENANTS[model], everything=model is there)
     # an interrupt may come between any two lines
     residence.resident = None
     for model in residence.models:
@@ -117,6 +132,12 @@ def unpin(hf: Any) -> None:
 def takes_turns(hf: Any) -> bool:
     """Whether a model is one of those that are in memory one at a time."""
     return hf in _TENANTS
+
+
+def is_here(hf: Any) -> bool:
+    """Whether a model's parameters are where it runs."""
+    tenant = _TENANTS.get(hf)
+    return tenant is None or (tenant.residence.resident is not None and tenant.residence.resident() is hf)
 
 
 def runs_on(hf: Any) -> torch.device:
@@ -151,19 +172,23 @@ def _put(hf: Any, tenant: Tenant, device: torch.device) -> None:
     tenant.seen = {name: (p.data_ptr(), p._version) for name, p in parameters.items()}
 
 
-def _write_back(hf: Any, tenant: Tenant) -> None:
-    """Put into the file what was written into the parameters."""
+def _write_back(hf: Any, tenant: Tenant, everything: bool) -> None:
+    """Put into the file what was written into the parameters.
+
+    Writes by way of ``.data`` leave no mark, so all that a model had in memory is compared; of one that was away, what
+    has a mark.
+    """
     import torch
 
     mapped = tenant.file.mapped()
     for name, parameter in hf.named_parameters():
-        if tenant.seen[name] == (parameter.data_ptr(), parameter._version):
+        if not everything and tenant.seen.get(name) == (parameter.data_ptr(), parameter._version):
             continue
-        place = tenant.places[name]
-        if (parameter.dtype, tuple(parameter.shape)) != (place.dtype, place.shape):
+        place = tenant.places.get(name)
+        if place is None or (parameter.dtype, tuple(parameter.shape)) != (place.dtype, place.shape):
             raise UsageError(
-                f"{name} was given another dtype or shape, which a pair that is loaded one at a time cannot keep: load "
-                "it without one_at_a_time"
+                f"{name} is new, or was given another dtype or shape, which a pair that is loaded one at a time cannot "
+                "keep: load it without one_at_a_time"
             )
         if not torch.equal(bits_of(parameter), bits_of(mapped[place])):
             tenant.file.put(place, parameter)

@@ -31,6 +31,7 @@ def spread(hf: Any, device_map: DeviceMap, models: int = 1) -> Any:
         raise UsageError(f"device_map is 'auto' or maps parts of the model to devices, got {device_map!r}")
     if "disk" in placed.values():
         raise UsageError("device_map: weights on the disk cannot be grafted; use GPUs and cpu, or one_at_a_time")
+    _check_tied(hf, placed)
     try:
         # the whole's inputs are where the embeddings are
         words = next(n for n, m in hf.named_modules() if m is hf.get_input_embeddings())
@@ -41,8 +42,26 @@ def spread(hf: Any, device_map: DeviceMap, models: int = 1) -> Any:
         hf = accelerate.dispatch_model(hf, dict(placed), main_device=main)
     except (ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise UsageError(f"this device_map cannot be used: {one_line(error)}") from error
-    hf.register_forward_pre_hook(_counted, with_kwargs=True)
+    count_positions(hf)
     return hf
+
+
+def count_positions(hf: Any) -> None:
+    """Positions whose logits are wanted are said as a number: an index would have to be where the last layer is."""
+    hf.register_forward_pre_hook(_counted, with_kwargs=True)
+
+
+def _check_tied(hf: Any, placed: Mapping[str, Any]) -> None:
+    """Refuse a map that puts parameters which are one tensor on two devices: it can be on one."""
+    from accelerate.utils import find_tied_parameters
+
+    def part(name: str) -> str:
+        return max((p for p in placed if p == "" or f"{name}.".startswith(f"{p}.")), key=len, default="")
+
+    for group in find_tied_parameters(hf):
+        parts = sorted({part(name) for name in group})
+        if len({str(placed.get(p)) for p in parts}) > 1:
+            raise UsageError(f"device_map: {' and '.join(parts)} share a tensor: give them one device")
 
 
 def parts_of(hf: Any) -> Mapping[str, Any] | None:
@@ -77,7 +96,7 @@ def _even(hf: Any, models: int) -> dict[str, Any]:
 
 
 def _counted(hf: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Positions whose logits are wanted are said as a number: an index would have to be where the last layer is."""
+    """A suffix of the positions as a number, any other choice as it is."""
     import torch
 
     wanted = keywords.get("logits_to_keep")
