@@ -3,8 +3,8 @@
     python benchmarks/peers.py [--pair smollm2/generations] [--repeats 5] [--peers FOLDER] [--out benchmarks/results]
 
 nnsight and pyvene are no dependencies: without ``--peers`` they are installed by pip into a temporary folder, without
-what they depend on. Eight prompts of 64 tokens, float32, two threads; rows are interleaved in one process, and every
-repeat compares the numbers.
+what they depend on. Prompts of 64 tokens in batches of eight (64 for shifts, 8 for patches), float32, two threads; rows
+are interleaved in one process, and every repeat compares the numbers.
 
 Shifts: each library reads every head's z and every MLP's output of both models, and the same lines of torch turn them
 into magnitude and distance (pyvene has no z of a grouped-query model's heads, and is left out). Patches: each library
@@ -87,21 +87,26 @@ def _measures(source: torch.Tensor, target: torch.Tensor) -> list[np.ndarray]:
 
 def shifts(pair: Pair, wrapped: dict[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     """name → a function that measures shifts of one batch."""
-    rows = torch.randint(3, min(1000, len(pair.target.tokenizer)), (8, 64), generator=torch.Generator().manual_seed(0))
-    (batch,) = Reading(rows.tolist(), [(0, 64)] * 8).batches(pair.target.hf, 8)
+    rows = torch.randint(3, min(1000, len(pair.target.tokenizer)), (64, 64), generator=torch.Generator().manual_seed(0))
+    reading = Reading(rows.tolist(), [(0, 64)] * len(rows))
 
     def ours() -> np.ndarray:
-        values = PromptValues(8)
-        collector = Collector(pair, 8, ("head", "mlp"), ("magnitude", "distance"), values)
+        values = PromptValues(len(rows))
+        collector = Collector(pair, len(rows), ("head", "mlp"), ("magnitude", "distance"), values)
         with PairRecorder(pair, collector.slots, False) as recorder:
-            recorder.read(batch, collector.consumer(batch))
+            for batch in reading.batches(pair.target.hf, 8):
+                recorder.read(batch, collector.consumer(batch))
         return np.stack([values.values["magnitude"], values.values["distance"]])
 
+    def by(read: Callable[[str, torch.Tensor], Read]) -> np.ndarray:
+        parts = [shifts_of(pair, read("source", ids), read("target", ids)) for ids in rows.split(8)]
+        return np.concatenate(parts, 2)
+
     def by_bridge() -> np.ndarray:
-        return shifts_of(pair, read_by_bridge(pair.source, rows), read_by_bridge(pair.target, rows))
+        return by(lambda role, ids: read_by_bridge(getattr(pair, role), ids))
 
     def by_nnsight() -> np.ndarray:
-        return shifts_of(pair, read_by_nnsight(wrapped["source"], rows), read_by_nnsight(wrapped["target"], rows))
+        return by(lambda role, ids: read_by_nnsight(wrapped[role], ids))
 
     return {"shifts, ours": ours, "shifts, TransformerLens": by_bridge, "shifts, nnsight": by_nnsight}
 

@@ -120,8 +120,8 @@ def peers() -> str:
         return ""
     shown = []
     for kind, what in (
-        ("shifts", "magnitude and distance of all heads and MLPs, 8 prompts"),
-        ("patches", "the answer's log-probability with each MLP patched at the answer, one by one"),
+        ("shifts", "magnitude and distance of all heads and MLPs, 64 prompts"),
+        ("patches", "the answer's log-probability with each MLP patched at the answer, one by one, 8 prompts"),
     ):
         for name in dict.fromkeys(w.partition(", ")[2] for w in rows.what if w.startswith(kind)):
             here = rows[rows.what == f"{kind}, {name}"]
@@ -139,7 +139,7 @@ def peers() -> str:
     return f"""### Other libraries
 
 `python benchmarks/peers.py` (nnsight 0.8.1 and pyvene 0.1.8 are installed for it, and are no dependencies): how long
-the same numbers take with each library on {rows["pair"].iloc[0]}, 8 × 64 tokens, float32, two threads, in turns.
+the same numbers take with each library on {rows["pair"].iloc[0]}, batches of 8 × 64 tokens, float32, two threads, in turns.
 TransformerLens's forward has the logits of all positions; ours and nnsight's have those of the last.
 
 {table(pd.DataFrame(shown))}
