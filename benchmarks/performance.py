@@ -139,8 +139,8 @@ def peers() -> str:
     return f"""### Other libraries
 
 `python benchmarks/peers.py` (nnsight 0.8.1 and pyvene 0.1.8 are installed for it, and are no dependencies): how long
-the same numbers take with each library on {rows["pair"].iloc[0]}, batches of 8 × 64 tokens, float32, two threads, in turns.
-TransformerLens's forward has the logits of all positions; ours and nnsight's have those of the last.
+the same numbers take with each library on {rows["pair"].iloc[0]}, batches of 8 × 64 tokens, float32, two threads, in
+turns. TransformerLens's forward has the logits of all positions; ours and nnsight's have those of the last.
 
 {table(pd.DataFrame(shown))}
 """
