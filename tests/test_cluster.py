@@ -65,6 +65,17 @@ def numbers(n: int) -> list[dict[str, Any]]:
     return [{"number": i} for i in range(n)]
 
 
+def test_a_node_of_another_version_is_refused(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what is sent along; the worker imports the version that is there
+    monkeypatch.setattr("mechtransplant.engine.cluster.__version__", "0.0.0")
+    engine = Ray(Recipe("toy_workers:make"), 1)
+    try:
+        with pytest.raises(UsageError, match=r"a node has mechtransplant .*, and the run 0\.0\.0: install one on all"):
+            engine.run([{"number": 2}], lambda *_: None)
+    finally:
+        engine.close()
+
+
 def test_every_job_is_done_once(two: Ray) -> None:
     for engine in (Serial(toy_workers.make(3)), two):
         found: dict[int, list[int]] = {}
