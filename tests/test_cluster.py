@@ -7,21 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toy_workers
+from architectures import ARCHITECTURES, random_pair_of
 
 from mechtransplant.engine import Ray, Recipe, Serial, WorkerError
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment import run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config
-from mechtransplant.pair import load_pair
+from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.pair.shipping import ship, unship
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'mechtransplant[ray]')")
@@ -153,6 +155,23 @@ def test_a_shipped_model_is_the_model_to_the_bit(dtype: str) -> None:
         with_grafts = next(copy.hf.parameters())
         with_grafts.data.zero_()
         assert next(model.hf.parameters()).abs().sum() > 0, "the copy shares the model's memory"
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_travels(architecture: str, generations: Pair) -> None:
+    pair = random_pair_of(architecture, generations.target.tokenizer)
+    there = unship(ship(pair.target))
+    assert there.fingerprint == pair.target.fingerprint
+    ids = torch.arange(3, 12)[None]
+    assert torch.equal(there.hf(ids).logits, pair.target.hf(ids).logits)
+
+
+def test_tied_weights_are_tied_there(random_model: Callable[..., LanguageModel]) -> None:
+    for tied in (True, False):
+        model = random_model(0, tie_word_embeddings=tied)
+        there = unship(ship(model))
+        assert there.fingerprint == model.fingerprint
+        assert (there.hf.lm_head.weight is there.hf.get_input_embeddings().weight) == tied
 
 
 def test_a_run_has_the_serial_numbers_to_the_bit(cluster: None, tmp_path: Path) -> None:

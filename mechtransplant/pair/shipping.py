@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mechtransplant.errors import UsageError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -44,7 +46,13 @@ def unship(shipped: ShippedModel, device: str = "cpu") -> LanguageModel:
 
     with no_init_weights():
         hf: Any = shipped.kind(shipped.config)
+    if dict(hf.named_parameters()).keys() - shipped.tensors.keys():
+        # without its initialisation a model has not yet tied what is one tensor
+        hf.tie_weights()
     named = {**dict(hf.named_parameters()), **dict(hf.named_buffers())}
+    absent = sorted(dict(hf.named_parameters()).keys() - shipped.tensors.keys())
+    if absent:
+        raise UsageError(f"{shipped.name} was sent without {absent[0]}, which its config asks for: load it anew")
     for name, (dtype, array) in shipped.tensors.items():
         # what arrives may be memory that processes share, and grafts write in place
         named[name].data = torch.from_numpy(array.copy()).view(getattr(torch, dtype))
