@@ -216,10 +216,10 @@ class Graft:
         """
         from mechtransplant.pair import LanguageModel, copy_without_hooks
 
+        regions = checked(self, pair)
         pair.check_plain("copy")
         # the copy stays where it is made
         awaken(pair.target.hf)
-        regions = checked(self, pair)
         hf = copy_without_hooks(pair.target.hf)
         new = LanguageModel(name or f"{pair.target.name} + graft of {len(self)}", hf, pair.target.tokenizer)
         parameters = dict(hf.named_parameters())

@@ -14,7 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.modules import Layout, layout_of
-from mechtransplant.weights import awaken, count_positions, parts_of, takes_turns
+from mechtransplant.weights import awaken, count_positions, moves, parts_of, takes_turns
 
 
 @dataclass
@@ -26,6 +26,8 @@ class LanguageModel:
     tokenizer: Any
     #: called with the bridge when it is made: what acts on the model by then acts on the bridge too
     when_bridged: list[Callable[[Any], None]] = field(default_factory=list, repr=False, compare=False)
+    #: how often the weights had moved when the bridge was made, or looked at
+    bridged_at: int = field(default=0, repr=False, compare=False)
 
     @cached_property
     def bridge(self) -> Any:
@@ -38,6 +40,7 @@ class LanguageModel:
         from transformer_lens.model_bridge import TransformerBridge
 
         self.awaken()
+        self.bridged_at = moves(self.hf)
         # booting replaces submodules, so it gets a twin that shares every parameter
         twin = copy_without_hooks(self.hf, share_parameters=True)
         folder = getattr(self.hf.config, "_name_or_path", "") or self.name
@@ -58,8 +61,9 @@ class LanguageModel:
         Everything in this package does so by itself, and so does a forward pass.
         """
         awaken(self.hf)
-        if takes_turns(self.hf):
+        if moves(self.hf) != self.bridged_at:
             # a bridge may hold views of where the weights were
+            self.bridged_at = moves(self.hf)
             self.weights_changed()
 
     def weights_changed(self) -> None:

@@ -24,7 +24,18 @@ from mechtransplant.weights.loading import (
     quiet,
 )
 from mechtransplant.weights.pairs import PairEntry, get_pair, list_pairs, models_folder
-from mechtransplant.weights.residence import Residence, admit, awaken, is_here, lent, pin, runs_on, takes_turns, unpin
+from mechtransplant.weights.residence import (
+    Residence,
+    admit,
+    awaken,
+    is_here,
+    lent,
+    moves,
+    pin,
+    runs_on,
+    takes_turns,
+    unpin,
+)
 from mechtransplant.weights.spread import DeviceMap, count_positions, parts_of
 from mechtransplant.weights.tensor_file import Place, TensorFile
 
@@ -52,6 +63,7 @@ __all__ = [
     "list_pairs",
     "load_model",
     "models_folder",
+    "moves",
     "parts_of",
     "pin",
     "quiet",

@@ -44,6 +44,8 @@ class Tenant:
     places: dict[str, Place]
     #: parameter → (its memory, how often it was written to)
     seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    #: how often the parameters were given other memory
+    moves: int = 0
 
 
 _TENANTS: weakref.WeakKeyDictionary[Any, Tenant] = weakref.WeakKeyDictionary()
@@ -134,6 +136,12 @@ def takes_turns(hf: Any) -> bool:
     return hf in _TENANTS
 
 
+def moves(hf: Any) -> int:
+    """How often a model's parameters were given other memory: what holds views of them is then out of date."""
+    tenant = _TENANTS.get(hf)
+    return 0 if tenant is None else tenant.moves
+
+
 def is_here(hf: Any) -> bool:
     """Whether a model's parameters are where it runs."""
     tenant = _TENANTS.get(hf)
@@ -169,6 +177,7 @@ def _put(hf: Any, tenant: Tenant, device: torch.device) -> None:
         if place not in made:
             made[place] = mapped[place].to(device)
         parameters[name].data = made[place]
+    tenant.moves += 1
     tenant.seen = {name: (p.data_ptr(), p._version) for name, p in parameters.items()}
 
 
