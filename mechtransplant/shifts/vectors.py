@@ -6,10 +6,7 @@ A shift vector is the mean over positions of a^S − a^T. Heads are kept in coor
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
@@ -17,8 +14,9 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.errors import UnknownNameError
 from mechtransplant.shifts.frames import shift_frame
+from mechtransplant.weights.tensor_file import no_room, temporary_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 FEWEST_PROJECTED = 7
+WHAT = "shift vectors"
 
 
 @dataclass
@@ -45,15 +44,12 @@ class ShiftVectors:
     @classmethod
     def empty(cls, widths: dict[str, int], prompts: int) -> ShiftVectors:
         """Room for the vectors, in the system's temporary folder."""
-        file = tempfile.TemporaryFile(prefix="mechtransplant-shifts-")  # noqa: SIM115 (lives as long as the object)
         size = 4 * prompts * sum(widths.values())
+        file = temporary_file(WHAT, size)
         try:
-            # a file with holes would only fail when they are filled
-            if size > shutil.disk_usage(tempfile.gettempdir()).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.truncate(size)
         except OSError as error:
-            raise _no_room(size, error) from error
+            raise no_room(WHAT, size, error) from error
         return cls(widths, prompts, file)
 
     def __del__(self) -> None:
@@ -71,7 +67,7 @@ class ShiftVectors:
             for prompt, row in zip(prompts, np.ascontiguousarray(vectors, dtype=np.float32), strict=True):
                 os.pwrite(self.file.fileno(), row.tobytes(), 4 * (prompt * total + offset))
         except OSError as error:
-            raise _no_room(4 * self.prompts * total, error) from error
+            raise no_room(WHAT, 4 * self.prompts * total, error) from error
 
     def _offset(self, module: str) -> int:
         if module not in self.widths:
@@ -122,13 +118,6 @@ class ShiftVectors:
         _, project = self.halves(seed)
         values = np.stack([self.projection(m, seed)[project] for m in self.modules])
         return shift_frame(self.modules, measure, values, project)
-
-
-def _no_room(size: int, error: OSError) -> UsageError:
-    return UsageError(
-        f"no room for {size:,} bytes of shift vectors in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR, or "
-        "measure fewer kinds"
-    )
 
 
 def halves(prompts: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

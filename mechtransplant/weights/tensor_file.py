@@ -33,6 +33,22 @@ class Place:
     shape: tuple[int, ...]
 
 
+def temporary_file(what: str, bytes: int = 0) -> Any:
+    """An open file without a name, for so many bytes; raises UsageError where the disk has less room."""
+    # a file with holes would only fail when they are filled
+    if bytes > shutil.disk_usage(tempfile.gettempdir()).free:
+        raise no_room(what, bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    return tempfile.TemporaryFile(prefix="mechtransplant-")
+
+
+def no_room(what: str, bytes: int, error: OSError) -> UsageError:
+    """The error of a temporary file that could not be written."""
+    return UsageError(
+        f"no room for {bytes:,} bytes of {what} in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder "
+        "that has it"
+    )
+
+
 class TensorFile:
     """A file of tensors without a name, so that nothing is left of it, however the process ends.
 
@@ -41,9 +57,7 @@ class TensorFile:
 
     def __init__(self, what: str, bytes: int = 0) -> None:
         self.what, self.size = what, 0
-        self.file: Any = tempfile.TemporaryFile(prefix="mechtransplant-")  # noqa: SIM115 (lives as long as the object)
-        if bytes > shutil.disk_usage(tempfile.gettempdir()).free:
-            raise self._no_room(bytes, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self.file: Any = temporary_file(what, bytes)
 
     def __del__(self) -> None:
         if hasattr(self, "file"):
@@ -65,7 +79,7 @@ class TensorFile:
                 # the system takes at most 2 GiB at once
                 left = left[os.pwrite(self.file.fileno(), left, place.offset + place.bytes - len(left)) :]
         except OSError as error:
-            raise self._no_room(place.offset + place.bytes, error) from error
+            raise no_room(self.what, place.offset + place.bytes, error) from error
         self.size = max(self.size, place.offset + place.bytes)
 
     def read(self, place: Place) -> torch.Tensor:
@@ -81,12 +95,6 @@ class TensorFile:
     def mapped(self) -> TensorMap:
         """The file as it is now."""
         return TensorMap(self)
-
-    def _no_room(self, size: int, error: OSError) -> UsageError:
-        return UsageError(
-            f"no room for {size:,} bytes of {self.what} in {tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a "
-            "folder that has it"
-        )
 
 
 class TensorMap:
