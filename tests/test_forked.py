@@ -14,7 +14,6 @@ from architectures import ARCHITECTURES, random_pair_of
 import mechtransplant as mt
 from mechtransplant.evaluation import (
     GoldOutcomes,
-    evaluate,
     gold_outcomes,
     gold_scores,
     gold_variants,
@@ -246,13 +245,14 @@ def test_one_block_inside_another_is_whole(generations: Any, questions: Any) -> 
             assert same(gold_scores(target, questions), whole)
 
 
-def test_decoding_step_by_step_is_computed_whole(generations: Any, questions: Any) -> None:
-    target = generations.target
+def test_a_users_own_generation_is_computed_whole(generations: Any) -> None:
+    target, ids = generations.target, torch.tensor([[1, 20, 21, 22]])
+    options: Any = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with remembering(target) as memory:
-        written = evaluate(target, questions, method="generate")
+        written = target.hf.generate(ids, **options)
     assert not memory.usable
     with resuming(target, memory, 2):
-        assert (evaluate(target, questions, method="generate").correct == written.correct).all()
+        assert torch.equal(target.hf.generate(ids, **options), written)
 
 
 def test_with_gradients_passes_are_whole(random_model: Any, questions: Any) -> None:

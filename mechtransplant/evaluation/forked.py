@@ -29,7 +29,9 @@ from mechtransplant.evaluation.remembered import (
     answering,
     blocks_of,
     can_resume,
+    generates,
     ids_of,
+    is_writing,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
     def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         import torch
 
+        if len(variants) > 1 and generates(model):
+            raise RuntimeError("each variant writes a text of its own: generate under one at a time")
+        if is_writing(model):
+            return
         if interventions_on(model.hf):
             raise RuntimeError("a patch inside a block of resumed passes would miss the layers that do not run")
         remembered, ids = next(at, None), ids_of(inputs, keywords)
@@ -81,18 +87,18 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
         current[:] = [remembered]
 
     def after(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        if current[0].begun is not None:
+        if not is_writing(model) and keywords.get("past_key_values") is not None:
             # a cache that later passes continue: the layers that did not run have filled nothing in
-            keywords["past_key_values"].layers[:layer] = copy.deepcopy(current[0].begun[:layer])
+            current[0].fill(keywords["past_key_values"], layer)
 
-    def answer(number: int, *_: Any, **__: Any) -> Any:
-        return current[0].outputs[number]
+    def answer(own: Callable[..., Any], number: int, *inputs: Any, **keywords: Any) -> Any:
+        return own(*inputs, **keywords) if is_writing(model) else current[0].outputs[number]
 
     with acting(model, before, after) as stack:
         for number, block in enumerate(blocks_of(model)):
             own = block.forward
             if number < layer:
-                stack.enter_context(answering(block, partial(answer, number)))
+                stack.enter_context(answering(block, partial(answer, own, number)))
             elif number == layer:
                 stack.enter_context(answering(block, partial(_fork, own, number, variants)))
             elif len(variants) > 1:

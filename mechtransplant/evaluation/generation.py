@@ -1,4 +1,7 @@
-"""Greedy generation with the Hugging Face model, batched and left-padded, equal to one prompt at a time."""
+"""Greedy generation with the Hugging Face model, batched and left-padded, equal to one prompt at a time.
+
+A row leaves its batch when it has ended, by an end token or by a stop string of its task.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,12 @@ from mechtransplant.evaluation.batches import (
     question_batches,
     usable_prefix,
 )
+from mechtransplant.evaluation.remembered import is_watched, reading_prompts, shares_passes, writing
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mechtransplant.pair import LanguageModel
 
 
@@ -80,11 +86,17 @@ def greedy_settings(model: LanguageModel, max_new_tokens: int) -> Iterator[None]
 
 
 def generation_batches(
-    model: LanguageModel, encoded: Encoded, max_new_tokens: int, batch_size: int, progress: bool = False
+    model: LanguageModel,
+    encoded: Encoded,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = False,
+    stop: tuple[str, ...] = (),
 ) -> Iterator[tuple[list[int], list[Generation]]]:
-    """Greedy continuations, batch by batch: (row numbers, one Generation a row).
+    """Greedy continuations, batch by batch: (row numbers, one Generation a row), each up to a stop string.
 
-    Forward hooks on the model see one call for the prompt of a batch and one for every later step.
+    Rows that have ended leave the batch. Where hooks or interventions see the model's layers they stay in it, and
+    forward hooks on the model see one call for the prompt of a batch and one for every later step.
     """
     import torch
 
@@ -95,7 +107,6 @@ def generation_batches(
     lengths = [len(p) for p in encoded.prompts]
     check_lengths(hf, max(lengths) + max_new_tokens)
     prefix = usable_prefix(hf, encoded, max(lengths) + max_new_tokens)
-    ends = set(end_tokens(model))
     batches = question_batches(hf, encoded, lengths, batch_size)
     plain_greedy = greedy_settings(model, max_new_tokens)
     with torch.no_grad(), plain_greedy, one_product(hf), prefix_cache(hf, prefix) as cache_for:
@@ -107,28 +118,107 @@ def generation_batches(
             ids = torch.cat([shared, rest], dim=1) if prefix else rest
             mask = torch.cat([torch.ones_like(shared), mask], dim=1) if prefix else mask
             with batch.running(hf):
-                written = hf.generate(
-                    input_ids=ids.to(hf.device),
-                    attention_mask=mask.to(hf.device),
-                    past_key_values=cache_for(len(rows)),
-                )[:, ids.shape[1] :]
-            yield rows, [_until_end(row, ends) for row in written.tolist()]
+                written = _written(
+                    model, ids.to(hf.device), mask.to(hf.device), cache_for(len(rows)), max_new_tokens, stop
+                )
+            yield rows, written
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> Generation:
-    at = next((i for i, token in enumerate(tokens) if token in ends), None)
-    return Generation(tuple(tokens), False) if at is None else Generation(tuple(tokens[: at + 1]), True)
+#: of the rows that are being written, the share that must have ended before the others go on without them
+ENDED = 0.25
+
+
+def _written(
+    model: LanguageModel, ids: Tensor, mask: Tensor, cache: Any, budget: int, stop: tuple[str, ...]
+) -> list[Generation]:
+    """A batch's continuations, written by Hugging Face's ``generate`` in stretches, each without the rows that ended.
+
+    The prompt's pass is a stretch of its own where it is remembered or resumed (see ``forked``).
+    """
+    import torch
+    from transformers import DynamicCache
+
+    hf, width = model.hf, ids.shape[1]
+    ends = set(end_tokens(model))
+    drops, apart = not is_watched(model), shares_passes(model)
+    found = [Generation((), False)] * len(ids)
+    left, written = list(range(len(ids))), 0
+    if cache is None and apart:
+        # held here, because passes that resume fill its lower layers
+        cache = DynamicCache(config=hf.config)
+    while left:
+        first = apart and not written
+        ended = _Ended(model.tokenizer, ends, stop, width, len(left), ENDED if drops else 1)
+        with reading_prompts(model) if first else writing(model):
+            stretch = hf.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=1 if first else budget - written,
+                stopping_criteria=[ended],
+                return_dict_in_generate=True,
+            )
+        before, written = written, stretch.sequences.shape[1] - width
+        going = []
+        for at, row in enumerate(left):
+            length = ended.lengths[at]
+            # where steps are taken before it is known that the last was the last, they are undone
+            if 0 < length <= written or written == budget:
+                tokens = tuple(stretch.sequences[at, width:][: length or written].tolist())
+                found[row] = Generation(tokens, tokens[-1] in ends)
+            else:
+                going.append(at)
+        left = [left[at] for at in going]
+        if left:
+            index = torch.tensor(going, device=ids.device)
+            ids, cache = stretch.sequences[index], stretch.past_key_values
+            mask = torch.cat([mask[index], mask.new_ones(len(left), written - before)], dim=1)
+            if len(index) < len(stretch.sequences):
+                cache.batch_select_indices(index)
+    return found
+
+
+class _Ended:
+    """A stopping criterion of ``generate``: which rows have ended, and whether so many have that the rest go on alone.
+
+    ``lengths``: how many tokens each row had written at its end; 0 while it is being written.
+    """
+
+    def __init__(
+        self, tokenizer: Any, ends: set[int], stop: tuple[str, ...], prompt: int, rows: int, share: float
+    ) -> None:
+        self.tokenizer, self.ends, self.stop, self.prompt, self.share = tokenizer, ends, stop, prompt, share
+        self.lengths = [0] * rows
+        # a token has a byte at least, and special tokens are left out of a text
+        self.tail = max((len(s.encode()) for s in stop), default=0) + 8
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        import torch
+
+        length = ids.shape[1] - self.prompt
+        for row, token in enumerate(ids[:, -1].tolist()):
+            if not self.lengths[row] and (token in self.ends or (self.stop and self._stopped(ids[row, self.prompt :]))):
+                self.lengths[row] = length
+        enough = sum(map(bool, self.lengths)) >= self.share * len(self.lengths)
+        return torch.tensor([enough or bool(n) for n in self.lengths], device=ids.device)
+
+    def _stopped(self, tokens: Tensor) -> bool:
+        """Whether the text contains a stop string: the end of it is looked at first, which may be all that is new."""
+        return all(
+            any(s in text for s in self.stop)
+            for text in (self.tokenizer.decode(t, skip_special_tokens=True) for t in (tokens[-self.tail :], tokens))
+        )
 
 
 def generate(
     model: LanguageModel, task: Task, max_new_tokens: int | None = None, batch_size: int = 64, progress: bool = False
 ) -> list[Generation]:
-    """Greedy continuations of a task's prompts, in the task's order."""
+    """Greedy continuations of a task's prompts, in the task's order, each up to an end token or one of its stops."""
     make_ready(model)
     encoded = encode(task, model.tokenizer)
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     results: list[Generation | None] = [None] * len(task)
-    for rows, generations in generation_batches(model, encoded, budget, batch_size, progress):
+    for rows, generations in generation_batches(model, encoded, budget, batch_size, progress, task.stop):
         for row, generation in zip(rows, generations, strict=True):
             results[row] = generation
     return [g for g in results if g is not None]

@@ -1,14 +1,14 @@
 """Forward passes that are remembered: what every layer wrote, so that later passes may begin at the layer that changed.
 
 See ``forked`` for passes that begin so. What cannot promise to be the same again (hooks or patches, gradients, layers
-that share parameters or pass something sideways, decoding step by step) is not remembered.
+that share parameters or pass something sideways, decoding steps) is not remembered.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,33 @@ LIMIT = 2 << 30
 
 #: models in a block of either kind: one inside another is computed whole
 _ACTIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+#: models that read a prompt which is to be continued, and models that continue one: every text has steps of its own
+_READING: weakref.WeakSet[Any] = weakref.WeakSet()
+_WRITING: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass
 class RememberedPass:
-    """One forward pass: its token ids, what every layer returned, and the cache's layers if it began an empty one."""
+    """One forward pass: its token ids, and what every layer returned.
+
+    ``begun`` are the cache's layers if the pass began an empty one; ``added`` the keys and values that each layer added
+    to one that was begun before, where a text is to be written after it.
+    """
 
     ids: Any
     outputs: list[Any]
     begun: list[Any] | None = None
+    added: list[tuple[Any, Any]] | None = None
+
+    def fill(self, cache: Any, layers: int) -> None:
+        """Do to the lowest layers of a cache what the pass did."""
+        import copy
+
+        if self.begun is not None:
+            cache.layers[:layers] = copy.deepcopy(self.begun[:layers])
+        if self.added is not None:
+            for layer, (keys, values) in zip(cache.layers[:layers], self.added, strict=False):
+                layer.update(keys, values)
 
 
 @dataclass
@@ -48,19 +66,23 @@ class Memory:
         self.passes, self.usable = [], False
 
 
+def is_watched(model: LanguageModel) -> bool:
+    """Whether hooks on the model's layers, or interventions, see its passes."""
+    return bool(interventions_on(model.hf)) or any(
+        _acts(hook)
+        for block in blocks_of(model)
+        for module in block.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+
+
 def can_resume(model: LanguageModel) -> bool:
     """Whether passes of the model, as it is now, may begin at a layer."""
     import torch
 
     hf, blocks = model.hf, blocks_of(model)
-    hooked = any(
-        _acts(hook)
-        for block in blocks
-        for module in block.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in hf.parameters())
-    busy = hooked or trained or bool(interventions_on(hf)) or hf in _ACTIVE
+    busy = is_watched(model) or trained or hf in _ACTIVE
     # Gemma 3n and 4: upper layers read keys and values that lower ones made
     sideways = bool(getattr(hf.config.get_text_config(), "num_kv_shared_layers", 0))
     return not (busy or sideways or _shares_parameters(blocks))
@@ -77,6 +99,8 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
     caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if model.hf in _WRITING:
+            return
         cache = keywords.get("past_key_values")
         if interventions_on(model.hf) or (cache is not None and cache in caches):
             memory.forget()
@@ -88,6 +112,8 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
 
     def wrote(own: Callable[..., Any], *inputs: Any, **keywords: Any) -> Any:
         output = own(*inputs, **keywords)
+        if model.hf in _WRITING:
+            return output
         if any(isinstance(value, dict) for value in keywords.values()):
             # something that layers write for one another
             memory.forget()
@@ -101,12 +127,17 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
     def after(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
         import copy
 
-        if not memory.usable:
+        if not memory.usable or model.hf in _WRITING:
             return
         done = memory.passes[-1]
         if done.begun is not None:
             # later passes may append to it
             done.begun = copy.deepcopy(keywords["past_key_values"].layers)
+        elif model.hf in _READING:
+            new = done.ids.shape[1]
+            held = keywords["past_key_values"].layers
+            done.added = [(part.keys[:, :, -new:].clone(), part.values[:, :, -new:].clone()) for part in held]
+            memory.bytes += sum(t.numel() * t.element_size() for pair in done.added for t in pair)
         if len(done.outputs) != len(blocks):
             memory.forget()
 
@@ -139,6 +170,40 @@ def answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
             block.forward = mine
         else:
             block.__dict__.pop("forward", None)
+
+
+def shares_passes(model: LanguageModel) -> bool:
+    """Whether the model's passes are being remembered or resumed."""
+    return model.hf in _ACTIVE
+
+
+def reading_prompts(model: LanguageModel) -> AbstractContextManager[None]:
+    """A block of passes over prompts whose caches are then written on."""
+    return _being(_READING, model.hf)
+
+
+def writing(model: LanguageModel) -> AbstractContextManager[None]:
+    """A block of decoding steps: they are neither remembered nor resumed, and every layer runs."""
+    return _being(_WRITING, model.hf)
+
+
+def is_writing(model: LanguageModel) -> bool:
+    """Whether the model's passes are decoding steps."""
+    return model.hf in _WRITING
+
+
+def generates(model: LanguageModel) -> bool:
+    """Whether the model's passes are a generation's."""
+    return model.hf in _READING or model.hf in _WRITING
+
+
+@contextmanager
+def _being(known: weakref.WeakSet[Any], hf: Any) -> Iterator[None]:
+    known.add(hf)
+    try:
+        yield
+    finally:
+        known.discard(hf)
 
 
 def _acts(hook: Any) -> bool:
