@@ -47,6 +47,7 @@ benchmarks: install  ## error rates, power, speed, and cost, and operators besid
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/sweeps.py
 	$(BIN)/python benchmarks/answers.py
+	$(BIN)/python benchmarks/texts.py
 	$(BIN)/python benchmarks/cost.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/engines.py

@@ -1,6 +1,6 @@
-"""Short answers, generation under a graft, a K-sweep with random controls, beside what one writes without a library.
+"""Short answers and a K-sweep with random controls, beside what one writes without a library.
 
-    python benchmarks/answers.py [--pair smollm2/generations] [--repeats 7] [--questions 32] [--out benchmarks/results]
+    python benchmarks/answers.py [--pair smollm2/generations] [--repeats 7] [--random 100] [--out benchmarks/results]
 
 The other side is Hugging Face's ``generate`` (greedy, left-padded batches of the same size and order, the same token
 budget), decoded and scored, and for the sweep the loop over all cells: copy the set's weights, generate, score, put
@@ -8,8 +8,8 @@ the weights back. Float32, two threads; rows are interleaved in one process; eve
 
 Short answers are sums, eight prompts of 64 tokens, right where the whole text is the answer: once after worked
 examples, which all prompts share, up to the end of the line, and once as sums of many numbers that share nothing;
-budget 16 tokens (a task's default). The sweep asks the former. Generation is of the pair's own task. ``generate``
-stops where every row has ended.
+budget 16 tokens (a task's default). The sweep asks the former. ``generate`` stops where every row has ended; what it
+costs where it is told the stop strings is in ``texts.py``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sweeps import TOKENS, sums
 from mechtransplant.controls import random_matched
 from mechtransplant.evaluation import evaluate
 from mechtransplant.evaluation.batches import encode, length_sorted, pad
-from mechtransplant.evaluation.generation import end_tokens, generation_batches
+from mechtransplant.evaluation.generation import end_tokens
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.ranking import rank_modules
@@ -60,45 +60,39 @@ def worked(pair: Pair, questions: int = 8) -> Task:
 
 
 class HuggingFace:
-    """What one writes with transformers alone."""
+    """What one writes with transformers alone; ``stops``: with the task's stop strings given to ``generate``."""
 
-    def __init__(self, pair: Pair, task: Task, budget: int) -> None:
+    def __init__(self, pair: Pair, task: Task, budget: int, stops: bool = False) -> None:
+        self.stops: dict[str, Any] = (
+            {"stop_strings": list(task.stop), "tokenizer": pair.target.tokenizer} if stops else {}
+        )
         self.hf, self.tokenizer, self.task, self.budget = pair.target.hf, pair.target.tokenizer, task, budget
         self.prompts = encode(task, self.tokenizer).prompts
         self.ends = end_tokens(pair.target)
 
-    def written(self) -> tuple[list[list[int]], int]:
-        """(tokens of every question, rows × decoding steps)."""
+    def written(self) -> list[list[int]]:
+        """The tokens of every question, with those after its end."""
         texts: list[list[int]] = [[]] * len(self.prompts)
-        steps = 0
         for rows in length_sorted([len(p) for p in self.prompts], BATCH):
             ids, mask = pad([self.prompts[i] for i in rows], self.ends[0], "left")
             with torch.no_grad():
                 new = self.hf.generate(
                     input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.budget,
-                    eos_token_id=self.ends, pad_token_id=self.ends[0],
+                    eos_token_id=self.ends, pad_token_id=self.ends[0], **self.stops,
                 )[:, ids.shape[1] :]  # fmt: skip
-            steps += new.numel()
             for row, tokens in zip(rows, new.tolist(), strict=True):
                 texts[row] = tokens
-        return texts, steps
+        return texts
 
     def verdicts(self) -> np.ndarray:
         """Whether every answer is right, end of the text included."""
         found = []
-        for tokens, example in zip(self.written()[0], self.task.examples, strict=True):
+        for tokens, example in zip(self.written(), self.task.examples, strict=True):
             ended = next((i for i, t in enumerate(tokens) if t in self.ends), None)
             text = self.tokenizer.decode(tokens[:ended], skip_special_tokens=True)
             line, stop, _ = text.partition("\n") if self.task.stop else (text, "", "")
             found.append((ended is not None or bool(stop)) and self.task.score(line, example.answer))
         return np.array(found)
-
-
-def steps_of(pair: Pair, task: Task, budget: int) -> int:
-    """Rows × decoding steps of a generation."""
-    encoded = encode(task, pair.target.tokenizer)
-    batches = generation_batches(pair.target, encoded, budget, BATCH)
-    return sum(len(rows) * max(len(g.tokens) for g in found) for rows, found in batches)
 
 
 def naive(pair: Pair, theirs: HuggingFace, sets: Sequence[Sequence[str]]) -> np.ndarray:
@@ -121,24 +115,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="smollm2/generations")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--questions", type=int, default=32, help="of the pair's own task")
     parser.add_argument("--random", type=int, default=RANDOM, help="random sets in the sweep")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     pair = load_pair(arguments.pair)
-    splits = load_task(str(pair.default_task)).split(16, 8, arguments.questions)
-    budget = splits.test.max_new_tokens
+    discover = load_task(str(pair.default_task)).split(16, 8, 8).discover
     shared, alone = worked(pair), sums(pair)
-    theirs, few = HuggingFace(pair, splits.test, budget), HuggingFace(pair, shared, BUDGET)
+    few = HuggingFace(pair, shared, BUDGET)
     lone = HuggingFace(pair, alone, BUDGET)
-    ranking = [str(m) for m in rank_modules(pair, splits.discover, "gradient", "linear", batch_size=BATCH).module]
+    ranking = [str(m) for m in rank_modules(pair, discover, "gradient", "linear", batch_size=BATCH).module]
     sets = [tuple(ranking[:k]) for k in KS] + list(random_matched(pair, ranking[:16], arguments.random, 0).sets)
-    graft = Graft(ranking[:16])
-
-    def grafted() -> int:
-        with graft.applied(pair):
-            return steps_of(pair, splits.test, budget)
 
     def ours() -> np.ndarray:
         found = []
@@ -154,8 +141,6 @@ def main() -> None:
         "short answers with nothing in common, one forward": (
             lambda: evaluate(pair.target, alone, max_new_tokens=BUDGET).correct
         ),
-        "generation, generate": lambda: theirs.written()[1],
-        "generation, with a graft": grafted,
         "sweep, naive": lambda: naive(pair, few, sets),
         "sweep, ours": ours,
     }
@@ -171,9 +156,7 @@ def main() -> None:
             seconds = time.perf_counter() - started
             kind, _, which = name.partition(", ")
             row = {"pair": arguments.pair, "repeat": repeat, "what": name, "seconds": round(seconds, 3)}
-            if kind == "generation":
-                row |= {"tokens": done[name], "tokens_a_second": round(done[name] / seconds, 2)}
-            elif which in ("one forward", "ours"):
+            if which in ("one forward", "ours"):
                 other = done[f"{kind}, {'naive' if which == 'ours' else 'generate'}"]
                 row |= {"compared": len(other), "different": int((np.asarray(done[name]) != other).sum())}
                 row["accuracy"] = round(float(np.mean(done[name])), 4)

@@ -70,11 +70,28 @@ def lines() -> list[dict[str, str]]:
             ratio = ratios(answers, f"{kind}, generate", f"{kind}, one forward")
             more = f"{different[f'{kind}, one forward']:.0f} verdicts differ"
             found.append(line(what, "Hugging Face `generate`", ratio, asked, more))
-        ratio = ratios(answers, "generation, with a graft", "generation, generate", "tokens_a_second")
-        found.append(line("tokens a second, a graft in place", "`generate` of the target", ratio, "≥ 0.98 ×"))
         ratio = ratios(answers, "sweep, naive", "sweep, ours")
         more = f"{different['sweep, ours']:.0f} accuracies differ"
         found.append(line("K-sweep with 100 random controls", "the naive loop", ratio, "≥ 3 ×", more))
+    texts = read("texts")
+    return found if texts is None else [*found, *written(texts)]
+
+
+def written(texts: pd.DataFrame) -> list[dict[str, str]]:
+    """The rows about generation."""
+    different = texts.groupby("what").different.sum()
+    stops = "`generate`, given the stop strings"
+    ratio = ratios(texts, "short answers, generate with stop strings", "short answers, one forward")
+    more = f"{different['short answers, one forward']:.0f} verdicts differ"
+    found = [line("accuracy on short answers after worked examples", stops, ratio, "–", more)]
+    for kind, what, against, asked in (
+        ("generation", "tokens a second, a graft in place", "`generate` of the target", "≥ 0.98 ×"),
+        ("sentences", "the same, texts that end at unequal lengths", stops, "–"),
+    ):
+        plain = f"{kind}, generate{' with stop strings' if kind == 'sentences' else ''}"
+        ratio = ratios(texts, f"{kind}, ours with a graft", plain, "tokens_a_second")
+        more = f"{different[f'{kind}, ours']:.0f} texts of the target differ"
+        found.append(line(what, against, ratio, asked, more))
     return found
 
 

@@ -256,7 +256,7 @@ def speed() -> str:
     found = performance.lines()
     statistics = (RESULTS / "statistics_speed.md").read_text(encoding="utf-8").strip()
     measured = f"""
-`python benchmarks/speed.py`, `sweeps.py`, `answers.py`: smollm2/generations, 8 × 64 tokens, float32, two threads of two shared
+`python benchmarks/speed.py`, `sweeps.py`, `answers.py`, `texts.py`: smollm2/generations, 8 × 64 tokens, float32, two threads of two shared
 cores; what is compared is interleaved in one process, ratios are taken repeat by repeat.
 
 {table(pd.DataFrame(found))}

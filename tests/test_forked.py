@@ -164,6 +164,36 @@ def test_layers_below_do_not_run(generations: Any, questions: Any) -> None:
     assert all("forward" not in b.__dict__ for b in blocks)
 
 
+def test_variants_over_a_window_that_cuts_the_prompt(generations: Any) -> None:
+    pair = deep("mistral", generations.target.tokenizer)
+    task = mt.load_task("arithmetic-few-shot").split(6, 1, 1).discover
+    with remembering(pair.target) as memory:
+        gold_outcomes(pair.target, task, 4)
+    for layer in (1, 3):
+        variants = [Graft([m], kv="group").applied(pair) for m in (f"L{layer}.mlp", f"L{layer}H3")]
+        with forking(pair.target, memory, layer, variants):
+            found = gold_variants(pair.target, task, 2, 4)
+        is_each_by_itself(found, variants, pair.target, task, batch_size=4)
+
+
+def test_in_bfloat16(questions: Any) -> None:
+    pair = mt.load_pair("family/generations", dtype="bfloat16")
+    with remembering(pair.target) as memory:
+        base = gold_outcomes(pair.target, questions, 5)
+    for layer in (1, 3):
+        variants = [Graft([m], kv="group").applied(pair) for m in (f"L{layer}.mlp", f"L{layer}H3")]
+        with forking(pair.target, memory, layer, variants):
+            found = gold_variants(pair.target, questions, 2, 5)
+        for at, variant in enumerate(variants):
+            with variant:
+                whole = gold_outcomes(pair.target, questions, 5)
+            with variant, resuming(pair.target, memory, layer):
+                assert same(gold_outcomes(pair.target, questions, 5), whole)
+            # eight bits of mantissa: matrix products of another size round by some 1/256 of a logit
+            np.testing.assert_allclose(found.log_probability[at], whole.log_probability, atol=0.15)
+            assert not same(whole, base)
+
+
 def test_other_questions_are_refused(generations: Any, questions: Any) -> None:
     target = generations.target
     with remembering(target) as memory:

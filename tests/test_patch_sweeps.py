@@ -60,6 +60,16 @@ def test_with_a_shared_prefix(positions: Any, generations: Any) -> None:
     is_every_patch_by_itself(generations, task, positions, "result", 4)
 
 
+@pytest.mark.parametrize("positions", ["all", "answer"])
+@pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
+def test_over_a_window_that_cuts_the_prompt(architecture: str, positions: Any, generations: Any) -> None:
+    pair = deep(architecture, generations.target.tokenizer)
+    window = pair.target.hf.config.sliding_window
+    task = mt.load_task("arithmetic-few-shot").split(6, 1, 1).discover
+    assert min(map(len, encode(task, pair.target.tokenizer).prompts)) > window
+    is_every_patch_by_itself(pair, task, positions, "z", 4)
+
+
 @pytest.mark.parametrize("positions", ["prompt", [0, -1]])
 def test_other_positions_have_whole_passes(positions: Any, generations: Any, questions: Any) -> None:
     (before, after), module = patch_effects(generations, questions, ["L1.mlp"], positions), "L1.mlp"
