@@ -17,6 +17,7 @@ import pytest
 import torch
 import toy_workers
 from architectures import ARCHITECTURES, random_pair_of
+from small_runs import small
 
 from mechtransplant.engine import Ray, Recipe, Serial, WorkerError
 from mechtransplant.errors import UsageError
@@ -28,18 +29,7 @@ from mechtransplant.pair.shipping import ship, unship
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install 'mechtransplant[ray]')")
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "pair": "family/generations",
-    "task": "addition",
-    "rule": "weight_delta",
-    "k": [2, 8],
-    "random_sets": 6,
-    "curve_sets": 3,
-    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
-    "split": {"discover": 16, "choose": 24, "test": 48},
-    "threads": 1,
-}
+SMALL = small(rule="weight_delta", k=[2, 8], random_sets=6, threads=1)
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from small_runs import small
 
 from mechtransplant.experiment import Run
 from mechtransplant.experiment.config import parse_config
 from mechtransplant.experiment.estimate import in_words
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "pair": "family/generations",
-    "task": "addition",
-    "rule": "weight_delta",
-    "k": [2, 8],
-    "controls": ["bottom", "reverse", "self"],
-    "random_sets": 6,
-    "curve_sets": 4,
-    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
-    "split": {"discover": 16, "choose": 24, "test": 48},
-}
+SMALL = small(rule="weight_delta", k=[2, 8], controls=["bottom", "reverse", "self"], random_sets=6, curve_sets=4)
 
 
 def test_the_estimate_counts_the_cells_that_a_run_computes(tmp_path: Path) -> None:

@@ -8,24 +8,17 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from small_runs import small
 
 from mechtransplant.errors import UsageError
-from mechtransplant.experiment import Run, run_experiment
+from mechtransplant.evaluation.forked import resuming
+from mechtransplant.experiment import Run, evaluator, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
 from mechtransplant.experiment.setup import build_task
 from mechtransplant.ranking import rank_modules
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "pair": "family/generations",
-    "task": "addition",
-    "k": [2, 8, 1.0],
-    "random_sets": 4,
-    "curve_sets": 3,
-    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
-    "split": {"discover": 16, "choose": 24, "test": 48},
-}
+SMALL = small(k=[2, 8, 1.0])
 
 
 def config(**changes: Any) -> Any:
@@ -43,6 +36,28 @@ def instruct_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pair="family/instruct", task="boxed", k=[4, 14], strengths=[1.0, 1.5], budgets=[3, 6, 12], random_sets=2
     )
     return run_experiment(small, tmp_path_factory.mktemp("runs") / "instruct", progress=False)
+
+
+@pytest.mark.parametrize("changes", [{}, {"pair": "family/instruct", "task": "boxed", "budgets": [3, 12]}])
+def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    def counted(model: Any, memory: Any, layer: int) -> Any:
+        begun.append(layer if memory.usable else 0)
+        return resuming(model, memory, layer)
+
+    monkeypatch.setattr(evaluator, "resuming", counted)
+    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 6, "side_effects": None}
+    cells = []
+    for folder in ("resumed", "whole"):
+        run_experiment(config(**sizes, **changes), tmp_path / folder / "small", progress=False)
+        cells.append(CellStore(tmp_path / folder / "small" / "cells.jsonl").cells)
+        assert any(begun) == (folder == "resumed")
+        begun.clear()
+        monkeypatch.setattr(evaluator, "REMEMBERED", 0)
+    assert cells[0] == cells[1]
 
 
 def test_a_run_writes_its_folder(finished: Any) -> None:

@@ -14,24 +14,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from small_runs import small
 
 from mechtransplant.experiment import Run, run_experiment
 from mechtransplant.experiment.config import parse_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "pair": "family/generations",
-    "task": "addition",
-    "rule": "weight_delta",
-    "k": [2, 8],
-    "random_sets": 12,
-    "curve_sets": 8,
-    "side_effects": {"questions": 16, "texts": 4, "tokens": 8, "random": 1},
-    "split": {"discover": 16, "choose": 24, "test": 48},
-    "threads": 1,
-}
+SMALL = small(rule="weight_delta", k=[2, 8], random_sets=12, curve_sets=8, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +29,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_experiment(parse_config(SMALL), tmp_path_factory.mktemp("whole") / "small", progress=False)
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, workers: int = 1) -> subprocess.Popen[bytes]:
     config = folder.parent / "c.yaml"
     config.write_text(yaml.safe_dump(SMALL))
     command = [sys.executable, "-m", "mechtransplant.cli", "run", str(config), "--out", str(folder)]
     return subprocess.Popen(
-        [*command, "--engine", "processes", "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*command, "--engine", "processes", "--workers", str(workers)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
 
 
@@ -83,8 +75,8 @@ def is_whole(folder: Path, whole: Any, finished: list[bytes]) -> None:
 
 def test_a_run_whose_process_is_killed_twice(tmp_path: Path, whole: Any) -> None:
     folder = tmp_path / "small"
-    for cells in (3, 14):
-        process = start(folder)
+    for workers, cells in ((2, 3), (1, 14)):
+        process = start(folder, workers)
         wait_for(folder, cells, process)
         process.kill()
         process.wait()
@@ -98,7 +90,7 @@ def test_a_run_whose_process_is_killed_twice(tmp_path: Path, whole: Any) -> None
 
 def test_a_run_whose_workers_are_killed_goes_on(tmp_path: Path, whole: Any) -> None:
     folder = tmp_path / "small"
-    process = start(folder)
+    process = start(folder, 2)
     for cells in (4, 16):
         wait_for(folder, cells, process)
         workers = [pid for pid in children(process.pid) if "engine.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
