@@ -32,12 +32,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return patch_versus_graft(*arguments, **options)
 
         patch.setattr(effects_report, "patch_versus_graft", killed)
+        patch.setattr(effects_report, "TOGETHER", 1)
         with pytest.raises(KeyboardInterrupt):
             report_effects(CONFIG, out, progress=False)
     assert len((out / "cells.jsonl").read_text().splitlines()) == 2
     report_effects(CONFIG, out, progress=False)
     assert len((out / "cells.jsonl").read_text().splitlines()) == 4
     return out
+
+
+def test_layers_are_measured_in_groups_and_stored_one_by_one(folder: Path, tmp_path: Path) -> None:
+    report_effects(CONFIG, tmp_path / "whole", progress=False)
+    whole, parts = ((f / "cells.jsonl").read_text() for f in (tmp_path / "whole", folder))
+    assert whole == parts
+    layers = [["a"] * 3, ["b"] * 3, ["c"] * 30, ["d"] * 20, ["e"] * 40, ["f"]]
+    assert effects_report._groups(layers, [False] * 6) == [[0, 1, 2, 3], [4], [5]]
+    assert effects_report._groups(layers, [True, False, True, True, False, False]) == [[1, 4], [5]]
+    assert effects_report._groups(layers, [True] * 6) == []
 
 
 def test_the_table_is_patch_versus_graft(folder: Path) -> None:

@@ -7,12 +7,13 @@ and ``figures/``.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
-from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.folder import begin, locked
 from mechtransplant.figures import patch_versus_graft_plot, save_figure
 from mechtransplant.grafting import KV, Graft
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KINDS = ("head", "mlp", "attn")
+#: modules that are measured together, about: both models are read again for every group, and a kill loses one
+TOGETHER = 40
 
 
 @dataclass(frozen=True)
@@ -84,27 +87,38 @@ def _depends_on(pair: Pair, task: Task) -> dict[str, Any]:
 
 
 def _measure(config: EffectsConfig, pair: Pair, task: Task, store: CellStore, progress: bool) -> pd.DataFrame:
-    """Every module, layer by layer: a finished layer is a cell."""
+    """Every module; a finished layer is a cell, and neighbouring layers are measured together."""
     import pandas as pd
 
     modules = [m for kind in config.kinds for m in pair.modules(kind)]  # type: ignore[arg-type]
-    parts = []
-    said: dict[str, Any] = {}
-    for layer in track(range(pair.layout.layers), "layers", progress):
-        inside = [m for m in modules if parse_address(m).layer == layer]
-
-        def compute(inside: list[str] = inside) -> dict[str, Any]:
-            table = patch_versus_graft(
-                pair, task, inside, heads=config.heads, kv=config.kv, batch_size=config.batch_size, seed=config.seed
-            )
-            return {"rows": json.loads(table.to_json(orient="records", double_precision=15)), "models": table.attrs}
-
-        cell = store.get({**_depends_on(pair, task), **asdict(config), "modules": inside}, compute)
-        parts.append(pd.DataFrame(cell["rows"]))
-        said = cell["models"]
-    table = pd.concat(parts, ignore_index=True)
-    table.attrs.update(said)
+    layers = [[m for m in modules if parse_address(m).layer == layer] for layer in range(pair.layout.layers)]
+    depends = {**_depends_on(pair, task), **asdict(config)}
+    keys = [cell_key({**depends, "modules": inside}) for inside in layers]
+    for group in track(_groups(layers, [key in store.cells for key in keys]), "layers", progress):
+        wanted = [m for layer in group for m in layers[layer]]
+        table = patch_versus_graft(
+            pair, task, wanted, heads=config.heads, kv=config.kv, batch_size=config.batch_size, seed=config.seed
+        )
+        for layer in group:
+            rows = table[table.module.isin(layers[layer])].to_json(orient="records", double_precision=15)
+            store.put(keys[layer], {"rows": json.loads(rows), "models": table.attrs})
+    cells = [store.cells[key] for key in keys]
+    table = pd.concat([pd.DataFrame(cell["rows"]) for cell in cells], ignore_index=True)
+    table.attrs.update(cells[-1]["models"])
     return table
+
+
+def _groups(layers: Sequence[Sequence[str]], finished: Sequence[bool]) -> list[list[int]]:
+    """The numbers of the layers that are not finished, in groups of neighbours."""
+    groups: list[list[int]] = []
+    for layer, done in enumerate(finished):
+        if done:
+            continue
+        if groups and sum(len(layers[at]) for at in groups[-1]) < TOGETHER:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
 
 
 def summarise(config: EffectsConfig, pair: Pair, task: Task, table: pd.DataFrame) -> str:
