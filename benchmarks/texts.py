@@ -3,7 +3,7 @@
     python benchmarks/texts.py [--pair smollm2/generations] [--repeats 7] [--questions 32] [--out benchmarks/results]
 
 Float32, two threads, greedy, batches of 16; rows are interleaved in one process; every repeat is added to the CSV file.
-Tokens are counted up to a text's own end. *Generation* is of the pair's own task. *Sentences* go on from texts that the
+Tokens are counted up to a text's own end. *Generation* is of the pair's own task. *Sentences* go on from 16 texts that the
 target sampled, up to a full stop, 96 tokens at most; *short answers* are sums after worked examples, up to the end of
 the line, 16 tokens at most. Where it says so, ``generate`` is given the stop strings and stops when every row has.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     splits = load_task(str(pair.default_task)).split(16, 8, arguments.questions)
     ranking = rank_modules(pair, splits.discover, "gradient", "linear", batch_size=BATCH)
     graft = Graft([str(m) for m in ranking.module[:16]])
-    own, sums, long = splits.test, worked(pair), sentences(pair, arguments.questions)
+    own, sums, long = splits.test, worked(pair), sentences(pair, BATCH)
 
     def ours(task: Task, grafted: bool) -> list[tuple[int, ...]]:
         with graft.applied(pair) if grafted else Graft([]).applied(pair):
