@@ -3,9 +3,9 @@
     python benchmarks/texts.py [--pair smollm2/generations] [--repeats 7] [--questions 32] [--out benchmarks/results]
 
 Float32, two threads, greedy, batches of 16; rows are interleaved in one process; every repeat is added to the CSV file.
-Tokens are counted up to a text's own end. *Generation* is of the pair's own task. *Sentences* go on from 16 texts that the
-target sampled, up to a full stop, 96 tokens at most; *short answers* are sums after worked examples, up to the end of
-the line, 16 tokens at most. Where it says so, ``generate`` is given the stop strings and stops when every row has.
+Tokens are counted up to a text's own end. *Generation* is of the pair's own task. *Sentences* go on from 16 texts that
+the target sampled, up to a full stop, 96 tokens at most; *short answers* are sums after worked examples, up to the end
+of the line, 16 tokens at most. Where it says so, ``generate`` is given the stop strings and stops when every row has.
 """
 
 from __future__ import annotations
