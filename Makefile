@@ -57,7 +57,7 @@ benchmarks: install  ## error rates, power, speed, and cost, and operators besid
 	$(BIN)/python benchmarks/report.py
 
 lab: install  ## open the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/mechtransplant lab
 
 clean:  ## remove caches, builds and demo runs; the environment stays
 	rm -rf build dist runs/demo runs/scratch .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,50 @@
+"""Commands that show: a finished folder as a web page, and the notebooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mechtransplant.cli.app import app
+from mechtransplant.errors import UsageError
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A folder that run, shifts, effects, heads-vs-mlps or bench wrote.")],
+    out: Annotated[Path | None, typer.Option(help="The file (RUN/report.html by default).")] = None,
+) -> None:
+    """Write one web page that needs no network: verdict, figures, sortable tables, how to make it again."""
+    from mechtransplant.report import write_page
+
+    typer.echo(f"Open {write_page(run, out)} in a browser")
+
+
+@app.command()
+def lab(
+    folder: Annotated[Path | None, typer.Option(help="The folder with the notebooks.")] = None,
+    port: Annotated[int, typer.Option(help="Where JupyterLab listens; the next free one if it is taken.")] = 8888,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+) -> None:
+    """Start JupyterLab at the notebooks."""
+    import subprocess
+    import sys
+
+    notebooks = _notebooks(folder)
+    command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks}", f"--port={port}"]
+    raise typer.Exit(subprocess.run([*command, *([] if browser else ["--no-browser"])]).returncode)
+
+
+def _notebooks(folder: Path | None) -> Path:
+    """The folder that was named, or the notebooks here, or those beside an installation from a clone."""
+    if folder is not None:
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is no folder: give --folder one with notebooks")
+        return folder
+    places = [Path("notebooks"), Path(__file__).resolve().parents[2] / "notebooks"]
+    for place in places:
+        if any(place.glob("*.ipynb")):
+            return place
+    raise UsageError("no notebooks here: they are in a clone of the repository; give --folder another folder")
