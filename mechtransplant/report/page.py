@@ -76,9 +76,10 @@ def _placed(finished: Finished) -> tuple[list[tuple[Section, list[dict[str, Any]
 def _shown(picture: Picture) -> dict[str, Any]:
     source = base64.b64encode(picture.svg).decode()
     width = re.search(rb'<svg[^>]*\swidth="([\d.]+)pt"', picture.svg)
-    # points → CSS pixels
-    pixels = round(float(width[1]) * 4 / 3) if width else 640
-    return {"name": picture.name, "source": source, "caption": picture.caption, "data": picture.data, "width": pixels}
+    # points → CSS pixels; text of 8 points is small on a screen, and smaller than 7 is not read
+    printed = float(width[1]) * 4 / 3 if width else 640
+    sizes = {"width": round(1.4 * printed), "least": round(0.85 * printed)}
+    return {"name": picture.name, "source": source, "caption": picture.caption, "data": picture.data, **sizes}
 
 
 def _html(text: str) -> Any:
