@@ -12,7 +12,7 @@ from small_runs import small
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.forked import resuming
-from mechtransplant.experiment import Run, evaluator, run_experiment
+from mechtransplant.experiment import Run, evaluator, lower_layers, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
 from mechtransplant.experiment.setup import build_task
@@ -38,9 +38,8 @@ def instruct_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_experiment(small, tmp_path_factory.mktemp("runs") / "instruct", progress=False)
 
 
-@pytest.mark.parametrize("changes", [{}, {"pair": "family/instruct", "task": "boxed", "budgets": [3, 12]}])
 def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
-    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
 
@@ -49,15 +48,36 @@ def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
         return resuming(model, memory, layer)
 
     monkeypatch.setattr(evaluator, "resuming", counted)
-    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 6, "side_effects": None}
+    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 20, "side_effects": None}
     cells = []
     for folder in ("resumed", "whole"):
-        run_experiment(config(**sizes, **changes), tmp_path / folder / "small", progress=False)
+        run_experiment(config(**sizes), tmp_path / folder / "small", progress=False)
         cells.append(CellStore(tmp_path / folder / "small" / "cells.jsonl").cells)
         assert any(begun) == (folder == "resumed")
         begun.clear()
-        monkeypatch.setattr(evaluator, "REMEMBERED", 0)
+        monkeypatch.setattr(lower_layers, "LIMIT", 0)
     assert cells[0] == cells[1]
+
+
+def test_the_target_is_remembered_when_that_has_paid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    evaluate = lower_layers.evaluate_budgets
+
+    def counted(model: Any, task: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(len(task))
+        return evaluate(model, task, *arguments, **options)
+
+    monkeypatch.setattr(lower_layers, "evaluate_budgets", counted)
+    few: dict[str, Any] = {"rule": "weight_delta", "k": [1], "random_sets": 0, "curve_sets": 0, "side_effects": None}
+    run_experiment(config(**few, controls=[]), tmp_path / "few" / "small", progress=False)
+    assert asked == []
+    run_experiment(config(**few | {"random_sets": 20}), tmp_path / "many" / "small", progress=False)
+    # once, and of the test questions alone: few of the grafts on choose leave a layer alone
+    assert asked == [48]
+    # of a generation the prompt alone could be resumed: not worth a generation more
+    written = Run(config(pair="family/instruct", task="boxed", k=[1]), tmp_path / "written" / "small")
+    lower = lower_layers.LowerLayers(written)
+    assert not any(lower.under(written.splits.test, ["L3.mlp"])[0].usable for _ in range(5)) and asked == [48]
 
 
 def test_a_run_writes_its_folder(finished: Any) -> None:

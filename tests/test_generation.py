@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
-import torch
 from architectures import ARCHITECTURES
 from test_forked import deep
 
@@ -27,17 +27,20 @@ Build = Callable[..., LanguageModel]
 
 @contextmanager
 def passes_of(model: LanguageModel) -> Iterator[list[tuple[int, int]]]:
-    """(rows, tokens) of every pass of the model; its layers have no hooks of ours."""
+    """(rows, tokens) of every pass of the model, which has no hooks of ours."""
     seen: list[tuple[int, int]] = []
+    forward = model.hf.forward
 
-    def look(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    @wraps(forward)
+    def look(*inputs: Any, **keywords: Any) -> Any:
         seen.append(tuple((keywords["input_ids"] if "input_ids" in keywords else inputs[0]).shape))
+        return forward(*inputs, **keywords)
 
-    handle = model.hf.register_forward_pre_hook(look, with_kwargs=True)
+    model.hf.forward = look
     try:
         yield seen
     finally:
-        handle.remove()
+        del model.hf.forward
 
 
 def mixed(n: int = 32) -> Task:
@@ -168,16 +171,98 @@ def test_texts_of_grafts_differ_and_are_those_of_whole_passes(generations: Pair)
             texts.append(generate(target, task, batch_size=7))
             with resuming(target, memory, int(module[1])):
                 assert generate(target, task, batch_size=7) == texts[-1]
-        with forking(target, memory, int(module[1]), [Graft([module], kv="group").applied(generations)]):
-            assert generate(target, task, batch_size=7) == texts[-1]
     assert any(t != base for t in texts)
 
 
-def test_several_variants_write_no_text_together(generations: Pair) -> None:
+@pytest.mark.parametrize("modules", [["L2H1"], ["L2H1", "L2H2"]])
+def test_passes_that_fork_write_no_text(modules: list[str], generations: Pair) -> None:
     target, task = generations.target, mixed(8)
     with remembering(target) as memory:
+        before = generate(target, task)
+    variants = [Graft([m], kv="group").applied(generations) for m in modules]
+    with forking(target, memory, 2, variants), pytest.raises(RuntimeError, match="generate under one change at a time"):
         generate(target, task)
-    variants = [Graft([m], kv="group").applied(generations) for m in ("L2H1", "L2H2")]
-    with forking(target, memory, 2, variants), pytest.raises(RuntimeError, match="generate under one at a time"):
+    assert generate(target, task) == before
+
+
+def test_rows_that_end_at_once(generations: Pair, random_model: Build) -> None:
+    """Remembered, resumed and whole generations have the same batches at every step."""
+    target, task = generations.target, mixed(16)
+    firsts = [g.tokens[0] for g in generate(target, task)]
+    kept = target.hf.generation_config.eos_token_id
+    for share in (0.125, 0.5):
+        # the end of some texts is their first token
+        ends = [*([kept] if isinstance(kept, int) else kept)]
+        while sum(t in ends for t in firsts) < share * len(firsts):
+            ends.append(next(t for t in firsts if t not in ends))
+        target.hf.generation_config.eos_token_id = ends
+        try:
+            with passes_of(target) as whole:
+                texts = generate(target, task)
+            assert sum(len(g.tokens) == 1 for g in texts) >= share * len(texts)
+            with remembering(target) as memory, passes_of(target) as remembered:
+                assert generate(target, task) == texts
+            with resuming(target, memory, 2), passes_of(target) as resumed:
+                assert generate(target, task) == texts
+            assert whole == remembered == resumed
+            seen: list[int] = []
+            mlp = target.hf.get_submodule(f"{target.layout.block(1)}.mlp")
+            handle = mlp.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.shape[0]))
+            with remembering(target):
+                assert generate(target, task) == texts
+            handle.remove()
+            assert set(seen) == {16}
+        finally:
+            target.hf.generation_config.eos_token_id = kept
+    assert one_by_one(target, task) == generate(target, task)
+
+
+def test_a_hook_on_the_output_head_sees_every_row(generations: Pair) -> None:
+    model, task, seen = generations.source, mixed(), []
+    handle = model.hf.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    try:
+        texts = generate(model, task, batch_size=32)
+    finally:
+        handle.remove()
+    assert set(seen) == {32} and texts == generate(model, task, batch_size=32)
+
+
+def test_keys_and_values_count_as_memory(generations: Pair) -> None:
+    target, task = generations.target, mixed(12)
+    with remembering(target) as memory:
         generate(target, task)
-    assert torch.isfinite(torch.tensor(evaluate(target, task, "generate").log_probability)).all()
+    outputs = sum(t.numel() * t.element_size() for p in memory.passes for t in p.outputs)
+    cached = sum(t.numel() * t.element_size() for p in memory.passes for c in p.begun or [] for t in (c.keys, c.values))
+    assert cached > 0 and memory.bytes == outputs + cached
+    with remembering(target, limit=outputs + cached - 1) as less:
+        again = generate(target, task)
+    assert not less.usable and not less.passes and again == generate(target, task)
+
+
+def test_an_interrupted_generation_leaves_nothing_behind(generations: Pair) -> None:
+    target, task = generations.target, mixed(8)
+    before = generate(target, task)
+    forward, calls = target.hf.forward, [0]
+
+    @wraps(forward)
+    def stop(*inputs: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > 2:
+            raise KeyboardInterrupt
+        return forward(*inputs, **keywords)
+
+    for _ in range(2):
+        calls[0] = 0
+        target.hf.forward = stop
+        try:
+            with remembering(target), pytest.raises(KeyboardInterrupt):
+                generate(target, task)
+        finally:
+            del target.hf.forward
+    with remembering(target) as memory:
+        assert generate(target, task) == before
+    assert memory.usable and len(memory.passes) == 1
+    with Graft(["L3.mlp"]).applied(generations):
+        after = generate(target, task)
+        with resuming(target, memory, 3):
+            assert generate(target, task) == after

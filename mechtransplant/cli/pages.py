@@ -22,6 +22,18 @@ def report(
     typer.echo(f"Open {write_page(run, out)} in a browser")
 
 
+@app.command("figures")
+def draw_figures(
+    run: Annotated[Path, typer.Argument(help="A finished folder.")],
+    out: Annotated[Path | None, typer.Option(help="The folder for the files (RUN/figures by default).")] = None,
+) -> None:
+    """Draw a finished folder's figures again, from its tables alone: PNG, PDF, SVG and their data."""
+    from mechtransplant.experiment.drawing import draw
+
+    names = draw(run, out)
+    typer.echo(f"{', '.join(names)}: {out or run / 'figures'}")
+
+
 @app.command()
 def lab(
     folder: Annotated[Path | None, typer.Option(help="The folder with the notebooks.")] = None,

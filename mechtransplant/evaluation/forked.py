@@ -75,8 +75,8 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
     def before(_: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         import torch
 
-        if len(variants) > 1 and generates(model):
-            raise RuntimeError("each variant writes a text of its own: generate under one at a time")
+        if generates(model) and any(not isinstance(variant, nullcontext) for variant in variants):
+            raise RuntimeError("passes that fork write no text: generate under one change at a time, and resume")
         if is_writing(model):
             return
         if interventions_on(model.hf):
@@ -94,7 +94,7 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
     def answer(own: Callable[..., Any], number: int, *inputs: Any, **keywords: Any) -> Any:
         return own(*inputs, **keywords) if is_writing(model) else current[0].outputs[number]
 
-    with acting(model, before, after) as stack:
+    with acting(model, memory, before, after) as stack:
         for number, block in enumerate(blocks_of(model)):
             own = block.forward
             if number < layer:

@@ -95,8 +95,8 @@ def generation_batches(
 ) -> Iterator[tuple[list[int], list[Generation]]]:
     """Greedy continuations, batch by batch: (row numbers, one Generation a row), each up to a stop string.
 
-    Rows that have ended leave the batch. Where hooks or interventions see the model's layers they stay in it, and
-    forward hooks on the model see one call for the prompt of a batch and one for every later step.
+    Rows leave the batch when a quarter of it has ended. Where hooks or interventions see the model's passes all rows
+    stay, and forward hooks see one call for the prompt of a batch and one for every later step.
     """
     import torch
 
@@ -108,7 +108,7 @@ def generation_batches(
     check_lengths(hf, max(lengths) + max_new_tokens)
     prefix = usable_prefix(hf, encoded, max(lengths) + max_new_tokens)
     batches = question_batches(hf, encoded, lengths, batch_size)
-    plain_greedy = greedy_settings(model, max_new_tokens)
+    plain_greedy, drops = greedy_settings(model, max_new_tokens), not is_watched(model)
     with torch.no_grad(), plain_greedy, one_product(hf), prefix_cache(hf, prefix) as cache_for:
         filler = hf.generation_config.pad_token_id
         for batch in track(batches, "generate", progress):
@@ -118,9 +118,8 @@ def generation_batches(
             ids = torch.cat([shared, rest], dim=1) if prefix else rest
             mask = torch.cat([torch.ones_like(shared), mask], dim=1) if prefix else mask
             with batch.running(hf):
-                written = _written(
-                    model, ids.to(hf.device), mask.to(hf.device), cache_for(len(rows)), max_new_tokens, stop
-                )
+                cache = cache_for(len(rows))
+                written = _written(model, ids.to(hf.device), mask.to(hf.device), cache, max_new_tokens, stop, drops)
             yield rows, written
 
 
@@ -129,7 +128,7 @@ ENDED = 0.25
 
 
 def _written(
-    model: LanguageModel, ids: Tensor, mask: Tensor, cache: Any, budget: int, stop: tuple[str, ...]
+    model: LanguageModel, ids: Tensor, mask: Tensor, cache: Any, budget: int, stop: tuple[str, ...], drops: bool
 ) -> list[Generation]:
     """A batch's continuations, written by Hugging Face's ``generate`` in stretches, each without the rows that ended.
 
@@ -139,16 +138,15 @@ def _written(
     from transformers import DynamicCache
 
     hf, width = model.hf, ids.shape[1]
-    ends = set(end_tokens(model))
-    drops, apart = not is_watched(model), shares_passes(model)
+    apart = shares_passes(model)
     found = [Generation((), False)] * len(ids)
     left, written = list(range(len(ids))), 0
+    ended = _Ended(model.tokenizer, set(end_tokens(model)), stop, width, ENDED if drops else 1, [0] * len(ids))
     if cache is None and apart:
         # held here, because passes that resume fill its lower layers
         cache = DynamicCache(config=hf.config)
-    while left:
+    while True:
         first = apart and not written
-        ended = _Ended(model.tokenizer, ends, stop, width, len(left), ENDED if drops else 1)
         with reading_prompts(model) if first else writing(model):
             stretch = hf.generate(
                 input_ids=ids,
@@ -159,50 +157,54 @@ def _written(
                 return_dict_in_generate=True,
             )
         before, written = written, stretch.sequences.shape[1] - width
-        going = []
         for at, row in enumerate(left):
-            length = ended.lengths[at]
             # where steps are taken before it is known that the last was the last, they are undone
-            if 0 < length <= written or written == budget:
-                tokens = tuple(stretch.sequences[at, width:][: length or written].tolist())
-                found[row] = Generation(tokens, tokens[-1] in ends)
-            else:
-                going.append(at)
-        left = [left[at] for at in going]
-        if left:
-            index = torch.tensor(going, device=ids.device)
-            ids, cache = stretch.sequences[index], stretch.past_key_values
-            mask = torch.cat([mask[index], mask.new_ones(len(left), written - before)], dim=1)
-            if len(index) < len(stretch.sequences):
-                cache.batch_select_indices(index)
-    return found
+            if 0 < ended.lengths[at] <= written or written == budget:
+                tokens = tuple(stretch.sequences[at, width:][: ended.lengths[at] or written].tolist())
+                found[row] = Generation(tokens, tokens[-1] in ended.ends)
+        if written == budget or all(ended.lengths):
+            return found
+        ids, cache = stretch.sequences, stretch.past_key_values
+        mask = torch.cat([mask, mask.new_ones(len(left), written - before)], dim=1)
+        if ended.enough:
+            # on the CPU, whence every layer's device takes it
+            going = torch.tensor([at for at, length in enumerate(ended.lengths) if not length])
+            left = [left[at] for at in going.tolist()]
+            ids, mask = ids[going], mask[going]
+            cache.batch_select_indices(going)
+            ended.lengths = [0] * len(left)
 
 
 class _Ended:
     """A stopping criterion of ``generate``: which rows have ended, and whether so many have that the rest go on alone.
 
-    ``lengths``: how many tokens each row had written at its end; 0 while it is being written.
+    ``lengths``: how many tokens each row had written at its end; 0 while it is being written. A row that has ended and
+    is still there goes on being padded.
     """
 
     def __init__(
-        self, tokenizer: Any, ends: set[int], stop: tuple[str, ...], prompt: int, rows: int, share: float
+        self, tokenizer: Any, ends: set[int], stop: tuple[str, ...], prompt: int, share: float, lengths: list[int]
     ) -> None:
         self.tokenizer, self.ends, self.stop, self.prompt, self.share = tokenizer, ends, stop, prompt, share
-        self.lengths = [0] * rows
+        self.lengths = lengths
         # a token has a byte at least, and special tokens are left out of a text
         self.tail = max((len(s.encode()) for s in stop), default=0) + 8
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many rows have ended that the others go on without them."""
+        return sum(map(bool, self.lengths)) >= self.share * len(self.lengths)
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         import torch
 
-        length = ids.shape[1] - self.prompt
-        for row, token in enumerate(ids[:, -1].tolist()):
-            if not self.lengths[row] and (token in self.ends or (self.stop and self._stopped(ids[row, self.prompt :]))):
-                self.lengths[row] = length
-        enough = sum(map(bool, self.lengths)) >= self.share * len(self.lengths)
-        return torch.tensor([enough or bool(n) for n in self.lengths], device=ids.device)
+        written = ids[:, self.prompt :].tolist()
+        for row, tokens in enumerate(written):
+            if not self.lengths[row] and (tokens[-1] in self.ends or (self.stop and self._stopped(tokens))):
+                self.lengths[row] = len(tokens)
+        return torch.tensor([self.enough or bool(n) for n in self.lengths], device=ids.device)
 
-    def _stopped(self, tokens: Tensor) -> bool:
+    def _stopped(self, tokens: list[int]) -> bool:
         """Whether the text contains a stop string: the end of it is looked at first, which may be all that is new."""
         return all(
             any(s in text for s in self.stop)

@@ -7,7 +7,7 @@ that share parameters or pass something sideways, decoding steps) is not remembe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +18,12 @@ from mechtransplant.evaluation.interventions import interventions_on
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel
 
-#: bytes of layers' outputs that are kept; a workload that needs more is computed whole every time
+#: bytes of layers' outputs, and of keys and values, that are kept; what needs more is computed whole every time
 LIMIT = 2 << 30
 
 
-#: models in a block of either kind: one inside another is computed whole
-_ACTIVE: weakref.WeakSet[Any] = weakref.WeakSet()
+#: models in a block of either kind, with what is or was remembered: one block inside another is computed whole
+_ACTIVE: weakref.WeakKeyDictionary[Any, Memory] = weakref.WeakKeyDictionary()
 #: models that read a prompt which is to be continued, and models that continue one: every text has steps of its own
 _READING: weakref.WeakSet[Any] = weakref.WeakSet()
 _WRITING: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -66,12 +66,12 @@ class Memory:
         self.passes, self.usable = [], False
 
 
-def is_watched(model: LanguageModel) -> bool:
-    """Whether hooks on the model's layers, or interventions, see its passes."""
+def is_watched(model: LanguageModel, inside: Iterable[Any] | None = None) -> bool:
+    """Whether interventions, or hooks anywhere in the model or ``inside`` some of its modules, see its passes."""
     return bool(interventions_on(model.hf)) or any(
         _acts(hook)
-        for block in blocks_of(model)
-        for module in block.modules()
+        for whole in ([model.hf] if inside is None else inside)
+        for module in whole.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     )
 
@@ -82,7 +82,7 @@ def can_resume(model: LanguageModel) -> bool:
 
     hf, blocks = model.hf, blocks_of(model)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in hf.parameters())
-    busy = is_watched(model) or trained or hf in _ACTIVE
+    busy = is_watched(model, blocks) or trained or hf in _ACTIVE
     # Gemma 3n and 4: upper layers read keys and values that lower ones made
     sideways = bool(getattr(hf.config.get_text_config(), "num_kv_shared_layers", 0))
     return not (busy or sideways or _shares_parameters(blocks))
@@ -118,7 +118,7 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
             # something that layers write for one another
             memory.forget()
         if memory.usable:
-            memory.bytes += sum(t.numel() * t.element_size() for t in tensors(output))
+            memory.bytes += sum(map(_size, tensors(output)))
             memory.passes[-1].outputs.append(output)
             if memory.bytes > limit:
                 memory.forget()
@@ -133,28 +133,31 @@ def remembering(model: LanguageModel, limit: int = LIMIT) -> Iterator[Memory]:
         if done.begun is not None:
             # later passes may append to it
             done.begun = copy.deepcopy(keywords["past_key_values"].layers)
+            memory.bytes += sum(_size(t) for part in done.begun for t in (part.keys, part.values))
         elif model.hf in _READING:
             new = done.ids.shape[1]
             held = keywords["past_key_values"].layers
             done.added = [(part.keys[:, :, -new:].clone(), part.values[:, :, -new:].clone()) for part in held]
-            memory.bytes += sum(t.numel() * t.element_size() for pair in done.added for t in pair)
-        if len(done.outputs) != len(blocks):
+            memory.bytes += sum(_size(t) for pair in done.added for t in pair)
+        if len(done.outputs) != len(blocks) or memory.bytes > limit:
             memory.forget()
 
-    with acting(model, before, after) as stack:
+    with acting(model, memory, before, after) as stack:
         for block in blocks:
             stack.enter_context(answering(block, partial(wrote, block.forward)))
         yield memory
 
 
 @contextmanager
-def acting(model: LanguageModel, before: Callable[..., None], after: Callable[..., None]) -> Iterator[ExitStack]:
+def acting(
+    model: LanguageModel, memory: Memory, before: Callable[..., None], after: Callable[..., None]
+) -> Iterator[ExitStack]:
     """A block in which every forward pass of the model has these two beside it, and no other block of this kind."""
     with ExitStack() as stack:
         stack.callback(model.hf.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(model.hf.register_forward_hook(after, with_kwargs=True).remove)
-        _ACTIVE.add(model.hf)
-        stack.callback(_ACTIVE.discard, model.hf)
+        _ACTIVE[model.hf] = memory
+        stack.callback(_ACTIVE.pop, model.hf, None)
         yield stack
 
 
@@ -173,8 +176,8 @@ def answering(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def shares_passes(model: LanguageModel) -> bool:
-    """Whether the model's passes are being remembered or resumed."""
-    return model.hf in _ACTIVE
+    """Whether the model's passes are being remembered or resumed; False once there is too much to remember."""
+    return model.hf in _ACTIVE and _ACTIVE[model.hf].usable
 
 
 def reading_prompts(model: LanguageModel) -> AbstractContextManager[None]:
@@ -207,8 +210,12 @@ def _being(known: weakref.WeakSet[Any], hf: Any) -> Iterator[None]:
 
 
 def _acts(hook: Any) -> bool:
-    """Whether a hook may change anything: those that transformers leaves after ``output_hidden_states`` only look."""
-    return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+    """Whether a hook may change or keep anything: not those here, nor what transformers' ``output_…`` leave behind."""
+    return getattr(hook, "__module__", "") not in ("transformers.utils.output_capturing", *_OURS)
+
+
+#: where the hooks are that see to passes and their products, and keep nothing of a batch
+_OURS = tuple(f"mechtransplant.evaluation.{name}" for name in ("remembered", "forked", "batches"))
 
 
 def blocks_of(model: LanguageModel) -> list[Any]:
@@ -224,6 +231,10 @@ def _shares_parameters(blocks: list[Any]) -> bool:
             return True
         known |= mine
     return False
+
+
+def _size(tensor: Any) -> int:
+    return 0 if tensor is None else int(tensor.numel() * tensor.element_size())
 
 
 def ids_of(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

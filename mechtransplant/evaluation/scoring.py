@@ -100,11 +100,15 @@ def evaluate(
     return evaluate_budgets(model, task, [budget], batch_size, progress, gold, method)[budget]
 
 
+def is_short(model: LanguageModel, task: Task) -> bool:
+    """Whether one forward decides a task's answers: each is short, and it is known where it ends."""
+    return task.short_answer and model.tokenizer.eos_token_id is not None
+
+
 def _decided(method: str, model: LanguageModel, task: Task) -> str:
     """The method that is meant, once it is known to be one, and exact for the task."""
     if method == "auto":
-        exact = task.short_answer and model.tokenizer.eos_token_id is not None
-        return "teacher-forced" if exact else "generate"
+        return "teacher-forced" if is_short(model, task) else "generate"
     if method not in ("teacher-forced", "generate"):
         raise UsageError(f"unknown method {method!r}: expected auto, teacher-forced or generate")
     if method == "teacher-forced" and not task.short_answer:

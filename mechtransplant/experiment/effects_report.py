@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import begin, locked
-from mechtransplant.figures import patch_versus_graft_plot, save_figure
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
 from mechtransplant.pair import Pair, load_pair
@@ -71,9 +71,7 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
         begin(folder, began)
         table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
         write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
-        title = f"{pair.name}, n = {len(task)}"
-        figure, _ = patch_versus_graft_plot(table, pair.planted, title=title)
-        save_figure(figure, folder / "figures", "patch_versus_graft", table)
+        draw(folder)
         page = summarise(config, pair, task, table)
         write_atomically(folder / "summary.md", page)
     return page
@@ -94,7 +92,7 @@ def _measure(config: EffectsConfig, pair: Pair, task: Task, store: CellStore, pr
     layers = [[m for m in modules if parse_address(m).layer == layer] for layer in range(pair.layout.layers)]
     depends = {**_depends_on(pair, task), **asdict(config)}
     keys = [cell_key({**depends, "modules": inside}) for inside in layers]
-    for group in track(_groups(layers, [key in store.cells for key in keys]), "layers", progress):
+    for group in track(_groups(layers, [key in store.cells for key in keys]), "groups of layers", progress):
         wanted = [m for layer in group for m in layers[layer]]
         table = patch_versus_graft(
             pair, task, wanted, heads=config.heads, kv=config.kv, batch_size=config.batch_size, seed=config.seed

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from mechtransplant.evaluation import Evaluation, evaluate_budgets
 from mechtransplant.evaluation.forked import resuming
-from mechtransplant.evaluation.remembered import Memory, remembering
 from mechtransplant.experiment.cells import CellStore
+from mechtransplant.experiment.lower_layers import LowerLayers
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import Graft
-from mechtransplant.modules import parse_address
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Task
 
@@ -24,8 +23,6 @@ from mechtransplant.tasks import Task
 #: a graft of the target ("reverse"), or the target under a graft of itself ("self")
 Body = Literal["graft", "source", "reverse", "self"]
 
-#: bytes of the target's layers' outputs on a split that a process keeps, for grafts that leave its lowest layers alone
-REMEMBERED = 1 << 29
 #: the kind of job that an evaluation is
 EVALUATION = "evaluation"
 
@@ -69,8 +66,7 @@ class Evaluator:
         own.base = None if pair.base is None else pair.target
         self.pairs: dict[Body, Pair] = {"graft": pair, "source": pair, "reverse": pair.reversed(), "self": own}
         self.splits = {str(split.role): split for split in setup.splits}
-        #: split → the target's passes over it, of the split that came last
-        self.passes: dict[str, Memory] = {}
+        self.lower = LowerLayers(setup)
 
     def graft(self, modules: Sequence[str], strength: float) -> Graft:
         """A graft of the run's kind."""
@@ -99,12 +95,9 @@ class Evaluator:
         """A cell's values, as JSON."""
         pair, split = self.pairs[cell.body], self.splits[cell.split]
         model = pair.source if cell.body == "source" else pair.target
-        if cell.body == "graft" and not cell.modules:
-            found = self._remember(split)
-        else:
-            memory, lowest = self._lower_layers(cell)
-            with self.graft(cell.modules, cell.strength).applied(pair), resuming(model, memory, lowest):
-                found = self._evaluate(model, split)
+        memory, lowest = self.lower.under(split, cell.modules if cell.body == "graft" else ())
+        with self.graft(cell.modules, cell.strength).applied(pair), resuming(model, memory, lowest):
+            found = self._evaluate(model, split)
         # another processor rounds differently, and the target's own cell may be from another start: bits are
         # compared within one process
         beside = self._evaluate(model, split) if cell.body == "self" else {}
@@ -136,24 +129,6 @@ class Evaluator:
         self.beside[(role, *modules)] = {int(b): d for b, d in cell.get("beside", {}).items()}
         self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.setup.budgets}
         return unpacked_budgets(split, cell)
-
-    def _remember(self, split: Task) -> dict[int, Evaluation]:
-        """The target as it is; its passes are kept, in the place of another split's."""
-        self.passes.clear()
-        with remembering(self.setup.pair.target, 0 if self.config.one_at_a_time else REMEMBERED) as memory:
-            found = self._evaluate(self.setup.pair.target, split)
-        self.passes[split.role] = memory
-        return found
-
-    def _lower_layers(self, cell: Cell) -> tuple[Memory, int]:
-        """(the target's passes over a cell's split, the lowest layer that it changes): there its own passes begin."""
-        lowest = min((parse_address(m).layer for m in cell.modules), default=0)
-        if cell.body != "graft" or not lowest or self.config.one_at_a_time:
-            return Memory(usable=False), 0
-        if cell.split not in self.passes:
-            # in a worker, or in a run that goes on: the target's own cell was computed elsewhere
-            self._remember(self.splits[cell.split])
-        return self.passes[cell.split], lowest
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
         return evaluate_budgets(model, split, self.setup.budgets, self.config.batch_size, method="auto")

@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import begin, locked
 from mechtransplant.experiment.heads_mlps_page import page_of
 from mechtransplant.experiment.heads_mlps_sets import ARMS, Arm, sets_of
 from mechtransplant.experiment.heads_mlps_study import Study
-from mechtransplant.figures import heads_against_mlps_bars, save_figure
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.patching.ablation import Method
@@ -105,17 +104,7 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         write_atomically(folder / "study.csv", written)
         # figures and page say what the file says
         table = pd.read_csv(folder / "study.csv")
-        # free-form answers of a model without an end token have no log-probability
-        outcome: Any = "log_probability" if table.log_probability_change.notna().all() else "accuracy"
-        thirds = (table.depth != "all").any()
-        for name, options in {
-            "heads_against_mlps": {"outcome": "accuracy"},
-            f"heads_against_mlps_{outcome}": {"outcome": outcome},
-            "heads_against_mlps_by_depth": {"outcome": outcome, "by": "depth"},
-        }.items():
-            if thirds or "by" not in options:
-                figure, _ = heads_against_mlps_bars(table, **options, title=pair.name)
-                save_figure(figure, folder / "figures", name)
+        draw(folder)
         page = page_of(config, pair, study.base("target"), study.base("source"), table, left_out)
         write_atomically(folder / "summary.md", page)
     return page

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import check_ours, locked, write_starts
 from mechtransplant.experiment.planted import (
     Problem,
@@ -26,7 +27,6 @@ from mechtransplant.experiment.planted import (
     splits_of,
     summary_of,
 )
-from mechtransplant.figures import planted_benchmark, save_figure
 from mechtransplant.pair import load_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import get_rule
@@ -246,8 +246,7 @@ def _write(folder: Path, rows: pd.DataFrame) -> str:
     write_atomically(folder / "results.csv", flat.to_csv(index=False, float_format="%.6g"))
     summary = summary_of(rows)
     write_atomically(folder / "summary.csv", summary.to_csv(index=False, float_format="%.6g"))
-    figure, _ = planted_benchmark(flat)
-    save_figure(figure, folder / "figures", "planted_benchmark", flat)
+    draw(folder)
     page = planted_page(rows, summary)
     write_atomically(folder / "summary.md", page)
     return page

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.elsewhere import side_effect_tables
 from mechtransplant.experiment.findings import Findings
-from mechtransplant.experiment.summary import label_of, summarise
-from mechtransplant.figures import gain_against_harm, k_curve, rule_curves, save_figure, score_heatmap
+from mechtransplant.experiment.summary import summarise
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
 
@@ -49,14 +49,14 @@ class RunResult:
 
 
 def write_report(run: Run, findings: Findings) -> RunResult:
-    """Write results.parquet, rules.csv, side_effects.csv, outcome.json, summary.md and figures/; the same as a
-    RunResult."""
+    """Write the tables (results.parquet, rules.csv, …), outcome.json, summary.md and figures/; the same in memory."""
     import pandas as pd
 
     plane = effects = None
     if run.side_effects:
         plane, effects = side_effect_tables(run.side_effects)
         write_atomically(run.folder / "side_effects.csv", effects.to_csv(index=False, float_format="%.8g"))
+        write_atomically(run.folder / "plane.csv", plane.to_csv(index=False))
 
     results = pd.DataFrame(run.rows.rows)
     temporary = run.folder / ".results.tmp"
@@ -71,7 +71,7 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     )
     summary = summarise(run, results, findings, plane, effects)
     write_atomically(run.folder / "summary.md", summary)
-    _draw(run, results, findings, plane)
+    draw(run.folder)
     ranking = run.rankings.of(headline)
     return RunResult(run.folder, results, ranking, grafts, outcomes, summary, findings.table, findings, plane)
 
@@ -86,35 +86,6 @@ def _saved(graft: Graft, outcome: Outcome) -> dict[str, Any]:
         "selected_on": sorted(q for s in graft.selections for q in s.questions),
         **asdict(outcome),
     }
-
-
-def _draw(run: Run, results: pd.DataFrame, findings: Findings, plane: pd.DataFrame | None) -> None:
-    import pandas as pd
-
-    from mechtransplant.side_effects import pareto_front
-
-    folder, headline = run.folder / "figures", run.config.rules[0]
-    data, test = results.drop(columns="correct"), results[results.split == "test"]
-    ranking = run.rankings.of(headline)
-    figure, _ = k_curve(test, "test", run.budget, len(ranking), rule=headline, title=run.pair.name)
-    save_figure(figure, folder, "k_curve", data)
-    if len(run.config.rules) > 1:
-        figure, _ = rule_curves(test, run.budget, len(ranking), list(run.config.rules), title=run.pair.name)
-        save_figure(figure, folder, "rule_curves", data)
-    if plane is not None and "harm" in plane:
-        named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
-        figure, _ = gain_against_harm(named, title=run.pair.name)
-        save_figure(figure, folder, "gain_against_harm", named)
-        if "kl" in named:
-            grafts = pareto_front(named[named.role != "random"], harm="kl")
-            both = pd.concat([grafts, named[named.role == "random"]], ignore_index=True)
-            figure, _ = gain_against_harm(both, harm="kl", title=run.pair.name)
-            save_figure(figure, folder, "gain_against_kl", both)
-    if run.config.kinds == ("linear",):
-        k = len(findings.grafts[headline][run.budget])
-        ranking = run.rankings.frame(headline, k)
-        figure, _ = score_heatmap(ranking, k, run.pair.name, f"score by {headline}")
-        save_figure(figure, folder, "score_heatmap", ranking)
 
 
 def _without_infinity(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """A config becomes a run: baselines, rankings, a sweep on ``choose``, curves, controls and a report on ``test``.
 
 A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished cells), ``ranking.csv`` and
-``rankings/``, ``results.parquet`` (one row a cell and token budget), ``rules.csv``, ``outcome.json``, ``summary.md``
-and ``figures/``.
+``rankings/``, ``results.parquet`` (one row a cell and token budget), ``rules.csv``, ``plane.csv``
+(side effects, one row a graft), ``outcome.json``, ``summary.md`` and ``figures/``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class Run(Setup):
         self.cells = Evaluator(self, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
-        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere",), start=self.where.start)
+        write_starts(
+            self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere", "pair"), start=self.where.start
+        )
         self.engine = self.where.make(self, self.elsewhere)
         try:
             return self._steps()
@@ -311,6 +313,7 @@ class Run(Setup):
 def depends_on(run: Run) -> dict[str, Any]:
     """What the run's numbers depend on besides the config and the versions: weights, task."""
     return {
+        "pair": run.pair.name,
         "weights": run.fingerprints | ({} if run.pair.base is None else {"base": run.pair.base.fingerprint}),
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},

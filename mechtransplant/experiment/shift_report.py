@@ -11,16 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mechtransplant import figures
 from mechtransplant.activations import Positions
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.environment import versions
 from mechtransplant.localization import (
     FEWEST_TO_HALVE,
     concentration,
     consistency,
-    lorenz_curve,
     refuse_overlap,
     topk_stability,
 )
@@ -112,7 +111,7 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
         shifts.to_parquet(folder / "shifts.parquet", index=False)
         for key, frame in tables.items():
             write_atomically(folder / f"{key}.csv", frame.to_csv(index=False, float_format="%.8g"))
-        _draw(folder / "figures", shifts, tables, pair, config)
+        draw(folder)
         page = summarise(pair, task, control, shifts, tables, config)
         write_atomically(folder / "summary.md", page)
     except OSError as error:
@@ -155,27 +154,6 @@ def _environment(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
         "questions": {k: {"n": len(t), "fingerprint": t.fingerprint} for k, t in tasks.items() if t is not None},
     }
-
-
-def _draw(folder: Path, shifts: pd.DataFrame, tables: dict[str, pd.DataFrame], pair: Pair, config: ShiftConfig) -> None:
-    """Every figure that these tables have, with its data as CSV."""
-    table = tables["table"]
-    signed = [m for m in SIGNED if (table.measure == m).any()]
-    maps = {f"heatmap_{m}": table[(table.measure == m) & (table.test != "control")] for m in signed}
-    if (table.test == "control").any():
-        maps |= {f"heatmap_{m}_control": table[(table.measure == m) & (table.test == "control")] for m in _DIRECT}
-    if {"head", "mlp"} & set(config.kinds):
-        for name, rows in maps.items():
-            title = f"{pair.name}: " + ("task against control" if name.endswith("control") else rows.test.iloc[0])
-            figures.save_figure(figures.shift_heatmap(rows, title=title)[0], folder, name, rows)
-    magnitude = table[(table.measure == "magnitude") & (table.test == "sign-flip")]
-    figures.save_figure(figures.volcano(magnitude)[0], folder, "volcano", magnitude)
-    figures.save_figure(
-        figures.consistency_plot(tables["consistency"])[0], folder, "consistency", tables["consistency"]
-    )
-    curve = lorenz_curve(shifts, "own", seed=config.seed)
-    figures.save_figure(figures.lorenz(curve, "own shift")[0], folder, "lorenz", curve)
-    figures.save_figure(figures.own_against_inherited(shifts, pair.planted)[0], folder, "own_against_inherited")
 
 
 def summarise(

@@ -91,6 +91,7 @@ class CellWorker:
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         """A cell's values."""
         if job["what"] == SIDE_EFFECTS:
+            self.evaluator.lower.forget()
             return self.elsewhere.compute(job)
         return self.evaluator.compute(Cell.of(job))
 

@@ -23,6 +23,7 @@ COLUMN, PAGE = 3.3, 6.8
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
+    "figure.titlesize": 8,
     "axes.labelsize": 8,
     "legend.fontsize": 7,
     "xtick.labelsize": 7,
@@ -33,7 +34,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "pdf.fonttype": 42,
-    "svg.fonttype": "none",
+    # letters as shapes: a reader need not have the font
+    "svg.fonttype": "path",
     "svg.hashsalt": "mechtransplant",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
@@ -76,8 +78,10 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, figure.subplots(rows, columns, sharey=columns * rows > 1)
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame | None = None) -> None:
+def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame | None = None, run: str = "") -> None:
     """Write PNG (300 dpi), PDF and SVG, without a date (equal figures are equal files), and the data as CSV.
+
+    ``run``: what the figure belongs to, for example a run's fingerprint; it stands in the files' metadata.
 
     Raises UsageError for anything but a figure (figure functions return a figure and its axes).
     """
@@ -85,9 +89,12 @@ def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFram
         raise UsageError(f"expected a figure, got {type(figure).__name__}: figure, axes = volcano(…), then the figure")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    said = f"mechtransplant run {run}" if run else None
     with style():
-        figure.savefig(folder / f"{name}.png", dpi=300, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(
+            folder / f"{name}.png", dpi=300, metadata={"Software": None, **({"Source": said} if said else {})}
+        )
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Subject": said})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Source": said})
     if data is not None:
         data.to_csv(folder / f"{name}.csv", index=False)

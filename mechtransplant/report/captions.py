@@ -47,7 +47,9 @@ _CAPTIONS: dict[str, Caption] = {
     ),
     "volcano": Caption("", "Size of every module's shift against how sure it is."),
     "consistency": Caption("", "How alike every module's shift is from prompt to prompt, against its size."),
-    "lorenz": Caption("", "How concentrated the shifts are: the share of the whole that the smallest modules hold."),
+    "lorenz": Caption(
+        "", "How concentrated the shifts are: the share of the whole that the largest modules hold together."
+    ),
     "own_against_inherited": Caption(
         "", "What a module's own weights do (own shift) against what it passes on from below (inherited)."
     ),

@@ -9,16 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mechtransplant.errors import UsageError
+from mechtransplant.experiment.drawing import kind_of
 from mechtransplant.report.captions import caption_of
 
-#: a file that only this kind of folder has → the command that makes it
-KINDS = {
-    "outcome.json": "run",
-    "shifts.parquet": "shifts",
-    "effects.csv": "effects",
-    "study.csv": "heads-vs-mlps",
-    "summary.csv": "bench planted",
-}
 #: kinds whose command reads a config file; of the others every key of the config is an option
 _FROM_FILE = {"run": "", "bench planted": "--config "}
 
@@ -89,7 +82,7 @@ def read_finished(folder: str | Path) -> Finished:
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder: give one that mechtransplant run (or shifts, effects, …) wrote")
-    kind = next((kind for name, kind in KINDS.items() if (folder / name).exists()), None)
+    kind = kind_of(folder)
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} holds no config.yaml: give a folder that mechtransplant run (or shifts, …) wrote")
     if kind is None or not (folder / "summary.md").exists():

@@ -66,7 +66,7 @@ def page_of(finished: Finished) -> str:
 def _placed(finished: Finished) -> tuple[list[tuple[Section, list[dict[str, Any]]]], list[dict[str, Any]]]:
     """Every section with its figures, and the figures that belong to none."""
     placed: list[tuple[Section, list[dict[str, Any]]]] = [(section, []) for section in finished.sections]
-    last = []
+    last: list[dict[str, Any]] = []
     for picture in finished.pictures:
         where = [p for section, p in placed if picture.section and section.title.startswith(picture.section)]
         (where[0] if where else last).append(_shown(picture))
