@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mechtransplant.display import html_table, percent
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.scoring import Evaluation
 from mechtransplant.selection import Selection
@@ -99,6 +100,25 @@ class Outcome:
     curve: CurveRank | None = None
     parameter_share: float | None = None
 
+    def _repr_html_(self) -> str:
+        change = f"{100 * self.difference:+.1f} points [{100 * self.interval[0]:+.1f}, {100 * self.interval[1]:+.1f}]"
+        rows: list[tuple[str, str]] = [
+            ("target", percent(self.target_accuracy)),
+            ("after the graft", percent(self.after_accuracy)),
+            ("source", percent(self.source_accuracy)),
+            ("difference", f"{change}; exact McNemar p = {self.p_value:.2g}; {self.gained} gained, {self.lost} lost"),
+            ("TIR", _ratio(self.tir, self.tir_interval, "undefined", ".2f", "")),
+            ("Recovery", _ratio(self.recovery, self.recovery_interval, "withheld", ".0f", " %")),
+        ]
+        if self.log_probability is not None:
+            nats, (low, high) = self.log_probability.change, self.log_probability.interval
+            rows.append(("log p(gold answer)", f"{nats:+.2f} nats [{low:+.2f}, {high:+.2f}]"))
+        rows.append(("random sets", "no random control" if self.controls is None else str(self.controls)))
+        if self.curve is not None:
+            rows.append(("K-curve", f"p = {self.curve.p_value:.2g} over all K, among {self.curve.n} random orders"))
+        title = f"{self.task} ({self.role}), n = {self.n}, 95 % intervals" if self.task else f"n = {self.n}"
+        return html_table(rows, title=title, notes=self.notes)
+
     def __str__(self) -> str:
         tir = "undefined" if self.tir is None else f"{self.tir:.2f}"
         recovery = "withheld" if self.recovery is None else f"{self.recovery + 0.0:.0f} %".replace("-0 %", "0 %")
@@ -107,6 +127,16 @@ class Outcome:
             f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, "
             f"n = {self.n}), TIR {tir}, Recovery {recovery}, McNemar p = {self.p_value:.2g}; {controls}"
         )
+
+
+def _ratio(value: float | None, interval: Interval | None, without: str, form: str, unit: str) -> str:
+    """A ratio with its interval, an unbounded end as ∞; a word where it has no value."""
+    if value is None:
+        return without
+    if interval is None:
+        return f"{value:{form}}{unit}"
+    low, high = (f"{end:{form}}".replace("inf", "∞").replace("-", "−") for end in interval)
+    return f"{value:{form}}{unit} [{low}, {high}]"
 
 
 def compare(

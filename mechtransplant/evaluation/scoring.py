@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from mechtransplant.display import html_table, percent
 from mechtransplant.errors import TaskError, UsageError
 from mechtransplant.evaluation.batches import check_task, encode, make_ready
 from mechtransplant.evaluation.generation import generate
@@ -71,6 +72,14 @@ class Evaluation:
     def __repr__(self) -> str:
         low, high = self.interval
         return f"Evaluation({self.task}/{self.role}: {self.accuracy:.1%} [{low:.1%}, {high:.1%}], n = {len(self)})"
+
+    def _repr_html_(self) -> str:
+        right = f"{int(self.correct.sum())} of {len(self)} right"
+        rows = [("accuracy", f"{percent(self.accuracy, self.interval)}; {right}"), ("decided by", self.method)]
+        rows.append(("token budget", str(self.budget)))
+        if self.log_probability is not None:
+            rows.append(("log p(gold answer), mean", f"{self.log_probability.mean():.2f} nats"))
+        return html_table(rows, title=f"{self.task} ({self.role}), 95 % interval")
 
 
 def evaluate(

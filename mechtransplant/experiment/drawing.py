@@ -83,6 +83,10 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     if len(config.rules) > 1:
         figure, _ = figures.rule_curves(test, budget, candidates, list(config.rules), title=title)
         yield Drawing("rule_curves", figure, data)
+    if (test[test.role == "graft"].budget.nunique()) > 1:
+        yield Drawing("budget_grid", figures.budget_grid(test, headline, title=title)[0], data)
+    if results[results.role == "graft"].strength.nunique() > 1:
+        yield Drawing("strength_curve", figures.strength_curve(results, headline, title=title)[0], data)
     if (folder / "plane.csv").exists():
         plane = pd.read_csv(folder / "plane.csv")
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,10 @@ class RunResult:
     findings: Findings
     #: one row a graft: what it gains, what it costs elsewhere, and whether it is on the Pareto front
     plane: pd.DataFrame | None = None
+
+    def _repr_html_(self) -> str:
+        budget = max(self.outcomes)
+        return f"<p>Run in {escape(str(self.folder))}</p>" + self.outcomes[budget]._repr_html_()
 
     @property
     def graft(self) -> Graft:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
 from mechtransplant.grafting.applied import Applied, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
@@ -94,6 +95,18 @@ class Graft:
 
     def __len__(self) -> int:
         return len(self.modules)
+
+    def _repr_html_(self) -> str:
+        by_layer: dict[str, list[str]] = {}
+        for module, strength in zip(self.modules, self.strengths, strict=True):
+            said = str(module) if len(set(self.strengths)) == 1 else f"{module} ({strength:g})"
+            by_layer.setdefault(f"layer {parse_address(module).layer}", []).append(said)
+        rows = sorted(((layer, ", ".join(names)) for layer, names in by_layer.items()), key=lambda r: int(r[0][6:]))
+        strengths = ", ".join(f"{s:g}" for s in sorted(set(self.strengths))) or "none"
+        how = (
+            f"Strength {strengths} ({self.mode}); operator {self.operator.name}; K and V of a grafted head: {self.kv}."
+        )
+        return html_table(rows, title=f"Graft of {len(self)} modules", notes=[how])
 
     @property
     def label(self) -> tuple[Any, ...]:

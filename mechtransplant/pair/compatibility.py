@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mechtransplant.display import html_table
 from mechtransplant.pair.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -43,11 +44,16 @@ class Compatibility:
         lines = [
             f"{row.what:34} {row.source!s:>26} {row.target!s:>26}  {row.verdict}" for row in self.checks.itertuples()
         ]
+        return "\n".join([*lines, self._layers])
+
+    @property
+    def _layers(self) -> str:
         changed = int((self.shapes.relative_change > 0).sum())
-        lines.append(
-            f"{len(self.shapes)} linear layers of equal name and shape, {changed} of them with different weights"
-        )
-        return "\n".join(lines)
+        return f"{len(self.shapes)} linear layers of equal name and shape, {changed} of them with different weights"
+
+    def _repr_html_(self) -> str:
+        rows = [(row.what, row.source, row.target, row.verdict) for row in self.checks.itertuples()]
+        return html_table(rows, ("", "source", "target", "verdict"), "What matches", [f"{self._layers}."])
 
 
 #: configuration that decides whether tensors fit together at all

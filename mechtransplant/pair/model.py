@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from mechtransplant.display import html_table
 from mechtransplant.errors import UsageError
 from mechtransplant.modules import Layout, layout_of
 from mechtransplant.weights import awaken, count_positions, moves, parts_of, takes_turns
@@ -97,6 +98,24 @@ class LanguageModel:
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6
         return f"LanguageModel({self.name!r}, {type(self.hf).__name__}, {millions:.1f} M parameters)"
+
+    def described(self) -> dict[str, str]:
+        """What it is, in words, for a notebook's table."""
+        layout, text = self.layout, self.hf.config.get_text_config()
+        shared = "" if layout.heads == layout.kv_heads else f" ({layout.kv_heads} with keys and values)"
+        return {
+            "model": self.name,
+            "class": type(self.hf).__name__,
+            "parameters": f"{sum(p.numel() for p in self.hf.parameters()):,}",
+            "layers": str(layout.layers),
+            "heads a layer": f"{layout.heads}{shared}",
+            "width": str(text.hidden_size),
+            "vocabulary": f"{text.vocab_size:,}",
+            "numbers": f"{str(self.hf.dtype).removeprefix('torch.')} on {self.hf.device}",
+        }
+
+    def _repr_html_(self) -> str:
+        return html_table(self.described().items())
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UsageError
 from mechtransplant.modules import Kind, Layout, Region
 from mechtransplant.pair.compatibility import Compatibility, compare_models
@@ -102,6 +103,18 @@ class Pair:
 
     def __repr__(self) -> str:
         return f"Pair({self.name!r}, source={self.source!r}, target={self.target!r})"
+
+    def _repr_html_(self) -> str:
+        source, target = self.source.described(), self.target.described()
+        counts = ", ".join(f"{len(self.modules(kind))} {name}" for kind, name in _COUNTED.items())
+        notes = [f"Can be grafted: {counts}.", *(f"Stays the target's: {what}." for what in self.compatibility.stays)]
+        notes += [f"Planted: {', '.join(self.planted)}."] if self.planted else []
+        rows = [(what, source[what], target[what]) for what in target]
+        return html_table(rows, ("", "source", "target"), f"Pair {self.name}", notes)
+
+
+#: kinds of modules that a pair counts, in words
+_COUNTED: dict[Kind, str] = {"head": "heads", "mlp": "MLPs", "linear": "linear layers"}
 
 
 def load_pair(

@@ -25,6 +25,15 @@ _CAPTIONS: dict[str, Caption] = {
         "Accuracy against K by every rule. Dashed and dotted: source and target as they are. The band is the range of "
         "all random sets.",
     ),
+    "budget_grid": Caption(
+        "Token budgets",
+        "Change of accuracy over token budget and K, graft less target, in points; the last column is the source.",
+    ),
+    "strength_curve": Caption(
+        "K sweep",
+        "Accuracy on the choose questions against the strength of the graft, a line a K, with 95 % intervals; at 1 the "
+        "modules have the source's weights.",
+    ),
     "gain_against_harm": Caption(
         "Side effects",
         "What grafts gain on the task (up) against the accuracy that they lose on other tasks (right), in points, with "

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mechtransplant.display import html_table
 from mechtransplant.errors import TaskError
 from mechtransplant.tasks.scorers import get_scorer
 
@@ -154,6 +155,12 @@ class Task:
             f"Task({self.name!r}, {self.role}: {len(self)} questions, scorer {self.scorer}, first "
             f"{first.question[:40]!r} → {first.answer[:20]!r})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(str(at + 1), e.question, e.answer) for at, e in enumerate(self.examples[:3])]
+        how = "one forward decides them" if self.short_answer else f"generated, {self.max_new_tokens} tokens"
+        said = f"{len(self)} questions ({self.role}), scorer {self.scorer}; {how}."
+        return html_table(rows, ("", "question", "gold answer"), f"Task {self.name}", [said])
 
     def __len__(self) -> int:
         return len(self.examples)
