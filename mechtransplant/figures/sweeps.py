@@ -50,7 +50,7 @@ def strength_curve(
     grafts, ends = _grafts(results, split, rule)
     wanted = int(budget or grafts.budget.max()) if len(grafts) else 0
     grafts, ends = grafts[grafts.budget == wanted], ends[ends.budget == wanted]
-    several = [int(k) for k, n in grafts.groupby("k").strength.nunique().items() if n > 1]
+    several = [k for k in sorted(map(int, grafts.k.unique())) if grafts[grafts.k == k].strength.nunique() > 1]
     if counts is None:
         counts = [
             several[i] for i in np.unique(np.linspace(0, len(several) - 1, min(5, len(several))).round().astype(int))
