@@ -67,6 +67,7 @@ _HOME = {
     "verify_export": "export",
     "run_experiment": "experiment",
     "bench_planted": "experiment",
+    "explore": "explorer",
 }
 
 #: whole packages, for their other names: mt.figures.volcano, mt.grafting.operators.Ties

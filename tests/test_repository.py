@@ -49,6 +49,7 @@ FLOORS = {
     "selection": 0,
     "cli": 8,
     "report": 8,
+    "explorer": 8,
 }
 
 

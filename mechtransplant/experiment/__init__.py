@@ -10,6 +10,7 @@ from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
 from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
+from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunResult",
+    "Setup",
     "ShiftConfig",
     "bench_planted",
     "parse_config",
