@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint notebooks benchmarks lab clean
+.PHONY: help install demo test lint figures notebooks benchmarks lab clean
 
 help:  ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ test: install  ## all tests, on two processes
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy mechtransplant
+
+figures: install  ## draw every committed figure again, from the tables that are committed
+	$(BIN)/python scripts/make_figures.py
+	$(BIN)/python benchmarks/report.py
 
 notebooks: install  ## run every notebook from top to bottom; the copies go to a temporary folder
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \

@@ -1,4 +1,4 @@
-"""Write the results table and picture in README.md from the committed runs.
+"""Write the results table in README.md from the committed runs.
 
     python scripts/update_readme.py [--check]
 
@@ -7,7 +7,6 @@ The lines between the two markers come from runs/*/rules.csv and results.parquet
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,14 +105,6 @@ def main() -> None:
     if "--check" in sys.argv:
         sys.exit(0 if updated(text) == text else "README.md is not what the runs say: python scripts/update_readme.py")
     path.write_text(updated(text), encoding="utf-8")
-    for name in ("k_curve", "rule_curves", "gain_against_kl"):
-        shutil.copy(ROOT / "runs" / RUNS[0] / "figures" / f"{name}.png", ROOT / "figures" / f"{name}.png")
-    bench = ROOT / "runs" / "bench-planted" / "figures" / "planted_benchmark.png"
-    shutil.copy(bench, ROOT / "figures" / "planted_benchmark.png")
-    shifts = ROOT / "runs" / "smollm2-shifts" / "figures" / "heatmap_magnitude.png"
-    shutil.copy(shifts, ROOT / "figures" / "shift_heatmap_smollm2.png")
-    effects = ROOT / "runs" / "family-effects" / "figures" / "patch_versus_graft.png"
-    shutil.copy(effects, ROOT / "figures" / "patch_versus_graft.png")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from mechtransplant.experiment.effects_report import EffectsConfig, report_effec
 from mechtransplant.experiment.heads_mlps import HeadsMlpsConfig, report_heads_and_mlps
 from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
+from mechtransplant.experiment.reported import beside_reported, reported_results
 from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
 from mechtransplant.experiment.setup import Setup
@@ -23,6 +24,7 @@ __all__ = [
     "Setup",
     "ShiftConfig",
     "bench_planted",
+    "beside_reported",
     "parse_config",
     "planted_pairs",
     "read_config",
@@ -30,5 +32,6 @@ __all__ = [
     "report_heads_and_mlps",
     "report_planted",
     "report_shifts",
+    "reported_results",
     "run_experiment",
 ]
