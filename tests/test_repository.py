@@ -191,6 +191,27 @@ def test_the_notebook_way_in_the_readme_works(capsys: pytest.CaptureFixture[str]
     assert len(names["table"]) == 36 and (names["specific"].test == "control").all()
 
 
+def test_the_tutorial_works(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in text.split("```python\n")[1:]:
+        exec(compile(block.split("```")[0], "tutorial.md", "exec"), names)
+    assert "McNemar" in capsys.readouterr().out and len(names["table"]) == 36
+    assert names["outcome"].after_accuracy > names["before"].accuracy
+
+
+def test_every_page_is_in_the_site_and_every_link_leads_somewhere() -> None:
+    import yaml
+
+    pages = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+    listed = re.findall(r"([\w-]+\.md)", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]))
+    assert sorted(listed) == sorted(pages)
+    for name, text in {**pages, "../README.md": (ROOT / "README.md").read_text(encoding="utf-8")}.items():
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if not re.match(r"[a-z]+:", link):
+                assert (ROOT / "docs" / name).parent.joinpath(link).exists(), f"{name} links to {link}"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_committed_notebooks_were_run_and_show_their_figures(path: Path) -> None:
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
