@@ -68,6 +68,7 @@ _HOME = {
     "run_experiment": "experiment",
     "bench_planted": "experiment",
     "explore": "explorer",
+    "sized": "notebook",
 }
 
 #: whole packages, for their other names: mt.figures.volcano, mt.grafting.operators.Ties

@@ -26,6 +26,7 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 FLOORS = {
     "errors": 0,
     "display": 0,
+    "notebook": 0,
     "progress": 0,
     "interrupts": 0,
     "modules": 1,

@@ -1,0 +1,13 @@
+"""What notebooks share: two sizes, of which the tests run the smaller."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def sized(full: T, smoke: T) -> T:
+    """``full``, or ``smoke`` where the environment variable MECHTRANSPLANT_SMOKE is set: a run that shows that it runs."""
+    return smoke if os.environ.get("MECHTRANSPLANT_SMOKE") else full
