@@ -9,5 +9,5 @@ T = TypeVar("T")
 
 
 def sized(full: T, smoke: T) -> T:
-    """``full``, or ``smoke`` where the environment variable MECHTRANSPLANT_SMOKE is set: a run that shows that it runs."""
+    """``full``, or ``smoke`` where the environment variable MECHTRANSPLANT_SMOKE is set: to see that all runs."""
     return smoke if os.environ.get("MECHTRANSPLANT_SMOKE") else full

@@ -49,16 +49,21 @@ def draw(folder: str | Path, out: str | Path | None = None) -> list[str]:
 
     Raises UsageError for what is no finished folder.
     """
+    where = Path(folder) / "figures" if out is None else Path(out)
+    names = []
+    for name, figure, data in drawings(folder):
+        figures.save_figure(figure, where, name, data, run=fingerprint_of(Path(folder)))
+        names.append(name)
+    return names
+
+
+def drawings(folder: str | Path) -> Iterator[Drawing]:
+    """A finished folder's figures, one after another; raises UsageError for what is no finished folder."""
     folder = Path(folder)
     kind = kind_of(folder) if folder.is_dir() else None
     if kind is None:
         raise UsageError(f"{folder} holds no finished run: give a folder that mechtransplant run (or shifts, …) wrote")
-    where = folder / "figures" if out is None else Path(out)
-    names, run = [], fingerprint_of(folder)
-    for name, figure, data in _DRAWN[kind](folder):
-        figures.save_figure(figure, where, name, data, run=run)
-        names.append(name)
-    return names
+    yield from _DRAWN[kind](folder)
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -1,0 +1,191 @@
+"""The committed figures are what the committed tables give, to the byte; nothing in them is clipped or over another."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mechtransplant import figures
+from mechtransplant.errors import UsageError
+from mechtransplant.experiment import beside_reported, reported_results
+from mechtransplant.experiment.drawing import draw, drawings, fingerprint_of
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import make_figures  # noqa: E402
+
+#: one of every kind, and the real model
+FOLDERS = ["family-generations", "smollm2-shifts", "family-effects", "family-heads-vs-mlps", "bench-planted"]
+PINNED = dict(re.findall(r"^(matplotlib|numpy|pandas)==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+OTHERS = {name: v for name, v in PINNED.items() if importlib.metadata.version(name) != v}
+
+
+def texts_of(figure: Any) -> list[tuple[str, Any, Any]]:
+    """(words, its box, its axes) of every text that is seen; titles, labels, ticks, legends, names in the plot."""
+    import matplotlib.text
+
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    found = []
+    for text in figure.findobj(matplotlib.text.Text):
+        words = text.get_text().strip()
+        if words and text.get_visible():
+            found.append((words, text.get_window_extent(renderer), text.axes))
+    return found
+
+
+def ticks_of(axes: Any) -> list[tuple[str, Any]]:
+    """The tick labels of one axes that lie within its limits."""
+    renderer = axes.figure.canvas.get_renderer()
+    found = []
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        low, high = sorted((low, high))
+        for tick in axis.get_major_ticks():
+            label = tick.label1
+            if label.get_visible() and label.get_text() and low <= tick.get_loc() <= high:
+                found.append((label.get_text(), label.get_window_extent(renderer)))
+    return found
+
+
+def check_layout(figure: Any) -> None:
+    """No text outside of the figure, no tick label over another or over an axis label or title."""
+    with figures.style():
+        seen = texts_of(figure)
+        page = figure.bbox
+        for axes in figure.axes:
+            named = [("title", axes.title), ("x", axes.xaxis.label), ("y", axes.yaxis.label)]
+            labels = [(n, t.get_window_extent()) for n, t in named if t.get_text() and t.get_visible()]
+            boxes = ticks_of(axes)
+            for (one, a), (other, b) in combinations([*boxes, *labels], 2):
+                over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+                assert not (over[0] > 1 and over[1] > 1), f"{one!r} lies over {other!r}"
+            for words, box in [*boxes, *labels]:
+                inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
+                assert inside, f"{words!r} is cut off at the figure's edge"
+        for words, box, axes in seen:
+            if axes is None:
+                # the figure's own: its title and legend
+                assert box.x0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1, f"{words!r} is cut off"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_committed_figures_are_what_the_tables_give(name: str, tmp_path: Path) -> None:
+    folder = ROOT / "runs" / name
+    for drawn in drawings(folder):
+        check_layout(drawn.figure)
+        assert drawn.figure.get_figwidth() in (figures.COLUMN, figures.PAGE)
+        run = fingerprint_of(folder)
+        figures.save_figure(drawn.figure, tmp_path, drawn.name, drawn.data, run=run)
+        for suffix in ("png", "pdf", "svg"):
+            made = (tmp_path / f"{drawn.name}.{suffix}").read_bytes()
+            assert run.encode() in made, "the run's fingerprint is not in the file"
+            if not OTHERS:
+                assert made == (folder / "figures" / f"{drawn.name}.{suffix}").read_bytes(), f"{drawn.name}.{suffix}"
+        # fonts are embedded as outlines that printers take
+        assert b"/Type3" not in (tmp_path / f"{drawn.name}.pdf").read_bytes()
+        assert b"<text" not in (tmp_path / f"{drawn.name}.svg").read_bytes()
+    stale = {p.name for p in (folder / "figures").iterdir()} - {p.name for p in tmp_path.iterdir()}
+    assert not stale, "figures that the tables do not give any more"
+
+
+def test_published_figures_are_the_runs_own() -> None:
+    for source, target in make_figures.published(make_figures.finished([])).items():
+        assert source.read_bytes() == target.read_bytes(), f"{target.name}: run make figures"
+
+
+def test_every_figure_function_is_drawn_or_tested() -> None:
+    text = "".join(
+        p.read_text() for p in [*(ROOT / "mechtransplant").rglob("*.py"), *(ROOT / "tests").glob("test_*.py")]
+    )
+    for name in figures.__all__:
+        if name.islower() and name not in ("save_figure", "style"):
+            assert re.search(rf"\b{name}\(", text), name
+
+
+def sweep_rows() -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for budget in (8, 64):
+        for role, accuracy in (("target", 0.2), ("source", 0.2 + budget / 128)):
+            rows.append({"role": role, "rule": "", "k": 0, "strength": 0.0, "budget": budget, "accuracy": accuracy})
+        for k in (1, 4, 16, 128):
+            for strength in (0.5, 1.0, 2.0):
+                accuracy = min(1.0, 0.2 + 0.004 * k * strength * (budget == 64) - 0.05 * (k == 1))
+                rows.append(
+                    {
+                        "role": "graft",
+                        "rule": "lae",
+                        "k": k,
+                        "strength": strength,
+                        "budget": budget,
+                        "accuracy": accuracy,
+                    }
+                )
+    frame = pd.DataFrame(rows).assign(split="test", n=128)
+    return frame.assign(low=frame.accuracy - 0.04, high=frame.accuracy + 0.05)
+
+
+def test_along_the_strengths() -> None:
+    figure, axes = figures.strength_curve(sweep_rows(), split="test", title="pair")
+    check_layout(figure)
+    lines = {c.get_label(): c for c in axes.containers}
+    assert set(lines) == {"K = 1", "K = 4", "K = 16", "K = 128"}
+    assert list(lines["K = 16"].lines[0].get_ydata()) == pytest.approx([23.2, 26.4, 32.8])
+    some = figures.strength_curve(sweep_rows(), "lae", [4, 128], "test")[1].containers
+    assert {c.get_label() for c in some} == {"K = 4", "K = 128"}
+    with pytest.raises(UsageError, match="no several strengths at K = 3 on test"):
+        figures.strength_curve(sweep_rows(), counts=[3], split="test")
+    with pytest.raises(UsageError, match="no several strengths"):
+        figures.strength_curve(sweep_rows().query("strength in (0, 1)"), split="test")
+    with pytest.raises(UsageError, match="no grafts by 'own' on test: choose from lae"):
+        figures.strength_curve(sweep_rows(), "own", split="test")
+    with pytest.raises(UsageError, match="lacks the columns"):
+        figures.budget_grid(pd.DataFrame({"k": [1]}))
+
+
+def test_over_token_budget_and_k() -> None:
+    figure, axes = figures.budget_grid(sweep_rows(), strength=1.0)
+    check_layout(figure)
+    cells = [t.get_text() for t in axes.texts]
+    # rows from below: 8 tokens, then 64; the source's gap is the last of each
+    assert cells == ["-5", "+0", "+0", "+0", "+6", "-5", "+2", "+6", "+51", "+50"]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "4", "16", "128", "source"]
+    with pytest.raises(UsageError, match="no such grafts"):
+        figures.budget_grid(sweep_rows(), strength=3.0)
+
+
+def test_reported_rows_beside_a_runs() -> None:
+    reported = reported_results()
+    assert len(reported) == 10 and reported.recovery_percent.isna().sum() == 2
+    # its ratios are those of its accuracies
+    assert (reported.after_accuracy / reported.target_accuracy - reported.tir).abs().max() < 1e-3
+    rows = beside_reported([ROOT / "runs" / "family-generations", ROOT / "runs" / "smollm2-instruct"])
+    assert list(rows.who.unique()) == ["paper", "this project"] and len(rows) == 12
+    figure, (left, right) = figures.reported_rows(rows, title="reported and measured")
+    check_layout(figure)
+    assert left.get_yticklabels()[0].get_text() == "Phi, 32 tokens, K = 16, n = 50"
+    # with 50 questions no row of the paper excludes a ratio of 1
+    intervals = [line for bars in right.containers for line in bars.lines[2][0].get_segments()]
+    assert len(intervals) == 12 and all(low[0] < 1 < high[0] for low, high in intervals[:10])
+    with pytest.raises(UsageError, match="lacks label"):
+        figures.reported_rows(rows.drop(columns="label"))
+    with pytest.raises(UsageError, match="holds no finished run"):
+        beside_reported([ROOT / "runs"])
+
+
+def test_figures_are_drawn_again_from_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from mechtransplant.cli import app
+
+    said = CliRunner().invoke(app, ["figures", str(ROOT / "runs" / "family-effects"), "--out", str(tmp_path)])
+    assert said.exit_code == 0 and "patch_versus_graft" in said.output
+    assert {p.suffix for p in tmp_path.iterdir()} == {".png", ".pdf", ".svg", ".csv"}
+    with pytest.raises(UsageError, match="holds no finished run"):
+        draw(tmp_path)
