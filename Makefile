@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint figures notebooks benchmarks lab clean
+.PHONY: help install demo test lint figures notebooks docs benchmarks lab clean
 
 help:  ## what each target does
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,13 +34,12 @@ figures: install  ## draw every committed figure again, from the tables that are
 	$(BIN)/python scripts/make_figures.py
 	$(BIN)/python benchmarks/report.py
 
-notebooks: install  ## run every notebook from top to bottom; the copies go to a temporary folder
-	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
-	for notebook in notebooks/*.ipynb; do \
-		test -e "$$notebook" || { echo "no notebooks yet"; break; }; \
-		echo "$$notebook"; \
-		$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir "$$out" "$$notebook" || exit 1; \
-	done
+notebooks: install  ## run every notebook at a small size, from top to bottom in a fresh kernel; writes nothing
+	$(BIN)/python scripts/run_notebooks.py
+
+docs: install  ## the documentation as a site, in site/
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about eight hours
 	$(BIN)/python benchmarks/calibration.py

@@ -62,8 +62,8 @@ def patch_versus_graft_plot(
                     x[rows], y[rows], **spread, fmt=MARKERS[kind], color=colour, markersize=3, linewidth=0.4, alpha=0.8,
                     label=label,
                 )  # fmt: skip
-        axes.set_xlabel("graft: weights moved, Δ log p of the answer (nats)")
-        axes.set_ylabel("patch: activations moved, Δ log p (nats)")
+        axes.set_xlabel("graft: weights moved, Δ log p(answer), nats")
+        axes.set_ylabel("patch: activations moved, Δ log p(answer), nats")
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
         # marked ones first: they have the choice of places

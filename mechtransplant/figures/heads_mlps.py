@@ -90,8 +90,8 @@ def heads_against_mlps_bars(
         figure.legend(handles=_legend(), loc="outside lower center", ncols=5)
         n = int(frame.n.iloc[0])
         what = "grafts change the target, ablations the source; above 0 it gained, below it lost"
-        said = f"{n} test questions, 95 % paired intervals: {what}"
-        figure.suptitle(f"{title}\n{said}" if title else said, fontsize=8)
+        said = f"{n} test questions, 95 % paired intervals"
+        figure.suptitle(f"{title}: {said}\n{what}" if title else f"{said}\n{what}")
     return figure, panels
 
 

@@ -92,7 +92,7 @@ def reported_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         left.set_ylim(-0.7, len(frame) - 0.3)
         left.set_xlim(-2, 102)
         left.set_xlabel("accuracy, %")
-        right.set_xlabel("TIR = after / target (dotted: no change)")
+        right.set_xlabel("TIR: after / target")
         figure.legend(loc="outside lower center", ncols=min(5, 2 * len(whose) + 1))
         figure.suptitle(f"{title}\n95 % intervals" if title else "95 % intervals")
     return figure, (left, right)
