@@ -63,7 +63,7 @@ def patch_versus_graft_plot(
                     label=label,
                 )  # fmt: skip
         axes.set_xlabel("graft: weights moved, Δ log p(answer), nats")
-        axes.set_ylabel("patch: activations moved, Δ log p(answer), nats")
+        axes.set_ylabel("patch: activations moved (nats)")
         axes.set_title(title)
         figure.legend(loc="outside lower center", ncols=2)
         # marked ones first: they have the choice of places
