@@ -80,9 +80,12 @@ def load_jsonl(
     format: PromptFormat | None = None,
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
+    short_answer: bool = False,
     name: str | None = None,
 ) -> Task:
     """A task from a JSONL file; field names are recognised (question, problem, … / answer, solution, …) or given.
+
+    ``short_answer`` (with ``scorer="exact"``): one forward decides the answers (see :class:`Task`).
 
     Raises TaskError for a missing file or field, an empty file, or broken JSON, naming the line.
     """
@@ -101,4 +104,4 @@ def load_jsonl(
         if not example.answer:
             raise TaskError(f"{path} line {at}: no final answer after #### or in the box of field {answer!r}")
     prompt = format or PromptFormat(system=MATH_SYSTEM, completion="\\boxed{{answer}}", chat=None)
-    return Task(name or path.stem, examples, scorer, prompt, max_new_tokens=max_new_tokens, stop=stop)
+    return Task(name or path.stem, examples, scorer, prompt, short_answer, max_new_tokens, tuple(stop))
