@@ -221,12 +221,16 @@ def test_missing_file_and_unknown_task(tmp_path: Path) -> None:
 def test_file_with_byte_order_mark_and_unicode_line_separators(tmp_path: Path) -> None:
     rows = [{"question": "a\u2028b\x85c", "answer": 0}, {"question": "d", "answer": "so \\boxed{3}"}]
     text = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
-    short = load_jsonl(write(tmp_path, text), scorer="exact", short_answer=True, format=PromptFormat(), stop=("!",))
-    assert short.short_answer and short.stop == ("!",)
-    with pytest.raises(TaskError, match="short_answer needs scorer: exact"):
-        load_jsonl(write(tmp_path, text), short_answer=True)
     task = load_jsonl(write(tmp_path, "\ufeff" + text))
     assert [(e.question, e.answer) for e in task] == [("a\u2028b\x85c", "0"), ("d", "3")]
+
+
+def test_a_files_answers_may_be_short(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"question": "1+1=", "answer": "2"}))
+    short = load_jsonl(path, scorer="exact", short_answer=True, format=PromptFormat(), stop=("!",))
+    assert short.short_answer and short.stop == ("!",) and not load_jsonl(path).short_answer
+    with pytest.raises(TaskError, match="short_answer needs scorer: exact"):
+        load_jsonl(path, short_answer=True)
 
 
 def data_file(name: str) -> Path:
