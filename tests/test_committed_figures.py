@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -93,12 +94,11 @@ def test_published_figures_are_the_runs_own() -> None:
 
 
 def test_every_figure_function_is_drawn_or_tested() -> None:
-    text = "".join(
-        p.read_text() for p in [*(ROOT / "mechtransplant").rglob("*.py"), *(ROOT / "tests").glob("test_*.py")]
-    )
+    files = [ROOT / "mechtransplant" / "experiment" / "drawing.py", ROOT / "benchmarks" / "report.py"]
+    text = "".join(path.read_text(encoding="utf-8") for path in [*files, *(ROOT / "tests").glob("test_*.py")])
     for name in figures.__all__:
         if name.islower() and name not in ("save_figure", "style"):
-            assert re.search(rf"\b{name}\(", text), name
+            assert re.search(rf"(?<!def )\b{name}\(", text), name
 
 
 def sweep_rows() -> pd.DataFrame:
@@ -142,13 +142,15 @@ def test_along_the_strengths() -> None:
 
 
 def test_over_token_budget_and_k() -> None:
-    figure, axes = figures.budget_grid(sweep_rows(), strength=1.0)
+    figure, axes = figures.budget_grid(sweep_rows(), chosen={8: 1, 64: 16})
     check_layout(figure)
+    dots = [tuple(np.floor(line.get_xydata()[0])) for line in axes.lines]
+    assert dots == [(0, 0), (2, 1)] and not figures.budget_grid(sweep_rows())[1].lines
     cells = [t.get_text() for t in axes.texts]
     # rows from below: 8 tokens, then 64; the source's gap is the last of each
     assert cells == ["-5", "+0", "+0", "+0", "+6", "-5", "+2", "+6", "+51", "+50"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "4", "16", "128", "source"]
-    with pytest.raises(UsageError, match="no such grafts"):
+    with pytest.raises(UsageError, match="no grafts at strength 3 on test"):
         figures.budget_grid(sweep_rows(), strength=3.0)
 
 

@@ -45,6 +45,7 @@ def test_a_pair_and_its_models(generations: Pair, instruct: Pair) -> None:
 def test_a_graft_by_layer() -> None:
     text = shown(mt.Graft(["L3.mlp", "L0H2", "L3H1", "L12.q_proj"]))
     assert re.search(r"layer 0\s+L0H2\s+layer 3\s+L3.mlp, L3H1\s+layer 12", text) and "Strength 1 (replacement)" in text
+    assert "outside of the layers" in shown(mt.Graft(["embed_tokens", "L0H1"]))
     assert "L0H1 (0.5)" in shown(mt.Graft(["L0H1", "L0H2"], [0.5, 1.0])) and "Graft of 0 modules" in shown(mt.Graft([]))
 
 
@@ -72,6 +73,7 @@ def test_an_outcome_says_what_is_undefined(generations: Pair) -> None:
     )
     text = shown(nothing)
     assert "undefined" in text and "withheld" in text and "why: x < y" in text
+    assert "-0 %" not in shown(replace(outcome, recovery=-0.0)) and "0 % [" in shown(replace(outcome, recovery=-0.0))
     assert "∞" in shown(replace(outcome, tir_interval=(1.2, float("inf"))))
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from small_runs import small
 
-import mechtransplant as mt
 from mechtransplant.errors import UsageError
-from mechtransplant.experiment import Setup
+from mechtransplant.experiment import parse_config, run_experiment
 from mechtransplant.explorer import Explorer, MeasuredRun, explore
 
 RUNS = Path(__file__).resolve().parents[1] / "runs"
@@ -46,14 +46,42 @@ def test_every_rule_and_k_has_the_tables_numbers(folder: Path) -> None:
     assert f"source on test {100 * at.source:.1f} %" in said and f"target on test {100 * at.target:.1f} %" in said
 
 
-def test_random_sets_are_the_runs_own() -> None:
+def test_random_sets_are_those_of_the_verdict() -> None:
     explorer = explore(SimpleNamespace(folder=FAMILY))  # type: ignore[arg-type]
-    row = pd.read_csv(FAMILY / "rules.csv").set_index("rule").loc["lae"]
-    explorer.k.value = int(row.k)
-    said = re.sub(r"\s+", " ", words(explorer))
-    # those of the K that is reported, and those of the curves
-    found = re.search(r"random sets \((\d+)\) on test [\d.]+ % \([\d.]+ – [\d.]+\); (\d+) beaten", said)
-    assert found and int(found[1]) == row.random_n + row.curve_n and int(found[2]) >= row.random_beaten
+    rules = pd.read_csv(FAMILY / "rules.csv").set_index("rule")
+    for rule in ("lae", "weight_delta", "mask"):
+        explorer.rule.value, explorer.k.value = rule, int(rules.k[rule])
+        said = re.sub(r"\s+", " ", words(explorer))
+        found = re.search(r"random sets of the run \((\d+)\) on test [\d.]+ % \([\d.]+ – [\d.]+\); (\d+) beaten", said)
+        assert found and (int(found[1]), int(found[2])) == (rules.random_n[rule], rules.random_beaten[rule])
+    # of other K the run has orders alone
+    explorer.k.value = 2
+    assert "random sets" not in words(explorer)
+
+
+def test_a_rule_that_is_learned_for_one_k() -> None:
+    explorer = explore(FAMILY)
+    explorer.rule.value, explorer.k.value = "mask", 4
+    four = list(explorer.modules)
+    two = set(explorer.run.ranking("mask", 2).module[:2])
+    for module in four:
+        if module not in two:
+            explorer.buttons[module].click()
+    # the two of four that are left are the two that it learns for two, or they are not
+    is_its_own = explorer.chosen == two
+    assert ("The 2 highest by mask" in words(explorer)) == is_its_own
+    assert ("Chosen by eye" in words(explorer)) == (not is_its_own)
+
+
+def test_recovery_is_withheld_as_in_the_summary(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(FAMILY, folder, ignore=shutil.ignore_patterns("figures"))
+    results = pd.read_parquet(folder / "results.parquet")
+    target = results[(results.split == "test") & (results.role == "target")].correct.iloc[0]
+    # a source that is hardly better
+    results.loc[(results.split == "test") & (results.role == "source"), "correct"] = "1" + target[1:]
+    results.to_parquet(folder / "results.parquet")
+    assert "Recovery" not in words(explore(folder)) and "Recovery" in words(explore(FAMILY))
 
 
 def test_a_click_changes_the_set_and_says_whether_it_was_measured() -> None:
@@ -80,11 +108,38 @@ def test_the_code_that_it_gives_measures_the_set() -> None:
     explorer = explore(FAMILY)
     explorer.k.value = 7
     printed: list[Any] = []
-    exec(explorer.code(), {"mt": mt, "print": printed.append})
-    setup = Setup(explorer.run.config)
-    assert printed[0].fingerprint == setup.splits.choose.fingerprint
+    exec(explorer.code(), {"print": printed.append})
     known = explorer.run.of_set(frozenset(explorer.modules), 1.0, "choose", 8)
-    assert known is not None and printed[0].accuracy == known.accuracy
+    assert known is not None and printed[0][8].accuracy == known.accuracy and printed[0][8].role == "choose"
+
+
+def test_a_turned_run_with_an_operator_and_budgets_is_measured_as_it_was(tmp_path: Path) -> None:
+    config = parse_config(
+        small(
+            pair={"source": "repo:family/second", "target": "repo:family/first"},
+            direction="better",
+            rule="weight_delta",
+            k=[2],
+            strengths=[0.5, 1.0],
+            operator="slerp",
+            random_sets=0,
+            curve_sets=0,
+            controls=[],
+            side_effects=None,
+        )
+    )
+    folder = run_experiment(config, tmp_path / "small", progress=False).folder
+    explorer = explore(folder)
+    explorer.strength.value = 0.5
+    again = explorer.run.measure(explorer.modules, 0.5)
+    known = explorer.run.of_set(frozenset(explorer.modules), 0.5, "choose", explorer.budget.value)
+    assert known is not None and again[explorer.budget.value].accuracy == known.accuracy
+    assert "reversed" in (folder / "summary.md").read_text() and "elsewhere" not in words(explorer)
+    with pytest.raises(UsageError, match="unknown split 'tests'"):
+        explorer.run.measure(["L0.q_proj"], split="tests")
+    (folder / "cells.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"lacks cells\.jsonl"):
+        explore(folder)
 
 
 def test_heads_and_mlps_have_a_column_each(tmp_path: Path) -> None:

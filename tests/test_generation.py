@@ -266,3 +266,12 @@ def test_an_interrupted_generation_leaves_nothing_behind(generations: Pair) -> N
         after = generate(target, task)
         with resuming(target, memory, 3):
             assert generate(target, task) == after
+
+
+@pytest.mark.parametrize("options", [{"one_at_a_time": True}, {"device_map": {"": "cpu"}}])
+def test_rows_leave_wherever_the_weights_are(options: dict[str, Any], generations: Pair) -> None:
+    pair, task = mt.load_pair("family/generations", **options), mixed()
+    with passes_of(pair.source) as seen:
+        found = generate(pair.source, task, batch_size=32)
+    assert found == generate(generations.source, task, batch_size=32)
+    assert len({rows for rows, _ in seen}) > 3

@@ -133,10 +133,12 @@ def _ratio(value: float | None, interval: Interval | None, without: str, form: s
     """A ratio with its interval, an unbounded end as ∞; a word where it has no value."""
     if value is None:
         return without
+    # nothing is 0, and not −0
+    said = f"{round(value, 2) + 0.0:{form}}{unit}".replace("-0 %", "0 %")
     if interval is None:
-        return f"{value:{form}}{unit}"
-    low, high = (f"{end:{form}}".replace("inf", "∞").replace("-", "−") for end in interval)
-    return f"{value:{form}}{unit} [{low}, {high}]"
+        return said
+    low, high = (f"{end + 0.0:{form}}".replace("inf", "∞") for end in interval)
+    return f"{said} [{low}, {high}]"
 
 
 def compare(

@@ -214,8 +214,11 @@ def _acts(hook: Any) -> bool:
     return getattr(hook, "__module__", "") not in ("transformers.utils.output_capturing", *_OURS)
 
 
-#: where the hooks are that see to passes and their products, and keep nothing of a batch
-_OURS = tuple(f"mechtransplant.evaluation.{name}" for name in ("remembered", "forked", "batches"))
+#: where the hooks are that see to passes, their products, and where weights are, and that keep nothing of a batch
+_OURS = (
+    *(f"mechtransplant.evaluation.{name}" for name in ("remembered", "forked", "batches")),
+    *(f"mechtransplant.weights.{name}" for name in ("residence", "spread")),
+)
 
 
 def blocks_of(model: LanguageModel) -> list[Any]:

@@ -50,6 +50,8 @@ def draw(folder: str | Path, out: str | Path | None = None) -> list[str]:
     Raises UsageError for what is no finished folder.
     """
     where = Path(folder) / "figures" if out is None else Path(out)
+    if where.exists() and not where.is_dir():
+        raise UsageError(f"{where} is a file: give --out the name of a folder")
     names = []
     for name, figure, data in drawings(folder):
         figures.save_figure(figure, where, name, data, run=fingerprint_of(Path(folder)))
@@ -63,13 +65,21 @@ def drawings(folder: str | Path) -> Iterator[Drawing]:
     kind = kind_of(folder) if folder.is_dir() else None
     if kind is None:
         raise UsageError(f"{folder} holds no finished run: give a folder that mechtransplant run (or shifts, …) wrote")
-    yield from _DRAWN[kind](folder)
+    try:
+        yield from _DRAWN[kind](folder)
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} is not finished: it lacks {Path(str(error.filename)).name}") from error
 
 
 def fingerprint_of(folder: Path) -> str:
     """Sixteen hexadecimal digits of what a folder's numbers depend on besides versions: config, weights, questions."""
     content = {**_json(folder / "environment.json"), "config": _config(folder)}
-    content.pop("starts", None)
+    # when it ran, and a name that was not always noted, change no number
+    for key in ("starts", "pair"):
+        content.pop(key, None)
+    # a benchmark's pairs and rules may still be joined by others
+    rows = folder / "results.csv"
+    content["rows"] = hashlib.sha256(rows.read_bytes()).hexdigest() if rows.exists() else None
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -77,6 +87,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     import pandas as pd
 
     from mechtransplant.experiment.config import read_config
+    from mechtransplant.experiment.rankings import read_ranking
     from mechtransplant.experiment.summary import label_of
     from mechtransplant.side_effects import pareto_front
 
@@ -88,10 +99,16 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     if len(config.rules) > 1:
         figure, _ = figures.rule_curves(test, budget, candidates, list(config.rules), title=title)
         yield Drawing("rule_curves", figure, data)
-    if (test[test.role == "graft"].budget.nunique()) > 1:
-        yield Drawing("budget_grid", figures.budget_grid(test, headline, title=title)[0], data)
-    if results[results.role == "graft"].strength.nunique() > 1:
-        yield Drawing("strength_curve", figures.strength_curve(results, headline, title=title)[0], data)
+    chosen = {int(b): found for b, found in _json(folder / "outcome.json").items()}
+    if len(chosen) > 1:
+        marked = {b: len(found["modules"]) for b, found in chosen.items()}
+        strength = chosen[budget]["strength"]
+        figure, _ = figures.budget_grid(test, headline, strength=strength, chosen=marked, title=title)
+        yield Drawing("budget_grid", figure, data)
+    if results[(results.role == "graft") & (results["rule"] == headline)].strength.nunique() > 1:
+        operator = config.operator if isinstance(config.operator, str) else str(config.operator["name"])
+        figure, _ = figures.strength_curve(results, headline, title=title, operator=operator)
+        yield Drawing("strength_curve", figure, data)
     if (folder / "plane.csv").exists():
         plane = pd.read_csv(folder / "plane.csv")
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
@@ -102,10 +119,8 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
             both = pd.concat([grafts, named[named.role == "random"]], ignore_index=True)
             yield Drawing("gain_against_kl", figures.gain_against_harm(both, harm="kl", title=title)[0], both)
     if config.kinds == ("linear",):
-        k = len(_json(folder / "outcome.json")[str(budget)]["modules"])
-        # a rule that is learned for one K
-        own = folder / "rankings" / f"{headline}-{k}.csv"
-        ranking = pd.read_csv(own) if own.exists() else ranking
+        k = len(chosen[budget]["modules"])
+        ranking = read_ranking(folder, config, headline, k)
         yield Drawing("score_heatmap", figures.score_heatmap(ranking, k, title, f"score by {headline}")[0], ranking)
 
 

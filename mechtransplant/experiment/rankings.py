@@ -17,6 +17,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def ranking_path(folder: Path, config: RunConfig, rule: str, k: int | None = None) -> Path:
+    """Where a run keeps a rule's ranking: the headline's is ``ranking.csv``, and a rule that is learned for one K has
+    one for each K below all."""
+    if k is not None:
+        return folder / "rankings" / f"{rule}-{k}.csv"
+    return folder / ("ranking.csv" if rule == config.rules[0] else f"rankings/{rule}.csv")
+
+
+def read_ranking(folder: Path, config: RunConfig, rule: str, k: int) -> pd.DataFrame:
+    """All modules by a rule as a finished run has them for that K."""
+    import pandas as pd
+
+    own = ranking_path(folder, config, rule, k)
+    return pd.read_csv(own if own.exists() else ranking_path(folder, config, rule))
+
+
 class Rankings:
     """Rankings by rule, and by K for rules that are learned for one K."""
 
@@ -29,8 +45,7 @@ class Rankings:
 
     def of(self, rule: str) -> pd.DataFrame:
         """All modules by a rule; the headline's is ``ranking.csv``, the others' are in ``rankings/``."""
-        first = rule == self.config.rules[0]
-        path = self.folder / ("ranking.csv" if first else f"rankings/{rule}.csv")
+        path = ranking_path(self.folder, self.config, rule)
         return self._kept(path, lambda: self._rank(rule, self.splits))
 
     def by_k(self, rule: str) -> bool:
@@ -41,7 +56,8 @@ class Rankings:
         """All modules by a rule, as it is for that K."""
         frame = self.of(rule)
         if self.by_k(rule) and k < len(frame):
-            return self._kept(self.folder / f"rankings/{rule}-{k}.csv", lambda: self._rank(rule, self.splits, k=k))
+            path = ranking_path(self.folder, self.config, rule, k)
+            return self._kept(path, lambda: self._rank(rule, self.splits, k=k))
         return frame
 
     def top(self, rule: str, k: int) -> tuple[str, ...]:

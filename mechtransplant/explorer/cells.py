@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.errors import UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.experiment.config import read_config
 from mechtransplant.experiment.drawing import kind_of
-from mechtransplant.significance import wilson_interval
+from mechtransplant.experiment.evaluator import bools
+from mechtransplant.experiment.rankings import read_ranking
+from mechtransplant.significance import paired_difference_interval, wilson_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mechtransplant.evaluation import Evaluation
+
+Bools = NDArray[np.bool_]
+
 
 @dataclass(frozen=True)
 class Measured:
-    """A set's accuracy on one split: a share, its 95 % interval, and Recovery in per cent (None: source ≤ target)."""
+    """A set's accuracy on one split: a share, its 95 % interval, and Recovery in per cent (None: withheld)."""
 
     accuracy: float
     low: float
@@ -36,6 +46,9 @@ class MeasuredRun:
         self.folder = Path(folder)
         if not self.folder.is_dir() or kind_of(self.folder) != "run":
             raise UsageError(f"{folder} holds no finished run: give a folder that mechtransplant run wrote")
+        lacking = [name for name in ("results.parquet", "cells.jsonl") if not (self.folder / name).exists()]
+        if lacking:
+            raise UsageError(f"{folder} lacks {' and '.join(lacking)}: give the run's whole folder")
         self.config = read_config(self.folder / "config.yaml")
         self.results = pd.read_parquet(self.folder / "results.parquet")
         self.budgets = sorted(map(int, self.results.budget.unique()))
@@ -43,14 +56,9 @@ class MeasuredRun:
         plane = self.folder / "plane.csv"
         self.plane = pd.read_csv(plane) if plane.exists() else None
 
-    def ranking(self, rule: str, k: int | None = None) -> pd.DataFrame:
+    def ranking(self, rule: str, k: int) -> pd.DataFrame:
         """All modules by a rule, best first; by a rule that is learned for one K, as it is for that K."""
-        import pandas as pd
-
-        first = rule == self.rules[0]
-        whole = self.folder / ("ranking.csv" if first else f"rankings/{rule}.csv")
-        own = self.folder / "rankings" / f"{rule}-{k}.csv"
-        return pd.read_csv(own if own.exists() else whole)
+        return read_ranking(self.folder, self.config, rule, k)
 
     def counts(self, rule: str) -> list[int]:
         """Which K a rule was measured at."""
@@ -73,33 +81,63 @@ class MeasuredRun:
         correct = self._sets.get((split, modules, float(strength), budget))
         if correct is None:
             return None
-        right, n = correct.count("1"), len(correct)
-        low, high = wilson_interval(right, n)
-        return Measured(right / n, low, high, self._recovery(right / n, split, budget))
+        low, high = wilson_interval(int(correct.sum()), len(correct))
+        return Measured(float(correct.mean()), low, high, self._recovery(correct, budget) if split == "test" else None)
 
     def random(self, rule: str, k: int, strength: float, budget: int) -> pd.Series:
-        """Accuracies on ``test`` of the random sets beside a rule's graft."""
+        """Accuracies on ``test`` of the random sets that a rule's reported graft is compared with; mostly of one K."""
         rows = self.results
-        rows = rows[(rows.role == "random") & (rows.rule == rule) & (rows.k == k) & (rows.split == "test")]
-        return rows[(rows.strength == strength) & (rows.budget == budget)].accuracy
+        rows = rows[(rows.role == "random") & (rows["rule"] == rule) & (rows.k == k) & (rows.split == "test")]
+        rows = rows[rows["set"].str.startswith("set") & (rows.strength == strength) & (rows.budget == budget)]
+        return rows.accuracy
 
     def harm(self, rule: str, k: int, strength: float) -> dict[str, Any] | None:
         """What a rule's graft costs elsewhere, a row of ``plane.csv``; None where it was not measured."""
         if self.plane is None:
             return None
-        rows = self.plane[(self.plane.role == "graft") & (self.plane.rule == rule) & (self.plane.k == k)]
-        rows = rows[rows.strength == strength]
+        everything = k == len(self.ranking(rule, k))
+        mine = (self.plane.role == "all") if everything else (self.plane.role == "graft") & (self.plane["rule"] == rule)
+        rows = self.plane[mine & (self.plane.k == k) & (self.plane.strength == strength)]
         return {str(key): value for key, value in rows.iloc[0].items()} if len(rows) else None
 
-    def _recovery(self, accuracy: float, split: str, budget: int) -> float | None:
-        target, source = (self.accuracy(role, split, budget) for role in ("target", "source"))
-        if target is None or source is None or source <= target:
+    def measure(self, modules: Iterable[str], strength: float = 1.0, split: str = "choose") -> dict[int, Evaluation]:
+        """Measure a set as the run would, and keep nothing: token budget → evaluation. Loads both models."""
+        from mechtransplant.experiment.evaluator import Cell, Evaluator, unpacked_budgets
+        from mechtransplant.experiment.setup import Setup
+
+        setup = Setup(self.config)
+        noted = json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))["weights"]
+        if noted["source"] != setup.fingerprints["source"] and noted["source"] == setup.fingerprints["target"]:
+            # the run found that the named target was the better one
+            setup.turn()
+        if any(noted[role] != setup.fingerprints[role] for role in ("source", "target")):
+            raise UsageError("the models' weights are not those of the run any more: its numbers and new ones differ")
+        evaluator = Evaluator(setup)
+        if split not in evaluator.splits:
+            raise UnknownNameError("split", split, evaluator.splits)
+        return unpacked_budgets(
+            evaluator.splits[split], evaluator.compute(Cell(split, "graft", tuple(modules), strength))
+        )
+
+    def _recovery(self, correct: Bools, budget: int) -> float | None:
+        """Of a set on ``test``, as ``compare`` has it: None where the interval of the gap covers 0."""
+        target, source = self._alone.get(("target", budget)), self._alone.get(("source", budget))
+        if target is None or source is None:
             return None
-        return 100 * (accuracy - target) / (source - target)
+        low, high = paired_difference_interval(target, source)
+        if low <= 0 <= high:
+            return None
+        return float(100 * (correct.mean() - target.mean()) / (source.mean() - target.mean()))
 
     @cached_property
-    def _sets(self) -> dict[tuple[str, frozenset[str], float, int], str]:
-        """(split, modules, strength, budget) → one character a question."""
+    def _alone(self) -> dict[tuple[str, int], Bools]:
+        """(source or target, budget) → verdicts on ``test``."""
+        rows = self.results[self.results.split.eq("test") & self.results.role.isin(["source", "target"])]
+        return {(str(r["role"]), int(r["budget"])): bools(r["correct"]) for r in rows.to_dict("records")}
+
+    @cached_property
+    def _sets(self) -> dict[tuple[str, frozenset[str], float, int], Bools]:
+        """(split, modules, strength, budget) → verdicts."""
         known = {}
         for line in (self.folder / "cells.jsonl").read_text(encoding="utf-8").splitlines():
             cell = json.loads(line)
@@ -108,5 +146,5 @@ class MeasuredRun:
                 continue
             for budget, found in cell["budgets"].items():
                 key = (cell["split"], frozenset(cell["modules"]), float(cell["strength"]), int(budget))
-                known[key] = found["correct"]
+                known[key] = bools(found["correct"])
         return known

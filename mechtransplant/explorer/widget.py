@@ -162,9 +162,10 @@ class Explorer:
     def text(self, module: str | None = None) -> str:
         """What the run knows of the chosen set, and of the module that was clicked last, as HTML."""
         run, rule, budget, strength = self.run, self.rule.value, self.budget.value, float(self.strength.value)
-        top = set(self.ranking.module[: len(self.chosen)])
-        mine = self.chosen == top
-        name = f"the {len(self.chosen)} highest by {rule}" if mine else f"your own {len(self.chosen)} modules"
+        # a rule that is learned for one K has another ranking for each
+        size = len(self.chosen)
+        mine = bool(size) and self.chosen == set(run.ranking(rule, size).module[:size])
+        name = f"the {size} highest by {rule}" if mine else f"your own {size} modules"
         rows: list[tuple[str, str]] = []
         measured = {split: run.of_set(frozenset(self.chosen), strength, split, budget) for split in ("choose", "test")}
         for split, found in measured.items():
@@ -176,7 +177,12 @@ class Explorer:
         if mine and len(random):
             ends = f"{100 * random.min():.1f} – {100 * random.max():.1f}"
             beaten = "" if test is None else f"; {int((random < test.accuracy).sum())} beaten"
-            rows.append((f"random sets ({len(random)}) on test", f"{percent(float(random.median()))} ({ends}){beaten}"))
+            rows.append(
+                (
+                    f"random sets of the run ({len(random)}) on test",
+                    f"{percent(float(random.median()))} ({ends}){beaten}",
+                )
+            )
         rows += self._harm(rule, strength) if mine else []
         notes = [] if mine else ["Chosen by eye: a number on test is then no held-out number."]
         parts = [html_table(rows, title=f"{name[0].upper()}{name[1:]}, strength {strength:g}", notes=notes)]
@@ -197,14 +203,12 @@ class Explorer:
         return found
 
     def code(self) -> str:
-        """The lines that measure the chosen set as the run would."""
+        """The lines that measure the chosen set as the run would: its splits, direction, operator and token budgets."""
         names = ", ".join(f'"{m}"' for m in self.modules)
-        graft = f"mt.Graft([{names}], strength={self.strength.value:g}, kv={self.run.config.kv!r})"
         return (
-            "from mechtransplant.experiment import Setup, read_config\n\n"
-            f'setup = Setup(read_config("{self.run.folder / "config.yaml"}"))\n'
-            f"with {graft}.applied(setup.pair):\n"
-            "    print(mt.evaluate(setup.pair.target, setup.splits.choose))"
+            "from mechtransplant.explorer import MeasuredRun\n\n"
+            f"run = MeasuredRun({self.run.folder.as_posix()!r})\n"
+            f"print(run.measure([{names}], strength={self.strength.value:g}))"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,8 +37,9 @@ def strength_curve(
     split: str = "choose",
     budget: int | None = None,
     title: str = "",
+    operator: str = "replace",
 ) -> tuple[Figure, Any]:
-    """Accuracy against the strength of a graft (target + strength · (source − target)), a line a K.
+    """Accuracy against the strength of a graft, a line a K; of the operator replace, 1 is the source's weights.
 
     Args:
         results: columns split, role (target, source, graft), rule, k, strength, budget, accuracy, low, high, n.
@@ -87,7 +89,7 @@ def strength_curve(
             )
         axes.axvline(1, color=GREY, linewidth=0.5)
         axes.set_xticks(strengths, [f"{s:g}" for s in strengths])
-        axes.set_xlabel("strength (1: the source's weights)")
+        axes.set_xlabel("strength (1: the source's weights)" if operator == "replace" else f"strength of {operator}")
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(-3, 103)
         said = f"{grafts.rule.iloc[0]}, {int(grafts.n.iloc[0])} {split} questions, 95 % intervals"
@@ -97,23 +99,25 @@ def strength_curve(
 
 
 def budget_grid(
-    results: pd.DataFrame, rule: str | None = None, split: str = "test", strength: float | None = None, title: str = ""
+    results: pd.DataFrame,
+    rule: str | None = None,
+    split: str = "test",
+    strength: float = 1.0,
+    chosen: Mapping[int, int] | None = None,
+    title: str = "",
 ) -> tuple[Figure, Any]:
     """Change of accuracy over token budget (y) × K (x), graft − target in points; the source's as the last column.
 
     Args:
         results: columns split, role (target, source, graft), rule, k, strength, budget, accuracy, n.
         rule: whose grafts; the first by default.
-        strength: which strength; by default every cell has that of its row with the most accurate graft.
-
-    The cell with the most accurate graft of every budget has a dot.
+        chosen: token budget → the K that was chosen for it, on other questions; those cells have a dot.
     """
     grafts, ends = _grafts(results, split, rule)
-    if strength is not None:
-        grafts = grafts[grafts.strength == strength]
+    grafts = grafts[grafts.strength == strength]
     if not len(grafts):
-        raise UsageError(f"there are no such grafts on {split}: choose a strength that the run has")
-    best = grafts.groupby(["budget", "k"]).accuracy.max().unstack("k")
+        raise UsageError(f"there are no grafts at strength {strength:g} on {split}: choose one that the run has")
+    best = grafts.groupby(["budget", "k"]).accuracy.first().unstack("k")
     target, source = (ends[ends.role == role].groupby("budget").accuracy.first() for role in ("target", "source"))
     change = best.sub(target.loc[best.index], axis=0)
     gap = source.loc[best.index] - target.loc[best.index]
@@ -133,16 +137,17 @@ def budget_grid(
                 x = column + 0.5 if column < columns else last + 0.5
                 ink = "white" if abs(value) > 0.6 * bound else "black"
                 axes.text(x, row + 0.5, f"{value + 0.0:+.0f}", ha="center", va="center", fontsize=6, color=ink)
-        for row, at in enumerate(np.nanargmax(change.to_numpy(), axis=1)):
-            axes.plot(
-                at + 0.86, row + 0.8, "o", color="white", markeredgecolor="black", markeredgewidth=0.5, markersize=2.6
-            )
+        dot: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 2.6}
+        counts = [int(k) for k in best.columns]
+        for row, at in enumerate(best.index):
+            if (chosen or {}).get(int(at)) in counts:
+                axes.plot(counts.index((chosen or {})[int(at)]) + 0.86, row + 0.8, "o", **dot)
         axes.set_xticks([*(np.arange(columns) + 0.5), last + 0.5], [*map(str, best.columns), "source"])
         axes.set_yticks(np.arange(len(best)) + 0.5, [str(b) for b in best.index])
         axes.set_xlim(0, last + 1)
-        axes.set_xlabel("grafted modules K (dot: the best of a budget)")
+        axes.set_xlabel("grafted modules K" + (" (dot: chosen on other questions)" if chosen else ""))
         axes.set_ylabel("token budget")
-        said = f"{grafts.rule.iloc[0]}, {int(grafts.n.iloc[0])} {split} questions"
+        said = f"{grafts.rule.iloc[0]} at strength {strength:g}, {int(grafts.n.iloc[0])} {split} questions"
         axes.set_title(f"{title}\n{said}" if title else said)
         figure.colorbar(
             matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label="Δ accuracy, points\n(graft − target)"

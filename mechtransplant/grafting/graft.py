@@ -97,11 +97,14 @@ class Graft:
         return len(self.modules)
 
     def _repr_html_(self) -> str:
-        by_layer: dict[str, list[str]] = {}
+        by_layer: dict[int, list[str]] = {}
         for module, strength in zip(self.modules, self.strengths, strict=True):
             said = str(module) if len(set(self.strengths)) == 1 else f"{module} ({strength:g})"
-            by_layer.setdefault(f"layer {parse_address(module).layer}", []).append(said)
-        rows = sorted(((layer, ", ".join(names)) for layer, names in by_layer.items()), key=lambda r: int(r[0][6:]))
+            by_layer.setdefault(parse_address(module).layer, []).append(said)
+        rows = [
+            ("outside of the layers" if layer < 0 else f"layer {layer}", ", ".join(names))
+            for layer, names in sorted(by_layer.items())
+        ]
         strengths = ", ".join(f"{s:g}" for s in sorted(set(self.strengths))) or "none"
         how = (
             f"Strength {strengths} ({self.mode}); operator {self.operator.name}; K and V of a grafted head: {self.kv}."

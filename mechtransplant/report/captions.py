@@ -18,21 +18,22 @@ _CAPTIONS: dict[str, Caption] = {
     "k_curve": Caption(
         "Result of",
         "Accuracy on the test questions against K, the number of grafted modules, with 95 % intervals. Dashed and "
-        "dotted: source and target as they are. The band is the range of random sets matched to the rule's own.",
+        "dotted: source and target as they are. The band, where there is one, is the range of random "
+        "sets matched to the rule's own.",
     ),
     "rule_curves": Caption(
         "Rules",
-        "Accuracy against K by every rule. Dashed and dotted: source and target as they are. The band is the range of "
-        "all random sets.",
+        "Accuracy against K by every rule. Dashed and dotted: source and target as they are. The band, where there is "
+        "one, is the range of all random sets.",
     ),
     "budget_grid": Caption(
         "Token budgets",
-        "Change of accuracy over token budget and K, graft less target, in points; the last column is the source.",
+        "Change of accuracy on the test questions over token budget and K, graft less target, in points, at one "
+        "strength; the last column is the source. Dots: the K that was chosen, on other questions.",
     ),
     "strength_curve": Caption(
         "K sweep",
-        "Accuracy on the choose questions against the strength of the graft, a line a K, with 95 % intervals; at 1 the "
-        "modules have the source's weights.",
+        "Accuracy on the choose questions against the strength of the graft, a line a K, with 95 % intervals.",
     ),
     "gain_against_harm": Caption(
         "Side effects",

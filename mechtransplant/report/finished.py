@@ -86,7 +86,10 @@ def read_finished(folder: str | Path) -> Finished:
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} holds no config.yaml: give a folder that mechtransplant run (or shifts, …) wrote")
     if kind is None or not (folder / "summary.md").exists():
-        raise UsageError(f"{folder} is not finished: start its command again, and it goes on")
+        what = (
+            "remove it, and start its command again" if kind == "shifts" else "start its command again, and it goes on"
+        )
+        raise UsageError(f"{folder} is not finished: {what}")
     title, lead, sections = _parts((folder / "summary.md").read_text(encoding="utf-8"))
     environment = folder / "environment.json"
     return Finished(
@@ -126,4 +129,7 @@ def _graft(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     chosen = json.loads(path.read_text(encoding="utf-8"))
-    return dict(chosen[max(chosen, key=int)])
+    graft = dict(chosen[max(chosen, key=int)])
+    # folders from before there were several operators
+    operator = graft.get("operator", "replace")
+    return {**graft, "operator": {"name": operator} if isinstance(operator, str) else operator}

@@ -30,7 +30,10 @@ def write_page(folder: str | Path, out: str | Path | None = None) -> Path:
         raise UsageError(f"{path} is a folder: give --out the name of a file, such as {path / 'report.html'}")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {path.parent}: make it first, or choose another --out")
-    write_atomically(path, page_of(finished))
+    try:
+        write_atomically(path, page_of(finished))
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     return path
 
 
@@ -100,10 +103,10 @@ def _slug(title: str) -> str:
 def _facts(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of what the numbers depend on: weights, questions, versions, machines."""
     found = [(f"weights, {role}", value) for role, value in environment.get("weights", {}).items()]
-    splits = environment.get("splits") or environment.get("questions") or {}
-    for role, split in splits.items():
-        if isinstance(split, dict):
-            found.append((f"questions, {role}", f"{split['n']} ({split['fingerprint']})"))
+    asked = environment.get("splits") or environment.get("questions") or {}
+    # one set of questions, or several by their part
+    for role, split in ({"all": asked} if "fingerprint" in asked else asked).items():
+        found.append((f"questions, {role}", f"{split['n']} ({split['fingerprint']})"))
     for at, start in enumerate(environment.get("starts", []), 1):
         packages = ", ".join(f"{name} {version}" for name, version in start.get("packages", {}).items())
         machine = ", ".join(f"{key} {start[key]}" for key in ("python", "machine", "threads") if start.get(key))
