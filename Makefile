@@ -24,7 +24,7 @@ demo: install  ## find, graft and measure on the family in the repo
 	$(BIN)/mechtransplant demo
 
 test: install  ## all tests, on two processes
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 40
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
