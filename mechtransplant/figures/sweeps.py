@@ -145,7 +145,7 @@ def budget_grid(
         axes.set_xticks([*(np.arange(columns) + 0.5), last + 0.5], [*map(str, best.columns), "source"])
         axes.set_yticks(np.arange(len(best)) + 0.5, [str(b) for b in best.index])
         axes.set_xlim(0, last + 1)
-        axes.set_xlabel("grafted modules K" + (" (dot: chosen on other questions)" if chosen else ""))
+        axes.set_xlabel("grafted modules K" + (" (dot: chosen)" if chosen else ""))
         axes.set_ylabel("token budget")
         said = f"{grafts.rule.iloc[0]} at strength {strength:g}, {int(grafts.n.iloc[0])} {split} questions"
         axes.set_title(f"{title}\n{said}" if title else said)
