@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 #: seconds that one cell may take
 LIMIT = 1800
+#: a progress bar, or another widget, which is dead in a file
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def run(path: Path, write: bool) -> float:
@@ -45,7 +47,7 @@ def cleaned(notebook: Any) -> None:
         cell["id"] = f"cell-{number:02d}"
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
 
 
 def main() -> None:
