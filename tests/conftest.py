@@ -134,3 +134,14 @@ def random_model(generations: Pair) -> Callable[..., LanguageModel]:
 @pytest.fixture(scope="session")
 def random_pair(random_model: Callable[..., LanguageModel]) -> Pair:
     return make_pair(random_model(0), random_model(1), "random")
+
+
+#: tests of runs, whose numbers they look at
+RUNS = ("experiment", "cluster", "device_map", "estimate", "one_at_a_time", "explorer", "killed_runs")
+
+
+@pytest.fixture(autouse=True)
+def _runs_draw_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take as long as a small run: those of a module's own fixtures are drawn, and the committed ones tested."""
+    if request.module.__name__ in {f"test_{name}" for name in RUNS}:
+        monkeypatch.setattr("mechtransplant.experiment.result.draw", lambda folder: [])
