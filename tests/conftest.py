@@ -142,6 +142,6 @@ RUNS = ("experiment", "cluster", "device_map", "estimate", "one_at_a_time", "exp
 
 @pytest.fixture(autouse=True)
 def _runs_draw_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take as long as a small run: those of a module's own fixtures are drawn, and the committed ones tested."""
+    """Figures take as long as a small run: a module's own fixtures draw, and committed ones are tested."""
     if request.module.__name__ in {f"test_{name}" for name in RUNS}:
         monkeypatch.setattr("mechtransplant.experiment.result.draw", lambda folder: [])
