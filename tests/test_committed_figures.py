@@ -124,6 +124,9 @@ def sweep_rows() -> pd.DataFrame:
 
 
 def test_along_the_strengths() -> None:
+    long = sweep_rows().replace({"rule": {"lae": "integrated_gradient"}})
+    check_layout(figures.strength_curve(long, split="test", title="smollm2/generations")[0])
+    check_layout(figures.budget_grid(long, title="smollm2/generations")[0])
     figure, axes = figures.strength_curve(sweep_rows(), split="test", title="pair")
     check_layout(figure)
     lines = {c.get_label(): c for c in axes.containers}

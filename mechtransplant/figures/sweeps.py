@@ -30,6 +30,11 @@ def _grafts(results: pd.DataFrame, split: str, rule: str | None) -> tuple[pd.Dat
     return grafts[grafts.rule == (rule or (known or [""])[0])], rows[rows.role.isin(["source", "target"])]
 
 
+def _title(title: str, rule: str, asked: str) -> str:
+    """Two lines that fit a column: whose grafts, and what they were asked."""
+    return f"{', '.join(filter(None, [title, rule]))}\n{asked}"
+
+
 def strength_curve(
     results: pd.DataFrame,
     rule: str | None = None,
@@ -92,8 +97,7 @@ def strength_curve(
         axes.set_xlabel("strength (1: the source's weights)" if operator == "replace" else f"strength of {operator}")
         axes.set_ylabel("accuracy, %")
         axes.set_ylim(-3, 103)
-        said = f"{grafts.rule.iloc[0]}, {int(grafts.n.iloc[0])} {split} questions, 95 % intervals"
-        axes.set_title(f"{title}\n{said}" if title else said)
+        axes.set_title(_title(title, grafts.rule.iloc[0], f"{int(grafts.n.iloc[0])} {split} questions, 95 % intervals"))
         figure.legend(loc="outside lower center", ncols=3)
     return figure, axes
 
@@ -147,8 +151,8 @@ def budget_grid(
         axes.set_xlim(0, last + 1)
         axes.set_xlabel("grafted modules K" + (" (dot: chosen)" if chosen else ""))
         axes.set_ylabel("token budget")
-        said = f"{grafts.rule.iloc[0]} at strength {strength:g}, {int(grafts.n.iloc[0])} {split} questions"
-        axes.set_title(f"{title}\n{said}" if title else said)
+        asked = f"{int(grafts.n.iloc[0])} {split} questions, strength {strength:g}"
+        axes.set_title(_title(title, grafts.rule.iloc[0], asked))
         figure.colorbar(
             matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label="Δ accuracy, points\n(graft − target)"
         )
