@@ -161,7 +161,8 @@ def compare(
     Args:
         controls: evaluations of random matched sets (see ``controls.random_matched``), for the graft's rank and p.
         curve: where the whole K-curve stands (see ``significance.curve_rank``).
-        graft, pair: what was grafted, for its share of the parameters.
+        graft: what was grafted, for its share of the parameters.
+        pair: where it was grafted, for the same.
 
     Raises:
         UsageError: the questions differ, or served to select the modules, whatever split they are called.

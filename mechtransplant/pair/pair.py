@@ -142,8 +142,9 @@ def load_pair(
             which part is where (see ``weights.spread``); an ancestor stays in the CPU's memory.
 
     Raises:
-        UnknownNameError: no pair of that name. WeightsError: weights that cannot be had. CompatibilityError: models
-        between which nothing can be grafted, with the reasons.
+        UnknownNameError: no pair of that name.
+        WeightsError: weights that cannot be had.
+        CompatibilityError: models between which nothing can be grafted, with the reasons.
     """
     from mechtransplant.weights import Residence, admit, get_pair, load_model
 

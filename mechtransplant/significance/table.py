@@ -75,7 +75,7 @@ def test_shifts(
 
     Raises:
         UsageError: a test that is invalid for the measure (a sign-flip of a norm), frames that do not fit together,
-        duplicate rows, fewer than two prompts.
+            duplicate rows, fewer than two prompts.
     """
     _check_names(test, correction, permutations, level, seed)
     measured = [frame for frame in (shifts, control) if frame is not None]
