@@ -1,7 +1,7 @@
 """Hooks of the documentation's build: pages that lie beside docs/ (measurements, runs, figures) come along.
 
-Links from ``docs/`` to ``../benchmarks``, ``../runs`` and ``../figures`` lead to the files themselves where pages are read
-in the repository. In the site those files are pages below ``measured/``, with the same folders, so that links
+Links from ``docs/`` to ``../benchmarks``, ``../runs`` and ``../figures`` lead to the files themselves where pages are
+read in the repository. In the site those files are pages below ``measured/``, with the same folders, so that links
 among them hold.
 """
 
