@@ -59,7 +59,9 @@ def test_a_task_and_an_evaluation(generations: Pair) -> None:
     assert f"{int(found.correct.sum())} of 12 right" in text and f"{100 * found.interval[1]:.1f}" in text
 
 
-def test_an_outcome_says_what_is_undefined(generations: Pair) -> None:
+def test_an_outcome_says_what_is_undefined() -> None:
+    # of its own: on a pair that tests share others may have selected
+    generations = mt.load_pair("family/generations")
     task = mt.load_task("addition").split(8, 8, 64).test
     target, source = evaluate(generations.target, task), evaluate(generations.source, task)
     with mt.Graft(generations.modules("linear")).applied(generations):

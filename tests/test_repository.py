@@ -48,7 +48,7 @@ FLOORS = {
     "controls": 6,
     "experiment": 7,
     "selection": 0,
-    "cli": 8,
+    "cli": 9,
     "report": 8,
     "explorer": 8,
 }
