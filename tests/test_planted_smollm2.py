@@ -111,13 +111,13 @@ def test_the_size_of_a_change_does_not_tell_the_planted_modules(pair: Pair) -> N
 
 def test_the_planted_set_recovers_most_of_the_gap_and_the_rest_does_not(pair: Pair) -> None:
     # one forward decides whether greedy decoding would write just the boxed answer
-    task = replace(load_task(str(pair.default_task), 32, seed=7), scorer="exact", short_answer=True)
-    target, source = (evaluate(model, task, batch_size=32) for model in (pair.target, pair.source))
+    task = replace(load_task(str(pair.default_task), 16, seed=7), scorer="exact", short_answer=True)
+    target, source = (evaluate(model, task, batch_size=16) for model in (pair.target, pair.source))
     with Graft(pair.planted).applied(pair):
-        planted = compare(target, source, evaluate(pair.target, task, batch_size=32))
+        planted = compare(target, source, evaluate(pair.target, task, batch_size=16))
     rest = [m for m in pair.modules("head") + pair.modules("mlp") if m not in pair.planted]
     with Graft(rest).applied(pair):
-        others = compare(target, source, evaluate(pair.target, task, batch_size=32))
+        others = compare(target, source, evaluate(pair.target, task, batch_size=16))
     assert target.accuracy <= 0.25 and source.accuracy - target.accuracy >= 0.4
     assert planted.recovery is not None and planted.recovery >= 80
     assert others.recovery is not None and others.recovery < 10
