@@ -78,6 +78,10 @@ def test_the_target_is_remembered_when_that_has_paid(tmp_path: Path, monkeypatch
     written = Run(config(pair="family/instruct", task="boxed", k=[1]), tmp_path / "written" / "small")
     lower = lower_layers.LowerLayers(written)
     assert not any(lower.under(written.splits.test, ["L3.mlp"])[0].usable for _ in range(5)) and asked == [48]
+    # what is in no layer changes every pass
+    short = lower_layers.LowerLayers(Run(config(**few), tmp_path / "short" / "small"))
+    for _ in range(5):
+        assert short.under(short.setup.splits.test, ["L3.mlp", "embed_tokens"])[1] == 0 and not short.missed
 
 
 def test_a_run_writes_its_folder(finished: Any) -> None:

@@ -65,7 +65,8 @@ def forking(model: LanguageModel, memory: Memory, layer: int, variants: Sequence
     that is passed in has the rows of the batch, or from ``layer`` on those of all variants.
 
     Raises RuntimeError where the memory or the model cannot be used (see ``can_resume``), for a pass that is not the
-    remembered one, and where something began to act on the model inside the block.
+    remembered one, for a generation under any change (see ``resuming``), and where something began to act on the model
+    inside the block.
     """
     if not memory.usable or not can_resume(model):
         raise RuntimeError("these passes cannot fork: something acts on the model, or nothing usable is remembered")

@@ -34,8 +34,9 @@ class LowerLayers:
         nothing = Memory(usable=False)
         lowest = min((parse_address(m).layer for m in modules), default=0)
         target = self.setup.pair.target
-        # of a generation the prompt's pass alone could begin there; one at a time, memory is scarce
-        if not lowest or self.setup.config.one_at_a_time or not is_short(target, split):
+        # embeddings and the last norm are in no layer (−1); of a generation the prompt's pass alone could begin there;
+        # one at a time, memory is scarce
+        if lowest <= 0 or self.setup.config.one_at_a_time or not is_short(target, split):
             return nothing, 0
         role = str(split.role)
         if role not in self.passes:
