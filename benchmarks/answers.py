@@ -15,16 +15,15 @@ costs where it is told the stop strings is in ``texts.py``.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from sweeps import TOKENS, sums
+from tables import in_turns
 
 from mechtransplant.controls import random_matched
 from mechtransplant.evaluation import evaluate
@@ -144,26 +143,17 @@ def main() -> None:
         "sweep, naive": lambda: naive(pair, few, sets),
         "sweep, ours": ours,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "answers.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    for repeat in range(len({r["repeat"] for r in rows}), arguments.repeats):
-        done: dict[str, Any] = {}
-        new = []
-        for name, function in functions.items():
-            started = time.perf_counter()
-            done[name] = function()
-            seconds = time.perf_counter() - started
-            kind, _, which = name.partition(", ")
-            row = {"pair": arguments.pair, "repeat": repeat, "what": name, "seconds": round(seconds, 3)}
-            if which in ("one forward", "ours"):
-                other = done[f"{kind}, {'naive' if which == 'ours' else 'generate'}"]
-                row |= {"compared": len(other), "different": int((np.asarray(done[name]) != other).sum())}
-                row["accuracy"] = round(float(np.mean(done[name])), 4)
-            new.append(row)
-            print(row, flush=True)
-        rows += new
-        pd.DataFrame(rows).to_csv(path, index=False)
+    in_turns(arguments.out / "answers.csv", arguments.repeats, functions, arguments.pair, described)
+
+
+def described(name: str, seconds: float, done: dict[str, Any]) -> dict[str, Any]:
+    """Of our rows, how many verdicts or accuracies differ from those that they are compared with."""
+    kind, _, which = name.partition(", ")
+    if which not in ("one forward", "ours"):
+        return {}
+    other = done[f"{kind}, {'naive' if which == 'ours' else 'generate'}"]
+    different = int((np.asarray(done[name]) != other).sum())
+    return {"compared": len(other), "different": different, "accuracy": round(float(np.mean(done[name])), 4)}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 import performance
+from matplotlib.figure import Figure
 from tables import table
 
-from mechtransplant.figures import calibration_plot, cost_plot, power_plot, save_figure
-from mechtransplant.figures.calibration import interval_coverage
+from mechtransplant.figures import calibration_plot, cost_plot, interval_coverage, power_plot, save_figure
 
 HERE = Path(__file__).resolve().parent
 RESULTS, FIGURES = HERE / "results", HERE.parent / "figures"
@@ -438,16 +438,26 @@ def page() -> str:
     )
 
 
+def pictures() -> dict[str, tuple[Figure, pd.DataFrame]]:
+    """The benchmarks' figures, and their rows, by their names in figures/."""
+    drawn: dict[str, Any] = {
+        "calibration": (calibration_plot, "calibration_rates"),
+        "coverage": (interval_coverage, "coverage"),
+        "cost": (cost_plot, "cost"),
+        "power": (power_plot, "power"),
+    }
+    rows = {name: pd.read_csv(RESULTS / f"{results}.csv") for name, (_, results) in drawn.items()}
+    return {name: (draw(rows[name])[0], rows[name]) for name, (draw, _) in drawn.items()}
+
+
 def main() -> None:
     text, path = page(), HERE / "README.md"
     if "--check" in sys.argv:
         same = path.exists() and path.read_text(encoding="utf-8") == text
         sys.exit(0 if same else "benchmarks/README.md is not what the results say: python benchmarks/report.py")
     path.write_text(text, encoding="utf-8")
-    save_figure(calibration_plot(pd.read_csv(RESULTS / "calibration_rates.csv"))[0], FIGURES, "calibration")
-    save_figure(interval_coverage(pd.read_csv(RESULTS / "coverage.csv"))[0], FIGURES, "coverage")
-    save_figure(cost_plot(pd.read_csv(RESULTS / "cost.csv"))[0], FIGURES, "cost")
-    save_figure(power_plot(pd.read_csv(RESULTS / "power.csv"))[0], FIGURES, "power")
+    for name, (figure, rows) in pictures().items():
+        save_figure(figure, FIGURES, name, rows)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ of the line, 16 tokens at most. Where it says so, ``generate`` is given the stop
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from answers import BATCH, BUDGET, HuggingFace, worked
+from tables import in_turns
 
 from mechtransplant.evaluation import evaluate, generate
 from mechtransplant.evaluation.generation import Generation, end_tokens
@@ -87,33 +86,23 @@ def main() -> None:
         "sentences, ours": lambda: ours(long, False),
         "sentences, ours with a graft": lambda: ours(long, True),
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "texts.csv"
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    for repeat in range(len({r["repeat"] for r in rows}), arguments.repeats):
-        first: dict[str, Any] = {}
-        new = []
-        for name, function in functions.items():
-            started = time.perf_counter()
-            found = function()
-            seconds = time.perf_counter() - started
-            kind = name.partition(", ")[0]
-            known = first.setdefault(kind, found)
-            row = {"pair": arguments.pair, "repeat": repeat, "what": name, "seconds": round(seconds, 3)}
-            if kind != "short answers":
-                tokens = sum(map(len, found))
-                row |= {"tokens": tokens, "tokens_a_second": round(tokens / seconds, 2)}
-            if "graft" not in name:
-                row |= {
-                    "compared": len(found),
-                    "different": int(sum(a != b for a, b in zip(found, known, strict=True))),
-                }
-            if kind == "short answers":
-                row["accuracy"] = float(np.mean(found))
-            new.append(row)
-            print(row, flush=True)
-        rows += new
-        pd.DataFrame(rows).to_csv(path, index=False)
+    in_turns(arguments.out / "texts.csv", arguments.repeats, functions, arguments.pair, described)
+
+
+def described(name: str, seconds: float, done: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second, and how many texts or verdicts differ from those of the first of their kind."""
+    found, kind = done[name], name.partition(", ")[0]
+    first = next(texts for other, texts in done.items() if other.partition(", ")[0] == kind)
+    row: dict[str, Any] = {}
+    if kind != "short answers":
+        tokens = sum(map(len, found))
+        row |= {"tokens": tokens, "tokens_a_second": round(tokens / seconds, 2)}
+    if "graft" not in name:
+        different = int(sum(a != b for a, b in zip(found, first, strict=True)))
+        row |= {"compared": len(found), "different": different}
+    if kind == "short answers":
+        row["accuracy"] = float(np.mean(found))
+    return row
 
 
 if __name__ == "__main__":

@@ -11,13 +11,19 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from mechtransplant.experiment import beside_reported
 from mechtransplant.experiment.drawing import draw, kind_of
+from mechtransplant.figures import reported_rows, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, FIGURES = ROOT / "runs", ROOT / "figures"
-SUFFIXES = ("png", "pdf", "svg")
+SUFFIXES = ("png", "pdf", "svg", "csv")
+#: runs whose rows stand beside the paper's
+BESIDE_THE_PAPER = ("family-generations", "family-instruct", "smollm2-generations", "smollm2-instruct")
 #: name in figures/ → (run, figure)
 PUBLISHED = {
     "k_curve": ("family-generations", "k_curve"),
@@ -27,6 +33,8 @@ PUBLISHED = {
     "shift_heatmap_smollm2": ("smollm2-shifts", "heatmap_magnitude"),
     "patch_versus_graft": ("family-effects", "patch_versus_graft"),
     "heads_against_mlps": ("family-heads-vs-mlps", "heads_against_mlps"),
+    "strength_curve": ("family-strengths", "strength_curve"),
+    "budget_grid": ("family-strengths", "budget_grid"),
 }
 
 
@@ -36,13 +44,16 @@ def finished(names: list[str]) -> list[Path]:
     return [folder for folder in folders if names or kind_of(folder) is not None]
 
 
-def differing(folder: Path) -> list[str]:
-    """The committed figures of a run that are not what its tables give, and those that are missing or too many."""
+def differing(kept: Path, make: Callable[[Path], object], alone: bool = True) -> list[str]:
+    """The files of a folder that are not what ``make`` writes, that it lacks, and, where none are there but such
+    (``alone``), that it has too many."""
     with tempfile.TemporaryDirectory() as out:
-        draw(folder, out)
+        make(Path(out))
         made = {p.name: p.read_bytes() for p in Path(out).iterdir()}
-    kept = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()}
-    return sorted(name for name in {*made, *kept} if made.get(name) != kept.get(name))
+    there = {p.name: p.read_bytes() for p in kept.iterdir() if alone or p.name in made}
+    return [
+        str((kept / name).relative_to(ROOT)) for name in sorted({*made, *there}) if made.get(name) != there.get(name)
+    ]
 
 
 def published(folders: list[Path]) -> dict[Path, Path]:
@@ -56,18 +67,29 @@ def published(folders: list[Path]) -> dict[Path, Path]:
     }
 
 
+def draw_reported(folder: Path) -> None:
+    """The paper's rows beside those of our own runs in its two settings."""
+    rows = beside_reported([RUNS / name for name in BESIDE_THE_PAPER])
+    title = "arXiv 2602.16189, as reported, and this project's runs"
+    save_figure(reported_rows(rows, title=title)[0], folder, "reported_rows", rows)
+
+
 def main() -> None:
     check = "--check" in sys.argv
     folders = finished([a for a in sys.argv[1:] if not a.startswith("--")])
     wrong = []
     for folder in folders:
         if check:
-            wrong += [f"runs/{folder.name}/figures/{name}" for name in differing(folder)]
-        else:
-            names = draw(folder)
-            for stale in (p for p in (folder / "figures").iterdir() if p.stem not in names):
-                stale.unlink()
-            print(f"{folder.name}: {', '.join(names)}")
+            wrong += differing(folder / "figures", partial(draw, folder))
+            continue
+        names = draw(folder)
+        for stale in (p for p in (folder / "figures").iterdir() if p.stem not in names):
+            stale.unlink()
+        print(f"{folder.name}: {', '.join(names)}")
+    if check:
+        wrong += differing(FIGURES, draw_reported, alone=False)
+    else:
+        draw_reported(FIGURES)
     for source, target in published(folders).items():
         if not check:
             shutil.copy(source, target)

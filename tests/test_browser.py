@@ -1,7 +1,8 @@
 """In a real browser: the report at two widths, light and dark; JupyterLab with notebook 01; the explorer.
 
 Needs Chromium and Playwright's client (``pip install playwright``); skipped without them, but for CI, which sets
-``MECHTRANSPLANT_BROWSER=required``. Screenshots are kept in ``$MECHTRANSPLANT_SCREENSHOTS`` where that is set.
+``MECHTRANSPLANT_BROWSER=required``. Screenshots are kept in ``build/screenshots`` (or
+``$MECHTRANSPLANT_SCREENSHOTS``), to be looked at.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def screenshot(tmp_path: Path) -> Any:
-    folder = Path(os.environ.get("MECHTRANSPLANT_SCREENSHOTS") or tmp_path)
+def screenshot() -> Any:
+    folder = Path(os.environ.get("MECHTRANSPLANT_SCREENSHOTS") or ROOT / "build" / "screenshots")
     folder.mkdir(parents=True, exist_ok=True)
 
     def take(page: Any, name: str, **options: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.testing.compare import compare_images
 
 from mechtransplant import figures
 from mechtransplant.errors import UsageError
@@ -19,11 +20,15 @@ from mechtransplant.experiment import beside_reported, reported_results
 from mechtransplant.experiment.drawing import draw, drawings, fingerprint_of
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 import make_figures  # noqa: E402
+import report as benchmarks_report  # noqa: E402
 
 #: one of every kind, and the real model
-FOLDERS = ["family-generations", "smollm2-shifts", "family-effects", "family-heads-vs-mlps", "bench-planted"]
+FOLDERS = [
+    "family-generations", "family-strengths", "smollm2-shifts", "family-effects", "family-heads-vs-mlps",
+    "bench-planted",
+]  # fmt: skip
 PINNED = dict(re.findall(r"^(matplotlib|numpy|pandas)==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 OTHERS = {name: v for name, v in PINNED.items() if importlib.metadata.version(name) != v}
 
@@ -47,6 +52,15 @@ def ticks_of(axes: Any) -> list[tuple[str, Any]]:
             if label.get_visible() and label.get_text() and low <= tick.get_loc() <= high:
                 found.append((label.get_text(), label.get_window_extent(renderer)))
     return found
+
+
+def check_same(made: Path, kept: Path, name: str) -> None:
+    """The files of one figure are equal to the byte; with other versions of what draws them its picture is alike."""
+    if OTHERS:
+        assert compare_images(str(kept / f"{name}.png"), str(made / f"{name}.png"), tol=8) is None, OTHERS
+        return
+    for file in made.glob(f"{name}.*"):
+        assert file.read_bytes() == (kept / file.name).read_bytes(), file.name
 
 
 def check_layout(figure: Any) -> None:
@@ -77,8 +91,7 @@ def test_committed_figures_are_what_the_tables_give(name: str, tmp_path: Path) -
         for suffix in ("png", "pdf", "svg"):
             made = (tmp_path / f"{drawn.name}.{suffix}").read_bytes()
             assert run.encode() in made, "the run's fingerprint is not in the file"
-            if not OTHERS:
-                assert made == (folder / "figures" / f"{drawn.name}.{suffix}").read_bytes(), f"{drawn.name}.{suffix}"
+        check_same(tmp_path, folder / "figures", drawn.name)
         # fonts are embedded as outlines that printers take
         assert b"/Type3" not in (tmp_path / f"{drawn.name}.pdf").read_bytes()
         assert b"<text" not in (tmp_path / f"{drawn.name}.svg").read_bytes()
@@ -88,17 +101,31 @@ def test_committed_figures_are_what_the_tables_give(name: str, tmp_path: Path) -
     assert not stale, "figures that the tables do not give any more"
 
 
-def test_published_figures_are_the_runs_own() -> None:
+def test_published_figures_are_the_runs_own(tmp_path: Path) -> None:
     for source, target in make_figures.published(make_figures.finished([])).items():
         assert source.read_bytes() == target.read_bytes(), f"{target.name}: run make figures"
+    make_figures.draw_reported(tmp_path)
+    check_same(tmp_path, ROOT / "figures", "reported_rows")
 
 
-def test_every_figure_function_is_drawn_or_tested() -> None:
-    files = [ROOT / "mechtransplant" / "experiment" / "drawing.py", ROOT / "benchmarks" / "report.py"]
-    text = "".join(path.read_text(encoding="utf-8") for path in [*files, *(ROOT / "tests").glob("test_*.py")])
+def test_the_benchmarks_figures_are_what_their_results_give(tmp_path: Path) -> None:
+    for name, (figure, rows) in benchmarks_report.pictures().items():
+        figures.save_figure(figure, tmp_path, name, rows)
+        check_same(tmp_path, ROOT / "figures", name)
+        check_layout(figure)
+    assert {p.stem for p in (ROOT / "figures").glob("*.png")} == {
+        *benchmarks_report.pictures(), *make_figures.PUBLISHED, "reported_rows",
+    }  # fmt: skip
+
+
+def test_every_figure_function_has_a_committed_picture() -> None:
+    files = ("mechtransplant/experiment/drawing.py", "benchmarks/report.py", "scripts/make_figures.py")
+    text = "".join((ROOT / path).read_text(encoding="utf-8") for path in files)
     for name in figures.__all__:
         if name.islower() and name not in ("save_figure", "style"):
-            assert re.search(rf"(?<!def )\b{name}\(", text), name
+            assert re.search(rf"\b{name}\(", text), name
+    drawn = {path.stem for folder in FOLDERS for path in (ROOT / "runs" / folder / "figures").glob("*.png")}
+    assert drawn >= {"strength_curve", "budget_grid", "score_heatmap", "rule_curves", "own_against_inherited"}
 
 
 def sweep_rows() -> pd.DataFrame:

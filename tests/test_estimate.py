@@ -12,7 +12,7 @@ from small_runs import small
 
 from mechtransplant.experiment import Run
 from mechtransplant.experiment.config import parse_config
-from mechtransplant.experiment.estimate import in_words
+from mechtransplant.progress import in_words
 
 SMALL = small(rule="weight_delta", k=[2, 8], controls=["bottom", "reverse", "self"], random_sets=6, curve_sets=4)
 
@@ -43,7 +43,7 @@ def test_the_estimate_counts_the_cells_that_a_run_computes(tmp_path: Path) -> No
     ],
 )
 def test_times_in_words(seconds: float, said: str) -> None:
-    assert in_words(seconds) == f"about {said}"
+    assert in_words(seconds) == said
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment import Run, evaluator, lower_layers, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
-from mechtransplant.experiment.setup import build_task
+from mechtransplant.experiment.setup import Setup, build_task
+from mechtransplant.experiment.worker import Shipped
 from mechtransplant.ranking import rank_modules
+from mechtransplant.tasks import load_task
 
 SMALL = small(k=[2, 8, 1.0])
 
@@ -522,6 +524,20 @@ def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Pat
     result = run_experiment(small, tmp_path / "out", progress=False)
     assert result.outcomes[4].target_accuracy == 0 and result.outcomes[4].tir is None
     assert "TIR is undefined: the target answers none" in result.summary
+
+
+def test_gsm8k_finds_on_its_training_set(shared_data: Path, tmp_path: Path) -> None:
+    task = {
+        "name": str(shared_data / "gsm8k_test.jsonl"),
+        "explore": str(shared_data / "gsm8k_train.jsonl"),
+        "max_new_tokens": 2,
+    }
+    run = Run(config(task=task), tmp_path / "out")
+    tests = {e.key for e in load_task(shared_data / "gsm8k_test.jsonl")}
+    assert set(run.splits.test.keys) <= tests
+    assert not tests & {*run.splits.discover.keys, *run.splits.choose.keys}
+    shipped = Shipped.of(run, run.elsewhere).parts(False, "cpu", False)
+    assert Setup(run.config, shipped).splits == run.splits
 
 
 def test_heads_with_their_kv_and_an_operator(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from mechtransplant import cli
+from mechtransplant.errors import UsageError
 from mechtransplant.experiment import ShiftConfig, report_shifts
 from mechtransplant.significance import test_shifts as table_of
 
@@ -25,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_folder_is_complete(folder: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "config.yaml", "environment.json", "shifts.parquet", "table.csv", "consistency.csv", "concentration.csv",
-        "stability.csv", "summary.md", "figures",
+        "config.yaml", "environment.json", "compatibility.csv", "shifts.parquet", "table.csv", "consistency.csv",
+        "concentration.csv", "stability.csv", "summary.md", "figures", ".lock",
     }  # fmt: skip
     drawn = {p.stem for p in (folder / "figures").glob("*.pdf")}
     assert {"heatmap_magnitude", "heatmap_own_control", "volcano", "consistency", "lorenz"} <= drawn
@@ -67,6 +68,9 @@ def test_the_page_says_what_the_tables_hold(folder: Path) -> None:
         (("family/generations", "--seed", "-1"), "seed must be"),
         (("family/generations", "--kinds", "head, attn"), "overlap"),
         (("family/generations", "--unit", "token"), "unknown unit"),
+        (("family/generations", "--text", "gold"), "positions are 'answer'"),
+        (("family/generations", "--text", "none", "--positions", "decoding"), "unknown text"),
+        (("family/generations", "--permutations", "10"), "permutations must be"),
     ],
 )
 def test_wrong_input(
@@ -97,8 +101,38 @@ def test_templates_as_the_unit(tmp_path: Path) -> None:
     assert (table.n == 3).all() and table.note.str.contains("no p-value is below").all()
 
 
-def test_a_folder_in_use_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    from mechtransplant.errors import UsageError
+def test_a_folder_of_something_else_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match="begun with different config"):
+        report_shifts(ShiftConfig("family/generations", prompts=8), folder)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no such analysis"):
+        report_shifts(ShiftConfig("family/generations", prompts=8), tmp_path)
+    with pytest.raises(UsageError, match="is a file"):
+        report_shifts(ShiftConfig("family/generations", prompts=8), tmp_path / "notes.txt")
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
-    with pytest.raises(UsageError, match="not an empty folder"):
-        report_shifts(ShiftConfig("family/generations"), folder)
+
+def test_a_killed_folder_is_written_again(tmp_path: Path) -> None:
+    config = ShiftConfig("family/planted-mlps", prompts=8, permutations=200)
+    out = tmp_path / "out"
+    page = report_shifts(config, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    for name in ("summary.md", "shifts.parquet", "table.csv"):
+        (out / name).unlink()
+    assert report_shifts(config, out) == page
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    tested = pd.read_csv(out / "table.csv")
+    assert set(tested[tested.test == "sign-flip"].permutations) == {200}
+
+
+def test_whose_text_is_decoded(tmp_path: Path) -> None:
+    pages = {}
+    for text in ("target", "source", "gold"):
+        config = ShiftConfig("family/generations", prompts=8, positions="decoding", text=text, permutations=200)  # type: ignore[arg-type]
+        pages[text] = report_shifts(config, tmp_path / text)
+    shifts = {text: pd.read_parquet(tmp_path / text / "shifts.parquet") for text in pages}
+    # the source's answers are the gold ones, the target's are not
+    assert not shifts["target"].equals(shifts["gold"])
+    assert "positions `decoding` (the target's text)" in pages["target"]

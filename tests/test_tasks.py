@@ -342,6 +342,25 @@ def test_split_drops_repeats_and_follows_its_seed() -> None:
         task.split(0, 1, 1)
 
 
+def test_a_training_set_may_explore_so_that_all_of_a_task_is_test() -> None:
+    task = Task("t", tuple(Example(f"q{i}", "a", f"t{i % 2}") for i in range(20)))
+    # five of its questions are test questions as well
+    training = Task("train", tuple(Example(f"q{i}", "a") for i in range(15, 45)))
+    splits = task.split(10, 15, 20, seed=1, explore=training)
+    assert [s.role for s in splits] == ["discover", "choose", "test"]
+    assert set(splits.test.keys) == set(task.keys) and splits.choose.name == "train"
+    assert not (set(splits.discover.keys) | set(splits.choose.keys)) & set(task.keys)
+    assert not set(splits.discover.keys) & set(splits.choose.keys)
+    assert task.split(10, 15, 20, seed=1, explore=training) == splits
+    assert task.split(10, 15, 20, seed=2, explore=training).discover != splits.discover
+    with pytest.raises(TaskError, match=r"'train' has 25 distinct questions and the split asks for 26 \(10 \+ 16\)"):
+        task.split(10, 16, 20, explore=training)
+    with pytest.raises(TaskError, match="'t' has 20 distinct questions"):
+        task.split(1, 1, 21, explore=training)
+    with pytest.raises(TaskError, match="asked or scored in another way"):
+        task.split(1, 1, 1, explore=replace(training, scorer="number"))
+
+
 # --- generated ---------------------------------------------------------------------------------------------------
 
 

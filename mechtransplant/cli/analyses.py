@@ -63,10 +63,16 @@ def shifts(
     positions: Annotated[str, typer.Option(help="all, last, answer or decoding.")] = "answer",
     kinds: Annotated[str, typer.Option(help="head, mlp, attn, linear; several with commas.")] = "head,mlp",
     correction: Annotated[str, typer.Option(help="max-t, max-t-step-down, holm, by, bh, …")] = "max-t",
+    permutations: Annotated[int, typer.Option(help="Of every test: the smallest p is one over them.")] = 10_000,
+    text: Annotated[
+        str, typer.Option(help="With --positions decoding: whose text, target, source or gold.")
+    ] = "target",
     k: Annotated[int, typer.Option(help="K of the top-K share and stability.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Prompts at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the split, the permutations and the bootstrap.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="The folder (runs/shifts-PAIR by default).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder (runs/shifts-PAIR by default); of the same options, it is replaced.")
+    ] = None,
 ) -> None:
     """Measure how every head and MLP shifts between two models, test it, and draw it."""
     from mechtransplant.experiment import ShiftConfig, report_shifts
@@ -74,8 +80,11 @@ def shifts(
     # the library checks the names, and says which there are
     where: Any = positions
     whose: Any = unit
+    read: Any = text
     parts = tuple(part.strip() for part in kinds.split(","))
-    config = ShiftConfig(pair, task, control, prompts, whose, where, parts, correction, k, batch_size, seed)
+    config = ShiftConfig(
+        pair, task, control, prompts, whose, where, parts, correction, k, batch_size, seed, read, permutations
+    )
     folder = out or Path("runs") / f"shifts-{pair.replace('/', '-')}"
     typer.echo(report_shifts(config, folder))
     typer.echo(f"Tables and figures are in {folder}")
@@ -138,6 +147,22 @@ def heads_against_mlps(
     folder = out or Path("runs") / f"heads-vs-mlps-{pair.replace('/', '-')}"
     typer.echo(report_heads_and_mlps(config, folder))
     typer.echo(f"Tables and figures are in {folder}")
+
+
+@app.command()
+def screen(
+    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/configuration.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder (runs/NAME by default). Started again, it continues.")
+    ] = None,
+) -> None:
+    """Compare recipes (kinds, rules, operators, strengths, sizes) on choose, and write the best as a run's config."""
+    from mechtransplant.experiment import read_screen, report_screen
+
+    wanted = read_screen(config)
+    folder = out or Path("runs") / wanted.name
+    typer.echo(report_screen(wanted, folder))
+    typer.echo(f"Tables and figures are in {folder}; next: mechtransplant run {folder / 'best.yaml'}")
 
 
 @bench_app.command("planted")

@@ -9,6 +9,7 @@ import typer
 
 from mechtransplant import __version__
 from mechtransplant.errors import UsageError
+from mechtransplant.progress import LOG, BetweenBars
 
 app = typer.Typer(
     name="mechtransplant",
@@ -35,8 +36,14 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say each step with its time: for long work into a file.")
+    ] = False,
 ) -> None:
     """Options that come before a command."""
+    if verbose and not any(isinstance(handler, BetweenBars) for handler in LOG.handlers):
+        LOG.addHandler(BetweenBars())
+        LOG.setLevel("INFO")
 
 
 def listed(text: str | None) -> list[str]:

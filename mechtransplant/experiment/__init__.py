@@ -11,6 +11,8 @@ from mechtransplant.experiment.planted_report import PlantedConfig, report_plant
 from mechtransplant.experiment.reported import beside_reported, reported_results
 from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
+from mechtransplant.experiment.screen import report_screen
+from mechtransplant.experiment.screen_config import ScreenConfig, read_screen
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
 
@@ -21,6 +23,7 @@ __all__ = [
     "Run",
     "RunConfig",
     "RunResult",
+    "ScreenConfig",
     "Setup",
     "ShiftConfig",
     "bench_planted",
@@ -28,9 +31,11 @@ __all__ = [
     "parse_config",
     "planted_pairs",
     "read_config",
+    "read_screen",
     "report_effects",
     "report_heads_and_mlps",
     "report_planted",
+    "report_screen",
     "report_shifts",
     "reported_results",
     "run_experiment",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -14,11 +14,16 @@ from mechtransplant.errors import UsageError
 PAPER_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
 
-class _Strict(BaseModel):
+Config = TypeVar("Config", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused, and nothing can be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class PairSpec(_Strict):
+class PairSpec(Strict):
     """Two model specs, where the pair has no name."""
 
     source: str
@@ -27,7 +32,7 @@ class PairSpec(_Strict):
     base: str | None = None
 
 
-class FormatSpec(_Strict):
+class FormatSpec(Strict):
     """How a question becomes a prompt; what is not given stays the task's own (see ``tasks.PromptFormat``).
 
     ``shots`` are worked examples, each a pair of question and completion; ``chat`` is true, false, or null for "where
@@ -42,10 +47,14 @@ class FormatSpec(_Strict):
     shot_separator: str = "\n\n"
 
 
-class TaskSpec(_Strict):
-    """A named task, or a JSONL file, with its options; what is not given stays the task's own."""
+class TaskSpec(Strict):
+    """A named task, or a JSONL file, with its options; what is not given stays the task's own.
+
+    ``explore``: another file (a training set) that the ``discover`` and ``choose`` questions are taken from.
+    """
 
     name: str
+    explore: str | None = None
     n: int = Field(default=1024, ge=1)
     seed: int = Field(default=0, ge=0)
     question_field: str | None = None
@@ -58,7 +67,7 @@ class TaskSpec(_Strict):
     format: FormatSpec | None = None
 
 
-class SplitSpec(_Strict):
+class SplitSpec(Strict):
     """How many questions find modules, choose K and strength, and report."""
 
     discover: int = Field(default=64, ge=1)
@@ -71,7 +80,7 @@ Control = Literal["bottom", "all", "reverse", "unrelated", "self"]
 GraftedKind = Literal["linear", "head", "mlp", "attn", "block", "part"]
 
 
-class SideEffectSpec(_Strict):
+class SideEffectSpec(Strict):
     """What grafts are measured on besides the task; ``questions: 0`` and ``texts: 0`` leave a part out."""
 
     #: names of tasks; the pair's other ones by default
@@ -85,7 +94,7 @@ class SideEffectSpec(_Strict):
     random: int = Field(default=10, ge=0)
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One run: a pair, a task, rules, a sweep over K and strength, and its controls.
 
     ``k`` holds numbers of modules (whole) or shares of all candidates (up to 1.0); ``budgets`` token budgets, of which
@@ -196,6 +205,11 @@ class RunConfig(_Strict):
 
 def read_config(path: str | Path) -> RunConfig:
     """The configuration in a YAML file; raises UsageError with one line for anything wrong in it."""
+    return parse_config(read_mapping(path), str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The keys and values in a YAML file; raises UsageError where it is none."""
     import yaml
 
     path = Path(path)
@@ -213,7 +227,7 @@ def read_config(path: str | Path) -> RunConfig:
         ) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected keys and values (pair: …, task: …), got {type(content).__name__}")
-    return parse_config(content, str(path))
+    return content
 
 
 def _unique_keys() -> Any:
@@ -236,19 +250,26 @@ def _unique_keys() -> Any:
 
 
 def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
-    """A configuration from a mapping; raises UsageError naming the first wrong key."""
+    """A run's configuration from a mapping; raises UsageError naming the first wrong key."""
+    return parse_as(RunConfig, content, where)
+
+
+def parse_as(model: type[Config], content: dict[str, Any], where: str) -> Config:
+    """A configuration of a kind from a mapping; raises UsageError naming the first wrong key."""
     try:
-        return RunConfig.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         # a union reports each member's failure; the deepest one names the key that the user wrote
         first = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
         # places in the file are keys and numbers; a union's members and a literal's values are pydantic's own words
         unknown = first["type"] == "extra_forbidden"
         places = first["loc"][:-1] if unknown else first["loc"]
-        path = [str(p) for p in places if str(p) in _known_keys() or isinstance(p, int)]
+        known_keys = {key for part in (model, *_INSIDE.values()) for key in part.model_fields}
+        path = [str(p) for p in places if str(p) in known_keys or isinstance(p, int)]
         if unknown:
             key = str(first["loc"][-1])
-            known = _keys_at(path)
+            inside = [_INSIDE[key] for key in path if key in _INSIDE]
+            known = list((inside[-1] if inside else model).model_fields)
             near = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.startswith(key[:6])][:1]
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
             raise UsageError(f"{where}: unknown key {'.'.join([*path, key])!r}: {hint}") from error
@@ -260,13 +281,6 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
         raise UsageError(f"{where}: {key}: {message} (got {str(first['input'])[:60]!r}); fix this key") from error
 
 
-_MODELS: tuple[type[BaseModel], ...] = (RunConfig, TaskSpec, FormatSpec, SplitSpec, PairSpec, SideEffectSpec)
-
-
-def _known_keys() -> list[str]:
-    return [key for model in _MODELS for key in model.model_fields]
-
-
 #: key → what it holds
 _INSIDE: dict[str, type[BaseModel]] = {
     "pair": PairSpec,
@@ -275,9 +289,3 @@ _INSIDE: dict[str, type[BaseModel]] = {
     "split": SplitSpec,
     "side_effects": SideEffectSpec,
 }
-
-
-def _keys_at(path: list[str]) -> list[str]:
-    """The keys that exist where the path leads."""
-    inside = [_INSIDE[key] for key in path if key in _INSIDE]
-    return list((inside[-1] if inside else RunConfig).model_fields)

@@ -26,6 +26,7 @@ KINDS = {
     "effects.csv": "effects",
     "study.csv": "heads-vs-mlps",
     "summary.csv": "bench planted",
+    "screen.csv": "screen",
 }
 
 
@@ -182,12 +183,20 @@ def _of_planted(folder: Path) -> Iterator[Drawing]:
     yield Drawing("planted_benchmark", figures.planted_benchmark(rows)[0], rows)
 
 
+def _of_screen(folder: Path) -> Iterator[Drawing]:
+    import pandas as pd
+
+    rows = pd.read_csv(folder / "screen.csv")
+    yield Drawing("recipe_curves", figures.recipe_curves(rows, title=_pair_of(folder))[0], rows)
+
+
 _DRAWN: Mapping[str, Any] = {
     "run": _of_run,
     "shifts": _of_shifts,
     "effects": _of_effects,
     "heads-vs-mlps": _of_heads_and_mlps,
     "bench planted": _of_planted,
+    "screen": _of_screen,
 }
 
 

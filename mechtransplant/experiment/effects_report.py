@@ -1,7 +1,7 @@
 """Patch against graft for every head and MLP of a pair, as one folder that a killed start continues.
 
-A folder holds ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished layers), ``effects.csv``, ``summary.md``
-and ``figures/``.
+A folder holds ``config.yaml``, ``environment.json``, ``compatibility.csv``, ``cells.jsonl`` (finished layers),
+``effects.csv``, ``summary.md`` and ``figures/``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
     task = load_task(name).split(config.prompts, 1, 1, config.seed).discover
     began = {"config": json.loads(json.dumps(asdict(config))), **_depends_on(pair, task)}
     with locked(folder):
-        begin(folder, began)
+        begin(folder, began, pair)
         table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
         write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
         draw(folder)

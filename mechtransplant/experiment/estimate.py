@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
+from mechtransplant.progress import in_words
 
 if TYPE_CHECKING:
     from mechtransplant.experiment.run import Run
@@ -50,17 +51,9 @@ class Estimate:
         done = f", {min(self.finished, self.total):,} of them finished" if self.finished else ""
         rankings = "1 ranking" if self.rankings == 1 else f"{self.rankings} rankings"
         return (
-            f"{self.total:,} cells{done}, {in_words(self.remaining_seconds)} on this machine, one after another "
+            f"{self.total:,} cells{done}, about {in_words(self.remaining_seconds)} on this machine, one after another "
             f"({1e3 * self.seconds:.3g} ms a question, just measured), and {rankings}: {parts}"
         )
-
-
-def in_words(seconds: float) -> str:
-    """``10_800`` → "about 3 h"."""
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * size or (unit == "h" and seconds >= size):
-            return f"about {seconds / size:.2g} {unit}" if seconds < 10 * size else f"about {seconds / size:.0f} {unit}"
-    return f"about {max(1, round(seconds))} s"
 
 
 def estimate(run: Run, finished: int = 0) -> Estimate:

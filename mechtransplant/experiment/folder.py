@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
+
+if TYPE_CHECKING:
+    from mechtransplant.pair import Pair
 
 ELSEWHERE = "choose another --out folder"
 
@@ -51,8 +54,8 @@ def _is_about(folder: Path, error: OSError) -> bool:
     return not named or any(path.is_relative_to(whole) or whole.is_relative_to(path) for path in named)
 
 
-def begin(folder: Path, began: dict[str, Any]) -> None:
-    """Note the config and what the numbers depend on; refuse a folder that holds something else.
+def begin(folder: Path, began: dict[str, Any], pair: Pair) -> None:
+    """Note the config, the pair and what the numbers depend on; refuse a folder that holds something else.
 
     A later start with other versions or threads is noted beside the earlier ones, never instead of them.
     """
@@ -61,6 +64,21 @@ def begin(folder: Path, began: dict[str, Any]) -> None:
     check_ours(folder, "analysis")
     write_starts(folder, began, tuple(began))
     write_atomically(folder / "config.yaml", str(yaml.safe_dump(began["config"], sort_keys=False)))
+    write_compatibility(folder, pair)
+
+
+def write_compatibility(folder: Path, pair: Pair) -> None:
+    """Write ``compatibility.csv``: what matches between the two models, and what stays the target's."""
+    write_atomically(folder / "compatibility.csv", pair.compatibility.table.to_csv(index=False))
+
+
+def check_begun(folder: Path, began: dict[str, Any]) -> None:
+    """Refuse a folder that :func:`begin` would refuse; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: {ELSEWHERE}")
+    if folder.exists():
+        check_ours(folder, "analysis")
+        _earlier_starts(folder, began, tuple(began))
 
 
 def check_ours(folder: Path, name: str, **wanted: str) -> None:
@@ -91,18 +109,27 @@ def write_starts(
     ``compared``: the entries in which an earlier start must agree; ``added``: those that a folder may lack, since they
     were not always noted. Raises UsageError where one differs, and for a file that cannot be read.
     """
-    path, now = folder / "environment.json", {**versions(), **(start or {})}
-    starts = [now]
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            wanted = [*compared, *(what for what in added if what in saved)]
-            changed = [what for what in wanted if saved.get(what) != began[what]]
-            starts = saved["starts"] + [now] * (now not in saved["starts"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
-        if changed:
-            raise UsageError(
-                f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, or remove it"
-            )
-    write_atomically(path, json.dumps({**began, "starts": starts}, indent=1) + "\n")
+    now, starts = {**versions(), **(start or {})}, _earlier_starts(folder, began, compared, added)
+    starts += [now] * (now not in starts)
+    write_atomically(folder / "environment.json", json.dumps({**began, "starts": starts}, indent=1) + "\n")
+
+
+def _earlier_starts(
+    folder: Path, began: dict[str, Any], compared: Sequence[str], added: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The starts that ``environment.json`` notes, where they agree with what is begun; see :func:`write_starts`."""
+    path = folder / "environment.json"
+    if not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        wanted = [*compared, *(what for what in added if what in saved)]
+        changed = [what for what in wanted if saved.get(what) != began[what]]
+        starts = list(saved["starts"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
+    if changed:
+        raise UsageError(
+            f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, or remove it"
+        )
+    return starts

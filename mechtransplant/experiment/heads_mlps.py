@@ -2,8 +2,8 @@
 
 Sets are the top of rankings on ``discover``, of each kind alone and of both together, at an equal number of modules and
 at equal parameters, anywhere and in each third of the depth; every number is of ``test``. A folder holds
-``config.yaml``, ``environment.json``, ``rankings/``, ``cells.jsonl`` (one a model and set of modules), ``study.csv``,
-``summary.md`` and ``figures/``; a killed start continues.
+``config.yaml``, ``environment.json``, ``compatibility.csv``, ``rankings/``, ``cells.jsonl`` (one a model and set of
+modules), ``study.csv``, ``summary.md`` and ``figures/``; a killed start continues.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         "questions": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in (splits.discover, splits.test)},
     }
     with locked(folder):
-        begin(folder, began)
+        begin(folder, began, pair)
         rankings = {
             arm: _ranking(config, pair, splits.discover, arm, folder / "rankings" / f"{arm}.csv", progress)
             for arm in ARMS

@@ -1,8 +1,9 @@
 """A config becomes a run: baselines, rankings, a sweep on ``choose``, curves, controls and a report on ``test``.
 
-A run is a folder: ``config.yaml``, ``environment.json``, ``cells.jsonl`` (finished cells), ``ranking.csv`` and
-``rankings/``, ``results.parquet`` (one row a cell and token budget), ``rules.csv``, ``plane.csv``
-(side effects, one row a graft), ``outcome.json``, ``summary.md`` and ``figures/``.
+A run is a folder: ``config.yaml``, ``environment.json``, ``compatibility.csv`` (what matches in the two models),
+``cells.jsonl`` (finished cells), ``ranking.csv`` and ``rankings/``, ``results.parquet`` (one row a cell and token
+budget), ``rules.csv``, ``plane.csv`` (side effects, one row a graft), ``outcome.json``, ``summary.md`` and
+``figures/``.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from mechtransplant.experiment.elsewhere import Elsewhere, labelled
 from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
-from mechtransplant.experiment.folder import locked, write_starts
+from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
 from mechtransplant.experiment.rankings import Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
-from mechtransplant.progress import bar, say, shows
+from mechtransplant.progress import announce, bar
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -94,6 +95,7 @@ class Run(Setup):
         write_starts(
             self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere", "pair"), start=self.where.start
         )
+        write_compatibility(self.folder, self.pair)
         self.engine = self.where.make(self, self.elsewhere)
         try:
             return self._steps()
@@ -106,8 +108,8 @@ class Run(Setup):
         return estimate(self, path.read_bytes().count(b"\n") if path.exists() else 0)
 
     def _steps(self) -> RunResult:
-        if self.progress and shows():
-            say(str(self.estimate()))
+        if self.progress:
+            announce(lambda: str(self.estimate()))
         self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test

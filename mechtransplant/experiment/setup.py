@@ -11,7 +11,7 @@ from typing import Any
 
 from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.evaluation.batches import check_lengths, encode
-from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.config import RunConfig, TaskSpec
 from mechtransplant.grafting import get_operator
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.tasks import Splits, Task, list_tasks, load_task
@@ -22,8 +22,18 @@ def build_task(config: RunConfig, pair: Pair) -> Task:
     spec = config.task or pair.default_task
     if spec is None:
         raise UsageError("this pair has no task of its own: give `task:` a name or the path of a JSONL file")
-    if isinstance(spec, str):
-        return load_task(spec)
+    return load_task(spec) if isinstance(spec, str) else _specified(spec)
+
+
+def exploring_task(config: RunConfig) -> Task | None:
+    """The task that ``discover`` and ``choose`` are taken from, where it is another one than ``test`` is."""
+    spec = config.task
+    if not isinstance(spec, TaskSpec) or spec.explore is None:
+        return None
+    return _specified(spec.model_copy(update={"name": spec.explore}))
+
+
+def _specified(spec: TaskSpec) -> Task:
     fields = {key: getattr(spec, key) for key in ("question_field", "answer_field", "template_field")}
     task = load_task(spec.name, spec.n, spec.seed, **{key: name for key, name in fields.items() if name is not None})
     changes = {key: getattr(spec, key) for key in ("scorer", "max_new_tokens", "stop", "short_answer")}
@@ -53,12 +63,13 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a setup is made of: the pair, turned or not, the task, and the unrelated one."""
+    """What a setup is made of: the pair, turned or not, the task, the unrelated one, and the one that explores."""
 
     pair: Pair
     turned: bool
     task: Task
     other: Task | None
+    explore: Task | None = None
 
 
 class Setup:
@@ -76,7 +87,8 @@ class Setup:
             torch.set_num_threads(config.threads)
         made = self._made() if parts is None else parts
         self.pair, self.turned, self.task, self.other = made.pair, made.turned, made.task, made.other
-        self.splits: Splits = self.task.split(**config.split.model_dump())
+        self.explore = made.explore
+        self.splits: Splits = self.task.split(**config.split.model_dump(), explore=made.explore)
         self.candidates = self.pair.modules(config.kinds)
         self.counts = config.counts(len(self.candidates))
         self.budgets = list(config.budgets or (self.task.max_new_tokens,))
@@ -93,7 +105,7 @@ class Setup:
         pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
         task = build_task(self.config, pair)
         other = unrelated_task(self.config, pair, task) if "unrelated" in self.config.controls else None
-        return Parts(pair, False, task, other)
+        return Parts(pair, False, task, other, exploring_task(self.config))
 
     @property
     def budget(self) -> int:

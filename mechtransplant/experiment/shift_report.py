@@ -1,7 +1,7 @@
 """The whole analysis of shifts between two models as one folder: tables, figures and a page.
 
-A folder holds ``config.yaml``, ``environment.json``, ``shifts.parquet`` (every value), ``table.csv`` (tests),
-``consistency.csv``, ``concentration.csv``, ``stability.csv``, ``summary.md`` and ``figures/``.
+A folder holds ``config.yaml``, ``environment.json``, ``compatibility.csv``, ``shifts.parquet`` (every value),
+``table.csv`` (tests), ``consistency.csv``, ``concentration.csv``, ``stability.csv``, ``summary.md`` and ``figures/``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mechtransplant.activations import Positions
+from mechtransplant.activations import Positions, Text
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.drawing import draw
-from mechtransplant.experiment.environment import versions
+from mechtransplant.experiment.folder import begin, check_begun, locked
 from mechtransplant.localization import (
     FEWEST_TO_HALVE,
     concentration,
@@ -41,6 +41,7 @@ _NORMS = tuple(m for m in _DIRECT if m in NORMS)
 class ShiftConfig:
     """What is measured: a pair, its task (by default the pair's own), and control prompts of another task, if any.
 
+    ``text``: with ``positions`` "decoding", whose text both models read. ``permutations``: of every test.
     ``unit`` "template" averages over the prompts that share one before anything is tested; directions, which compare
     prompts with each other, are then left out.
     """
@@ -56,17 +57,18 @@ class ShiftConfig:
     k: int = 8
     batch_size: int = 16
     seed: int = 0
+    text: Text = "target"
+    permutations: int = 10_000
 
 
 def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True) -> str:
     """Measure, test and draw; writes the folder and returns its page.
 
-    Questions are the ``discover`` split, so that ``choose`` and ``test`` stay untouched. Raises UsageError, before
-    anything is written, for a folder that is not empty, and for anything wrong in the config.
+    Questions are the ``discover`` split, so that ``choose`` and ``test`` stay untouched. A folder of the same config,
+    weights and questions, finished or killed, is written again. Raises UsageError, before anything is written, for a
+    folder that holds anything else, and for anything wrong in the config.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not an empty folder: choose another --out, or remove it")
     # before any weights are loaded
     if config.correction not in CORRECTIONS:
         raise UnknownNameError("correction", config.correction, CORRECTIONS)
@@ -74,14 +76,20 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     if config.unit not in ("prompt", "template"):
         raise UnknownNameError("unit", config.unit, ("prompt", "template"))
     refuse_overlap(config.kinds)
-    for key in ("prompts", "k", "batch_size"):
-        check_count(key, getattr(config, key), least=8 if key == "prompts" else 1)
+    for key, least in {"prompts": 8, "k": 1, "batch_size": 1, "permutations": 100}.items():
+        check_count(key, getattr(config, key), least=least)
+    if config.text != "target" and config.positions != "decoding":
+        raise UsageError(f"--text is whose text is read with --positions decoding; positions are {config.positions!r}")
     pair = load_pair(config.pair)
     name = config.task or pair.default_task
     if name is None:
         raise UsageError(f"pair {config.pair!r} has no task of its own: give --task")
     task, control = _questions(name, config), None if config.control is None else _questions(config.control, config)
-    options: dict[str, Any] = {"positions": config.positions, "batch_size": config.batch_size, "progress": progress}
+    began = {"config": json.loads(json.dumps(asdict(config))), **_depends_on(pair, task, control)}
+    check_begun(folder, began)
+    options: dict[str, Any] = {
+        "positions": config.positions, "text": config.text, "batch_size": config.batch_size, "progress": progress,
+    }  # fmt: skip
     modules = [m for kind in config.kinds if kind in SLOT_KINDS for m in pair.modules(kind)]
     if modules and config.k > len(modules):
         raise UsageError(f"k must be at most {len(modules)}, the number of modules, got {config.k}")
@@ -104,18 +112,14 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     }
     if shifts.prompt.nunique() >= FEWEST_TO_HALVE:
         tables["stability"] = topk_stability(shifts, k, "own", seed=config.seed).frequency.assign(k=k)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", _yaml(config))
-        write_atomically(folder / "environment.json", json.dumps(_environment(pair, task, control), indent=1) + "\n")
+    with locked(folder):
+        begin(folder, began, pair)
         shifts.to_parquet(folder / "shifts.parquet", index=False)
         for key, frame in tables.items():
             write_atomically(folder / f"{key}.csv", frame.to_csv(index=False, float_format="%.8g"))
         draw(folder)
         page = summarise(pair, task, control, shifts, tables, config)
         write_atomically(folder / "summary.md", page)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; choose another --out folder") from error
     return page
 
 
@@ -128,9 +132,12 @@ def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftCon
     import pandas as pd
 
     signed = [m for m in SIGNED if (shifts.measure == m).any()]
-    tables = [test_shifts(shifts, measure=m, correction=config.correction, seed=config.seed) for m in signed]
+    how: dict[str, Any] = {
+        "correction": config.correction, "permutations": config.permutations, "seed": config.seed,
+    }  # fmt: skip
+    tables = [test_shifts(shifts, measure=m, **how) for m in signed]
     if against is not None:
-        tables += [test_shifts(shifts, against, m, correction=config.correction, seed=config.seed) for m in _DIRECT]
+        tables += [test_shifts(shifts, against, m, **how) for m in _DIRECT]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -141,16 +148,9 @@ def _concentrated(shifts: pd.DataFrame, config: ShiftConfig) -> pd.DataFrame:
     return pd.concat(each, ignore_index=True)
 
 
-def _yaml(config: ShiftConfig) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(asdict(config) | {"kinds": list(config.kinds)}, sort_keys=False))
-
-
-def _environment(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]:
+def _depends_on(pair: Pair, task: Task, control: Task | None) -> dict[str, Any]:
     tasks = {"task": task, "control": control}
     return {
-        "starts": [versions()],
         "weights": {"source": pair.source.fingerprint, "target": pair.target.fingerprint},
         "questions": {k: {"n": len(t), "fingerprint": t.fingerprint} for k, t in tasks.items() if t is not None},
     }
@@ -174,11 +174,13 @@ def summarise(
     unit = f"the unit is the template, of which there are {forms}"
     if config.unit == "prompt":
         unit = f"the unit is the prompt; they share {forms} templates (`--unit template` makes those the unit)"
+    whose = {"target": "the target's text", "source": "the source's text", "gold": "the gold answer"}[config.text]
+    read = f" ({whose})" if config.positions == "decoding" else ""
     lines = [
         f"# Shifts of {pair.name or config.pair} on {task.name}",
         "",
         f"Source `{pair.source.name}`, target `{pair.target.name}`; {modules} modules ({', '.join(config.kinds)}), "
-        f"{len(task)} prompts{said}, positions `{config.positions}`, {config.correction} at 0.05; {unit}.",
+        f"{len(task)} prompts{said}, positions `{config.positions}`{read}, {config.correction} at 0.05; {unit}.",
         "",
         "| measure | test | n | modules found | largest effects: Cohen's d (mean in the measure's units) |",
         "|---|---|---|---|---|",

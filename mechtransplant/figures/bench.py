@@ -56,7 +56,7 @@ def planted_benchmark(rows: pd.DataFrame) -> tuple[Figure, Any]:
         panels[0].set_yticks(range(len(order)), order)
         panels[0].set_xlim(-0.03, 1.03)
         panels[0].set_ylim(-0.7, len(order) - 0.3)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=6)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7)
         figure.suptitle(
             "filled: drifted pairs, hollow: clean; bar: mean over drifted pairs; dotted: chance", fontsize=8
         )

@@ -155,7 +155,7 @@ def rule_curves(
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, [str(k) for k in ticks])
             panel.minorticks_off()
-            panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6)
+            panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7)
         for panel in panels[-2:]:
             panel.set_xlabel(f"grafted modules K (of {candidates})")
         for panel in panels[::2]:

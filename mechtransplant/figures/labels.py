@@ -32,7 +32,7 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
                 xytext=(dx, dy),
                 textcoords="offset points",
                 ha="left" if dx > 0 else "right",
-                fontsize=6,
+                fontsize=7,
             )
             box = text.get_window_extent(figure.canvas.get_renderer())
             covers = sum(box.overlaps(other) for other in taken)

@@ -31,6 +31,15 @@ class Compatibility:
         return [f"{row.what} (source {row.source}, target {row.target})" for row in rows.itertuples()]
 
     @property
+    def table(self) -> pd.DataFrame:
+        """``checks``, and a last row that counts the linear layers and those with different weights."""
+        import pandas as pd
+
+        layers, changed = len(self.shapes), int((self.shapes.relative_change > 0).sum())
+        row = {"what": "linear layers", "source": layers, "target": layers, "verdict": f"{changed} differ in weights"}
+        return pd.concat([self.checks, pd.DataFrame([row])], ignore_index=True)
+
+    @property
     def stays(self) -> list[str]:
         """Settings and tensors that differ and no graft moves: the target's stay, unless the verdict says otherwise."""
         rows = self.checks[~self.checks.verdict.isin(["same", "forbids"])]

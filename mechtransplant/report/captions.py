@@ -74,6 +74,11 @@ _CAPTIONS: dict[str, Caption] = {
     "heads_against_mlps.*": Caption(
         "Anywhere", "Change of the changed model with 95 % intervals, and beside each bar the range of random sets."
     ),
+    "recipe_curves": Caption(
+        "The best of",
+        "Mean log-probability of the gold answers to the choose questions against the share of parameters that is "
+        "grafted, by kind of module and rule; every point is the best strength and operator.",
+    ),
     "planted_benchmark": Caption(
         "AUROC, pair", "How well every rule finds modules that were planted (AUROC; 0.5 is chance), pair by pair."
     ),

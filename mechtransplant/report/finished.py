@@ -13,7 +13,7 @@ from mechtransplant.experiment.drawing import kind_of
 from mechtransplant.report.captions import caption_of
 
 #: kinds whose command reads a config file; of the others every key of the config is an option
-_FROM_FILE = {"run": "", "bench planted": "--config "}
+_FROM_FILE = {"run": "", "bench planted": "--config ", "screen": ""}
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,10 @@ def read_finished(folder: str | Path) -> Finished:
     if not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} holds no config.yaml: give a folder that mechtransplant run (or shifts, …) wrote")
     if kind is None or not (folder / "summary.md").exists():
-        what = (
-            "remove it, and start its command again" if kind == "shifts" else "start its command again, and it goes on"
-        )
-        raise UsageError(f"{folder} is not finished: {what}")
+        raise UsageError(f"{folder} is not finished: start its command again")
     title, lead, sections = _parts((folder / "summary.md").read_text(encoding="utf-8"))
+    if (folder / "compatibility.csv").exists():
+        sections = (_the_pair(folder / "compatibility.csv"), *sections)
     environment = folder / "environment.json"
     return Finished(
         folder,
@@ -114,6 +113,33 @@ def _parts(page: str) -> tuple[str, str, tuple[Section, ...]]:
         lead.strip(),
         tuple(Section(t.strip(), text) for t, _, text in (r.partition("\n") for r in rest)),
     )
+
+
+def _the_pair(path: Path) -> Section:
+    """The compatibility of the two models: what differs as a table, what is the same in a sentence."""
+    import pandas as pd
+
+    checks = pd.read_csv(path, dtype=str, keep_default_na=False)
+    layers, checks = checks.iloc[-1], checks.iloc[:-1]
+    same = checks[checks.verdict == "same"]
+    lines = [
+        f"{layers.target} {layers.what} of equal name and shape, of which {layers.verdict}: those can be grafted.",
+        "",
+    ]
+    if len(same) < len(checks):
+        lines += ["| what differs | source | target | in any graft |", "|---|---|---|---|"]
+        for row in checks[checks.verdict != "same"].itertuples():
+            source, target = (_code(value).replace("|", "\\|") for value in (row.source, row.target))
+            lines.append(f"| {row.what} | {source} | {target} | {row.verdict} |")
+    else:
+        lines.append("Nothing else differs.")
+    same_in_both = ", ".join(f"{row.what} {_code(row.source)}" for row in same.itertuples())
+    return Section("The pair", "\n".join([*lines, "", f"The same in both: {same_in_both}."]))
+
+
+def _code(value: Any) -> str:
+    """A setting's value, that Markdown leaves as it is."""
+    return "`" + str(value).replace("`", "'") + "`"
 
 
 def _pictures(folder: Path) -> list[Picture]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -199,21 +199,45 @@ class Task:
         """The task restricted to some of its examples, in the given order."""
         return replace(self, examples=tuple(self.examples[i] for i in indices), role=role or self.role)
 
-    def split(self, discover: int = 64, choose: int = 64, test: int = 256, seed: int = 0) -> Splits:
+    def split(
+        self, discover: int = 64, choose: int = 64, test: int = 256, seed: int = 0, explore: Task | None = None
+    ) -> Splits:
         """Disjoint parts, stratified by template: each has the task's proportions of templates to within two examples.
 
-        Raises TaskError when the task has too few distinct questions, or is itself a split.
+        Args:
+            explore: another task, such as a training set, that ``discover`` and ``choose`` are taken from, so that all
+                of this one can be ``test``; of its questions those that this one has are left out.
+
+        Raises:
+            TaskError: too few distinct questions, a task that is itself a split, or one that explores in another
+                format, with another scorer or other stops.
         """
         if self.role != "all":
             raise TaskError(f"this is already the {self.role!r} split of {self.name!r}: split the whole task once")
-        first_of = {e.key: i for i, e in reversed(list(enumerate(self.examples)))}
         wanted = {"discover": discover, "choose": choose, "test": test}
         if min(wanted.values()) < 1:
             raise TaskError(f"a split needs at least one question in each part, got {wanted}")
-        if len(first_of) < sum(wanted.values()):
+        if explore is None:
+            first, second, third = self._parts(list(wanted.values()), seed)
+            return Splits(self.subset(first, "discover"), self.subset(second, "choose"), self.subset(third, "test"))
+        ways = [(t.scorer, t.format, t.short_answer, t.stop) for t in (self, explore)]
+        if ways[0] != ways[1]:
+            raise TaskError(
+                f"{explore.name!r} is asked or scored in another way than {self.name!r}: give both the same format, "
+                "scorer, stops and short_answer"
+            )
+        mine = set(self.keys)
+        first, second = explore._parts([discover, choose], seed, without=mine)
+        (third,) = self._parts([test], seed)
+        return Splits(explore.subset(first, "discover"), explore.subset(second, "choose"), self.subset(third, "test"))
+
+    def _parts(self, sizes: list[int], seed: int, without: Set[str] = frozenset()) -> list[list[int]]:
+        """Disjoint stratified samples of so many distinct questions, without some."""
+        first_of = {e.key: i for i, e in reversed(list(enumerate(self.examples))) if e.key not in without}
+        if len(first_of) < sum(sizes):
             raise TaskError(
                 f"task {self.name!r} has {len(first_of)} distinct questions and the split asks for "
-                f"{sum(wanted.values())} ({discover} + {choose} + {test}): ask for fewer"
+                f"{sum(sizes)} ({' + '.join(map(str, sizes))}): ask for fewer"
             )
         rng = np.random.default_rng(seed)
         groups: dict[str, list[int]] = {}
@@ -221,11 +245,8 @@ class Task:
             groups.setdefault(self.examples[index].template, []).append(index)
         members = [[int(i) for i in rng.permutation(groups[name])] for name in sorted(groups)]
         order = _interleave(members, rng)
-        parts, start = [], 0
-        for role, size in (("discover", discover), ("choose", choose), ("test", test)):
-            parts.append(self.subset(order[start : start + size], role))  # type: ignore[arg-type]
-            start += size
-        return Splits(*parts)
+        ends = np.cumsum(sizes)
+        return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def _interleave(groups: list[list[int]], rng: np.random.Generator) -> list[int]:

@@ -1,0 +1,227 @@
+"""Recipes compared on ``choose`` alone: kinds of modules × rules × operators × strengths × shares of the parameters.
+
+A recipe is the longest beginning of a ranking (made on ``discover``) that has no more than a share of all linear
+layers' parameters, grafted at one strength by one operator. Each is measured by the mean log-probability of the gold
+answers to the ``choose`` questions, and by what it does to the perplexity of neutral text. ``test`` is never asked: the
+best recipe is written as the config of a run, which reports it there.
+
+A folder holds ``config.yaml``, ``environment.json``, ``compatibility.csv``, ``rankings/``, ``cells.jsonl``,
+``screen.csv`` (one row a recipe), ``best.yaml``, ``summary.md`` and ``figures/``; a killed start continues.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.evaluation.gold import gold_outcomes
+from mechtransplant.experiment.cells import CellStore, write_atomically
+from mechtransplant.experiment.config import GraftedKind
+from mechtransplant.experiment.drawing import draw
+from mechtransplant.experiment.folder import begin, locked
+from mechtransplant.experiment.screen_config import ScreenConfig
+from mechtransplant.experiment.screen_page import page_of
+from mechtransplant.experiment.setup import build_task, exploring_task
+from mechtransplant.grafting import Graft
+from mechtransplant.pair import Pair, load_pair
+from mechtransplant.progress import track
+from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.side_effects import neutral_texts
+from mechtransplant.side_effects.divergence import read_text, text_divergence
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to make a graft; ``share`` is the most of all linear layers' parameters that it may have."""
+
+    kinds: tuple[GraftedKind, ...]
+    rule: str
+    operator: str | dict[str, Any]
+    strength: float
+    share: float
+
+
+def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = True) -> str:
+    """Measure every recipe and draw; writes the folder and returns its page.
+
+    Raises UsageError for anything wrong in the config, for a folder that holds something else, and for one that was
+    begun with another config, other weights or other questions.
+    """
+    import pandas as pd
+
+    folder = Path(folder)
+    screen = Screen(config)
+    with locked(folder):
+        begin(folder, screen.began, screen.pair)
+        table = screen.table(folder, progress)
+        write_atomically(folder / "screen.csv", table.to_csv(index=False, float_format="%.8g"))
+        table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
+        best = best_recipe(table, config.perplexity)
+        if best is not None:
+            write_atomically(folder / "best.yaml", _run_config(config, screen, table.loc[best], folder))
+        draw(folder)
+        page = page_of(config, screen.pair, len(screen.splits.choose), screen.base, table, best)
+        write_atomically(folder / "summary.md", page)
+    return page
+
+
+class Screen:
+    """The models, questions and texts of a screen."""
+
+    def __init__(self, config: ScreenConfig) -> None:
+        for rule in config.rules:
+            for kinds in config.grafted:
+                get_rule(rule).check(kinds, config.rule_options.get(rule, {}))
+        for operator in config.operators:
+            Graft([], operator=operator)
+        self.config = config
+        if config.threads:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        run = config.as_run(config.grafted[0], config.rules[0])
+        named = config.pair
+        options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
+        self.pair: Pair = (
+            load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+        )
+        self.task = build_task(run, self.pair)
+        self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))
+        self.everything = Graft(self.pair.modules("linear")).parameter_count(self.pair)
+        self._sizes: dict[tuple[str, ...], int] = {}
+
+    @cached_property
+    def began(self) -> dict[str, Any]:
+        """What the numbers depend on."""
+        asked = {
+            s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in (self.splits.discover, self.splits.choose)
+        }
+        return {
+            "config": json.loads(self.config.model_dump_json()),
+            "weights": {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint},
+            "questions": asked,
+        }
+
+    @cached_property
+    def base(self) -> dict[str, dict[str, float]]:
+        """Accuracy and log-probability of target and source on ``choose``."""
+        return {role: self._asked(getattr(self.pair, role)) for role in ("target", "source")}
+
+    @cached_property
+    def reading(self) -> Any:
+        """The neutral texts, of another seed than a run's, which measures harm on its own."""
+        texts = neutral_texts(self.pair.target, self.config.texts, self.config.tokens, self.config.seed + 1)
+        return read_text(self.pair.target, texts, self.config.batch_size)
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Every recipe, ranking by ranking."""
+        config = self.config
+        for kinds, rule in product(config.grafted, config.rules):
+            for operator, strength, share in product(config.operators, config.strengths, config.shares):
+                yield Recipe(kinds, rule, operator, strength, share)
+
+    def table(self, folder: Path, progress: bool) -> pd.DataFrame:
+        """One row a recipe; a ranking is kept in the folder, and a set at a strength is measured once."""
+        import pandas as pd
+
+        store = CellStore(folder / "cells.jsonl")
+        rows = []
+        for recipe in track(list(self.recipes()), "recipes", progress):
+            order = self._ranking(recipe, folder / "rankings" / f"{'-'.join(recipe.kinds)}-{recipe.rule}.csv")
+            modules = self._within(order, recipe.share)
+            operator = recipe.operator if isinstance(recipe.operator, str) else json.dumps(recipe.operator)
+            row: dict[str, Any] = {
+                "kind": "+".join(recipe.kinds), "rule": recipe.rule, "operator": operator,
+                "strength": recipe.strength, "share": recipe.share, "k": len(modules),
+            }  # fmt: skip
+            if modules:
+                graft = Graft(modules, recipe.strength, kv=self.config.kv, operator=recipe.operator)
+                content = {**self.began, "modules": sorted(modules), "strength": recipe.strength, "operator": operator}
+                # sets are the same cell whatever ranked them, and whatever else the config compares
+                content["config"] = {key: began for key, began in self.began["config"].items() if key in _DECIDES}
+                found = store.get(content, lambda graft=graft: self._measured(graft))
+                row |= {"parameters": self._size(modules) / self.everything}
+                row |= {key: found[key] for key in ("log_probability", "accuracy", "perplexity_change", "kl")}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def _ranking(self, recipe: Recipe, path: Path) -> list[str]:
+        import pandas as pd
+
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            rule, config = get_rule(recipe.rule), self.config
+            given = config.rule_options.get(recipe.rule, {})
+            own: dict[str, Any] = {"batch_size": config.batch_size, "kv": config.kv}
+            if rule.needed(given) == "gradients":
+                # a backward pass keeps every layer's activations
+                own["batch_size"] = min(16, config.batch_size)
+            options = {key: value for key, value in own.items() if rule.takes(key, given)} | given
+            task = self.splits.choose if rule.sees(given)[0] == "choose" else self.splits.discover
+            ranked = rank_modules(self.pair, task, recipe.rule, recipe.kinds, seed=config.seed, **options)
+            write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
+        return [str(m) for m in pd.read_csv(path).module]
+
+    def _within(self, order: Sequence[str], share: float) -> list[str]:
+        """The longest beginning of a ranking that has at most a share of the parameters."""
+        limit, low, high = share * self.everything, 0, len(order)
+        # sizes grow with the set
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._size(order[:middle]) <= limit else (low, middle - 1)
+        return list(order[:low])
+
+    def _size(self, modules: Sequence[str]) -> int:
+        names = tuple(sorted(modules))
+        if names not in self._sizes:
+            self._sizes[names] = Graft(names, kv=self.config.kv).parameter_count(self.pair)
+        return self._sizes[names]
+
+    def _asked(self, model: Any) -> dict[str, float]:
+        found = gold_outcomes(model, self.splits.choose, self.config.batch_size)
+        return {"log_probability": float(found.log_probability.mean()), "accuracy": float(found.correct.mean())}
+
+    def _measured(self, graft: Graft) -> dict[str, float]:
+        reading = self.reading if self.config.texts else None
+        with graft.applied(self.pair):
+            found = self._asked(self.pair.target)
+        read = None if reading is None else text_divergence(self.pair, graft, reading)
+        more = {"perplexity_change": None, "kl": None}
+        return {
+            **found,
+            **(more if read is None else {"perplexity_change": read.perplexity_change, "kl": read.mean_kl}),
+        }
+
+
+#: keys of the config that decide a set's values
+_DECIDES = ("dtype", "batch_size", "kv", "texts", "tokens", "seed")
+
+
+def best_recipe(table: pd.DataFrame, perplexity: float | None) -> int | None:
+    """The row of the highest log-probability that raises perplexity by at most so much; None where there is none."""
+    rows = table[table.log_probability.notna()]
+    if perplexity is not None:
+        rows = rows[rows.perplexity_change <= perplexity]
+    return None if rows.empty else int(rows.log_probability.idxmax())
+
+
+def _run_config(config: ScreenConfig, screen: Screen, best: Any, folder: Path) -> str:
+    """The best recipe as a run's config, in YAML."""
+    import yaml
+
+    operator = best.operator if best.operator[0] != "{" else json.loads(best.operator)
+    kinds = tuple(best.kind.split("+"))
+    run = config.as_run(kinds, best["rule"]).model_copy(
+        update={"k": (int(best.k),), "strengths": (float(best.strength),), "operator": operator}
+    )
+    content = run.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    said = f"# the best of {folder.name}/screen.csv on `choose`; nothing here has asked a `test` question\n"
+    return said + str(yaml.safe_dump(content, sort_keys=False))

@@ -1,0 +1,57 @@
+"""Recipes on ``choose``: what each gains with a share of the parameters, by kind and rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechtransplant.errors import UsageError
+from mechtransplant.figures.style import BLACK, BLUE, GREEN, ORANGE, PAGE, PURPLE, new_figure, style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_LOOKS = tuple(zip((BLUE, ORANGE, GREEN, PURPLE, BLACK), "os^Dv", ("-", "--", "-.", ":", "-"), strict=True))
+#: how many rules stay legible in a panel
+MOST = 5
+
+
+def recipe_curves(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
+    """Log-probability of the gold answer against the share of parameters, a panel a kind and a line a rule.
+
+    Every point is the best strength and operator of its rule and share; the rules are the five that reach highest.
+
+    Args:
+        rows: columns kind, rule, strength, share, parameters, log_probability, as ``screen.csv`` has them.
+    """
+    lacking = [c for c in ("kind", "rule", "share", "parameters", "log_probability") if c not in rows.columns]
+    if lacking or not rows.log_probability.notna().any():
+        raise UsageError(f"the frame lacks {', '.join(lacking) or 'measured recipes'}: pass a screen.csv")
+    measured = rows[rows.log_probability.notna()]
+    best = measured.loc[measured.groupby(["kind", "rule", "share"], sort=False).log_probability.idxmax()]
+    reached = best.groupby("rule").log_probability.max().sort_values(ascending=False)
+    rules, kinds = list(reached.index[:MOST]), list(dict.fromkeys(best.kind))
+    across = min(4, len(kinds))
+    down = -(-len(kinds) // across)
+    with style():
+        figure, grid = new_figure(PAGE, 0.7 + 0.2 * bool(title) + 1.6 * down, columns=across, rows=down)
+        panels = list(np.atleast_1d(grid).flat)
+        for panel in panels[len(kinds) :]:
+            panel.remove()
+        for at, (panel, kind) in enumerate(zip(panels, kinds, strict=False)):
+            for rule, (colour, marker, dashes) in zip(rules, _LOOKS, strict=False):
+                line = best[(best.kind == kind) & (best["rule"] == rule)].sort_values("parameters")
+                panel.plot(
+                    100 * line.parameters, line.log_probability, color=colour, marker=marker, linestyle=dashes,
+                    markersize=3, linewidth=0.9, label=rule,
+                )  # fmt: skip
+            panel.set_title(kind.replace("+", " and "))
+            panel.set_xlabel("parameters, %")
+            if at % across == 0:
+                panel.set_ylabel("log p(gold answer), nats")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        said = "choose questions, best strength and operator"
+        figure.suptitle(f"{title}: {said}" if title else said)
+    return figure, panels[: len(kinds)]

@@ -1,0 +1,145 @@
+"""A screen compares recipes on choose alone, goes on where it was killed, and gives its best to a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import evaluate
+from mechtransplant.experiment import Run, read_config, read_screen, report_screen
+from mechtransplant.experiment.screen import Screen, best_recipe
+from mechtransplant.experiment.screen_config import ScreenConfig
+from mechtransplant.grafting import Graft
+from mechtransplant.side_effects import measure_side_effects, neutral_texts
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "pair": "family/generations",
+    "split": {"discover": 16, "choose": 24, "test": 48},
+    "kinds": ["linear", ["head", "mlp"]],
+    "rules": ["weight_delta", "gradient"],
+    "strengths": [1.0, 1.5],
+    "shares": [0.1, 0.3],
+    "texts": 4,
+    "tokens": 8,
+}
+
+
+def config(**changes: Any) -> ScreenConfig:
+    return ScreenConfig.model_validate({**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("screens") / "small"
+    report_screen(config(), out, progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "screen.csv")
+
+
+def test_every_recipe_has_a_row_within_its_share(table: pd.DataFrame) -> None:
+    assert len(table) == 2 * 2 * 2 * 2 and set(table.kind) == {"linear", "head+mlp"}
+    assert (table.parameters <= table.share).all() and (table.k > 0).all()
+    # one module more would be too many
+    screen = Screen(config())
+    order = screen.pair.modules("linear")
+    for share in (0.1, 0.3):
+        chosen = screen._within(order, share)
+        assert screen._size(order[: len(chosen) + 1]) > share * screen.everything >= screen._size(chosen)
+
+
+def test_the_numbers_are_those_of_the_library(folder: Path, table: pd.DataFrame) -> None:
+    row = table[(table.kind == "head+mlp") & (table["rule"] == "gradient")].iloc[-1]
+    modules = list(pd.read_csv(folder / "rankings" / "head-mlp-gradient.csv").module[: row.k])
+    screen = Screen(config())
+    graft = Graft(modules, row.strength)
+    with graft.applied(screen.pair):
+        found = evaluate(screen.pair.target, screen.splits.choose)
+    assert found.log_probability is not None
+    assert row.log_probability == pytest.approx(found.log_probability.mean(), abs=1e-6)
+    assert row.accuracy == found.accuracy
+    texts = neutral_texts(screen.pair.target, 4, 8, 43)
+    harm = measure_side_effects(screen.pair, graft, tasks=(), text=texts).frame.set_index("what").change
+    assert row.perplexity_change == pytest.approx(harm["perplexity"], abs=1e-6)
+    assert row.kl == pytest.approx(harm["KL"], abs=1e-6)
+
+
+def test_no_test_question_is_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[str] = set()
+    from mechtransplant.experiment import screen as module
+
+    real = module.gold_outcomes
+    monkeypatch.setattr(module, "gold_outcomes", lambda m, task, *a: asked.add(task.role) or real(m, task, *a))
+    report_screen(config(rules=["weight_delta"], shares=[0.1], strengths=[1.0]), tmp_path / "out", progress=False)
+    assert asked == {"choose"}
+    assert set(json.loads((tmp_path / "out" / "environment.json").read_text())["questions"]) == {"discover", "choose"}
+
+
+def test_a_killed_screen_goes_on(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    out.mkdir()
+    for name in ("environment.json", "config.yaml", "cells.jsonl"):
+        (out / name).write_bytes((folder / name).read_bytes())
+    lines = (out / "cells.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "cells.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    page = report_screen(config(), out, progress=False)
+    assert (out / "cells.jsonl").read_bytes() == (folder / "cells.jsonl").read_bytes()
+    assert page == (folder / "summary.md").read_text() and (out / "best.yaml").exists()
+    with pytest.raises(UsageError, match="begun with different config"):
+        report_screen(config(seed=1), out, progress=False)
+
+
+def test_the_best_becomes_a_run(folder: Path, table: pd.DataFrame, tmp_path: Path) -> None:
+    best = table.loc[table.log_probability.idxmax()]
+    run = Run(read_config(folder / "best.yaml"), tmp_path / "run")
+    assert run.counts == [best.k] and run.config.strengths == (best.strength,) and run.config.rules == (best["rule"],)
+    assert "+".join(run.config.kinds) == best.kind
+    assert [s.fingerprint for s in run.splits] == [s.fingerprint for s in Screen(config()).splits]
+    assert f"K = {best.k} ({best.kind}) by `{best['rule']}`" in (folder / "summary.md").read_text()
+
+
+def test_a_limit_of_perplexity_leaves_recipes_out(table: pd.DataFrame) -> None:
+    limit = float(table.perplexity_change.quantile(0.3))
+    best = best_recipe(table, limit)
+    allowed = table[table.perplexity_change <= limit]
+    assert best is not None and table.log_probability[best] == allowed.log_probability.max()
+    assert best_recipe(table, -1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shares": [0]}, "shares of the parameters are above 0"),
+        ({"rules": []}, "rules: name at least one"),
+        ({"rules": ["leo"]}, "unknown rule"),
+        ({"operators": ["paste"]}, "unknown operator"),
+        ({"kinds": ["layer"]}, "kinds"),
+        ({"share": [0.1]}, "unknown key 'share': did you mean shares?"),
+        ({"texts": 0, "perplexity": 0.01}, "a limit needs texts"),
+        ({"pair": "family/generation"}, "unknown pair"),
+    ],
+)
+def test_wrong_input(command: Any, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**SMALL, **changes}))
+    code, _, error = command("screen", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out"))
+    assert code == 2 and message in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_by_the_command(command: Any, tmp_path: Path) -> None:
+    small = {**SMALL, "rules": ["weight_delta"], "kinds": ["linear"], "strengths": [1.0], "texts": 0}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(small))
+    code, said, error = command("screen", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out"))
+    assert code == 0, error
+    assert "mechtransplant run" in said and {p.suffix for p in (tmp_path / "out" / "figures").iterdir()} >= {".png"}
+    assert read_screen(tmp_path / "c.yaml").grafted == (("linear",),)
