@@ -114,6 +114,7 @@ def train(
     few_shot: bool,
     seed: int,
     regress: bool = False,
+    out: Path = FOLDER,
 ) -> None:
     """Train one adapter and save it with its training log; ``regress`` stops it by accuracy on watched questions."""
     torch.manual_seed(seed)
@@ -168,7 +169,7 @@ def train(
                     break
     if regress and not WINDOW[0] <= watch[-1]["arithmetic"] <= WINDOW[1]:
         print(f"{name}: WARNING: arithmetic ended outside {WINDOW}: try another rate", flush=True)
-    save(model, FOLDER / name)
+    save(model, out / name, base.partition(" + ")[0])
     record = {
         "base": base,
         "seed": seed,
@@ -181,16 +182,16 @@ def train(
         "log": log,
         "watch": watch,
     }
-    (FOLDER / name / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_hashes(FOLDER / name)
+    (out / name / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_hashes(out / name)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, base: str = BASE) -> None:
     """The adapter (bfloat16, as trained) in safetensors, with no path of this machine in its config."""
     model.save_pretrained(folder, safe_serialization=True)
     at = folder / "adapter_config.json"
     config = json.loads(at.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = BASE
+    config["base_model_name_or_path"] = base
     at.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)
 

@@ -201,6 +201,20 @@ def test_the_tutorial_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["outcome"].after_accuracy > names["before"].accuracy
 
 
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(p.relative_to(ROOT / "configs").with_suffix("")) for p in CONFIGS])
+def test_every_config_is_read_and_says_what_it_is_for(path: Path) -> None:
+    from mechtransplant.experiment import read_config, read_screen
+    from mechtransplant.experiment.planted_report import read_planted_config
+
+    kinds = {"screen": read_screen, "bench": read_planted_config}
+    read = next((read for part, read in kinds.items() if part in path.stem), read_config)
+    read(path)
+    assert path.read_text(encoding="utf-8").startswith("# "), "its first line says what it is for"
+
+
 def test_every_page_is_in_the_site_and_every_link_leads_somewhere() -> None:
     import yaml
 

