@@ -29,18 +29,35 @@ def track(items: Iterable[Item], what: str, show: bool = True, total: int | None
     return _logged(shown, what) if show and LOG.isEnabledFor(logging.INFO) else shown
 
 
-def _logged(items: Any, what: str) -> Iterator[Any]:
-    """The items of a bar, with a line when they begin and end, and one a minute between."""
-    began = last = time.monotonic()
-    whole = "" if items.total is None else f" of {items.total:,}"
-    LOG.info("%s: begins%s", what, "" if items.total is None else f" ({items.total:,} steps)")
-    for done, item in enumerate(items, 1):
-        yield item
+class Lines:
+    """The log's lines about one loop: when it begins and ends, and one a minute between."""
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.began = self.last = time.monotonic()
+        LOG.info("%s: begins%s", what, "" if total is None else f" ({total:,} steps)")
+
+    def step(self) -> None:
+        """Another step is done."""
+        self.done += 1
         now = time.monotonic()
-        if now - last >= EVERY:
-            last = now
-            LOG.info("%s: %s%s after %s", what, f"{done:,}", whole, in_words(now - began))
-    LOG.info("%s: done after %s", what, in_words(time.monotonic() - began))
+        if now - self.last >= EVERY:
+            self.last = now
+            whole = "" if self.total is None else f" of {self.total:,}"
+            LOG.info("%s: %s%s after %s", self.what, f"{self.done:,}", whole, in_words(now - self.began))
+
+    def end(self) -> None:
+        """All steps are done."""
+        LOG.info("%s: done after %s", self.what, in_words(time.monotonic() - self.began))
+
+
+def _logged(items: Any, what: str) -> Iterator[Any]:
+    """The items of a bar, with lines in the log."""
+    lines = Lines(what, items.total)
+    for item in items:
+        yield item
+        lines.step()
+    lines.end()
 
 
 def shows() -> bool:
@@ -87,11 +104,17 @@ class BetweenBars(logging.Handler):
 
 @contextmanager
 def bar(total: int, what: str, show: bool = True) -> Iterator[Callable[[], object]]:
-    """A bar that the function which it gives advances by one."""
-    steps = iter(track(range(total), what, show))
-    try:
-        yield lambda: next(steps, None)
-    finally:
-        # a bar is taken away when its steps are used up
-        for _ in steps:
-            pass
+    """A bar that the function which it gives advances by one, and lines in the log."""
+    from tqdm.auto import tqdm
+
+    lines = Lines(what, total) if show and LOG.isEnabledFor(logging.INFO) else None
+    with tqdm(total=total, desc=what, leave=False, disable=not (show and shows())) as shown:
+
+        def advance() -> None:
+            shown.update()
+            if lines is not None:
+                lines.step()
+
+        yield advance
+        if lines is not None:
+            lines.end()

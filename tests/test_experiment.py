@@ -526,6 +526,15 @@ def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Pat
     assert "TIR is undefined: the target answers none" in result.summary
 
 
+def test_a_format_that_is_given_in_part_is_written_in_part(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
+    given = config(task={"name": str(tmp_path / "q.jsonl"), "format": {"system": "Add."}})
+    again = parse_config(given.model_dump(mode="json"))
+    pair: Any = None
+    assert again == given and build_task(again, pair) == build_task(given, pair)
+    assert build_task(again, pair).format.completion == "\\boxed{{answer}}"
+
+
 def test_gsm8k_finds_on_its_training_set(shared_data: Path, tmp_path: Path) -> None:
     task = {
         "name": str(shared_data / "gsm8k_test.jsonl"),
@@ -639,5 +648,5 @@ def test_a_worker_with_other_weights_is_refused(tmp_path: Path) -> None:
     from mechtransplant.experiment.worker import cell_worker
 
     small = config(threads=1).model_dump(mode="json")
-    with pytest.raises(UsageError, match="other weights than the run began with"):
+    with pytest.raises(UsageError, match="other weights or questions than the run began with"):
         cell_worker(small, False, {"source": "0" * 16, "target": "0" * 16})

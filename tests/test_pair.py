@@ -9,9 +9,24 @@ import pytest
 import torch
 
 from mechtransplant.errors import CompatibilityError, UsageError
-from mechtransplant.pair import LanguageModel, Pair, load_pair, make_pair
+from mechtransplant.pair import Compatibility, LanguageModel, Pair, load_pair, make_pair
 
 Build = Callable[..., LanguageModel]
+
+
+def test_a_turned_pair_keeps_what_differed_between_the_tokenizers() -> None:
+    pair = load_pair("family/generations")
+    rows = pair.compatibility.checks.set_index("what")
+    template = ("yes", "none", "the source's is used for both")
+    checks = pair.compatibility.checks.copy()
+    checks.loc[checks.what == "chat template", ["source", "target", "verdict"]] = template
+    pair.compatibility = Compatibility(checks, pair.compatibility.shapes)
+    turned = pair.reversed().compatibility
+    row = turned.checks.set_index("what").loc["chat template"]
+    assert (row.source, row.target, row.verdict) == ("none", "yes", "stays the target's")
+    assert turned.checks.set_index("what").loc["hidden_size"].equals(rows.loc["hidden_size"])
+    back = pair.reversed().reversed().compatibility.checks
+    assert list(back.itertuples(index=False)) == list(checks.itertuples(index=False))
 
 
 def test_report_of_the_family(generations: Pair) -> None:

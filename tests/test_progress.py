@@ -38,10 +38,16 @@ def test_a_bar_that_is_stopped_says_no_end(caplog: pytest.LogCaptureFixture) -> 
         with pytest.raises(ZeroDivisionError):
             for _ in progress.track("abc", "letters"):
                 raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError), progress.bar(2, "half") as advance:
+            advance()
+            raise ZeroDivisionError
         with progress.bar(2, "cells") as advance:
+            assert caplog.messages[-1] == "cells: begins (2 steps)"
             advance()
             advance()
-    assert caplog.messages == ["letters: begins (3 steps)", "cells: begins (2 steps)", "cells: done after 1 s"]
+    assert caplog.messages == [
+        "letters: begins (3 steps)", "half: begins (2 steps)", "cells: begins (2 steps)", "cells: done after 1 s",
+    ]  # fmt: skip
 
 
 def test_nobody_who_did_not_ask_sees_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,5 +71,5 @@ def test_verbose_gives_lines_with_the_time(tmp_path: Path) -> None:
     asked = [sys.executable, "-m", "mechtransplant.cli", "--verbose", "shifts", "family/planted-mlps"]
     asked += ["--prompts", "8", "--permutations", "200", "--out", str(tmp_path / "out")]
     said = subprocess.run(asked, capture_output=True, text=True, check=True)
-    lines = said.stderr.splitlines()
-    assert lines and all(re.match(r"\d\d:\d\d:\d\d \S.*: (begins|done after)", line) for line in lines), said.stderr
+    lines = [line for line in said.stderr.splitlines() if re.match(r"\d\d:\d\d:\d\d \S.*: (begins|done after)", line)]
+    assert len(lines) >= 2, said.stderr

@@ -17,6 +17,7 @@ from mechtransplant.experiment.screen import Screen, best_recipe
 from mechtransplant.experiment.screen_config import ScreenConfig
 from mechtransplant.grafting import Graft
 from mechtransplant.side_effects import measure_side_effects, neutral_texts
+from mechtransplant.tasks import Task
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -76,12 +77,16 @@ def test_the_numbers_are_those_of_the_library(folder: Path, table: pd.DataFrame)
 
 def test_no_test_question_is_asked(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: set[str] = set()
-    from mechtransplant.experiment import screen as module
+    tests = {e.question for e in Screen(config()).splits.test}
+    real = Task.prompts
 
-    real = module.gold_outcomes
-    monkeypatch.setattr(module, "gold_outcomes", lambda m, task, *a: asked.add(task.role) or real(m, task, *a))
-    report_screen(config(rules=["weight_delta"], shares=[0.1], strengths=[1.0]), tmp_path / "out", progress=False)
-    assert asked == {"choose"}
+    def seen(task: Task, tokenizer: Any = None) -> list[str]:
+        asked.update(e.question for e in task)
+        return real(task, tokenizer)
+
+    monkeypatch.setattr(Task, "prompts", seen)
+    report_screen(config(rules=["lae"], shares=[0.1], strengths=[1.0]), tmp_path / "out", progress=False)
+    assert asked and not asked & tests
     assert set(json.loads((tmp_path / "out" / "environment.json").read_text())["questions"]) == {"discover", "choose"}
 
 
@@ -97,6 +102,26 @@ def test_a_killed_screen_goes_on(folder: Path, tmp_path: Path) -> None:
     assert page == (folder / "summary.md").read_text() and (out / "best.yaml").exists()
     with pytest.raises(UsageError, match="begun with different config"):
         report_screen(config(seed=1), out, progress=False)
+
+
+def test_recipes_may_join_and_another_limit_may_choose(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "more"
+    report_screen(config(strengths=[1.0]), out, progress=False)
+    before = (out / "cells.jsonl").read_bytes()
+    page = report_screen(config(perplexity=-1.0), out, progress=False)
+    after = (out / "cells.jsonl").read_bytes()
+    assert after.startswith(before) and len(after.splitlines()) == len(
+        (folder / "cells.jsonl").read_bytes().splitlines()
+    )
+    assert (out / "screen.csv").read_bytes() == (folder / "screen.csv").read_bytes()
+    assert "No recipe" in page and not (out / "best.yaml").exists()
+
+
+def test_of_free_form_answers_no_accuracy_is_claimed(tmp_path: Path) -> None:
+    free = config(task={"name": "addition", "short_answer": False}, rules=["weight_delta"], shares=[0.1])
+    page = report_screen(free, tmp_path / "out", progress=False)
+    table = pd.read_csv(tmp_path / "out" / "screen.csv")
+    assert table.accuracy.isna().all() and table.log_probability.notna().all() and "right)" not in page
 
 
 def test_the_best_becomes_a_run(folder: Path, table: pd.DataFrame, tmp_path: Path) -> None:
@@ -126,6 +151,11 @@ def test_a_limit_of_perplexity_leaves_recipes_out(table: pd.DataFrame) -> None:
         ({"kinds": ["layer"]}, "kinds"),
         ({"share": [0.1]}, "unknown key 'share': did you mean shares?"),
         ({"texts": 0, "perplexity": 0.01}, "a limit needs texts"),
+        ({"rules": ["greedy"]}, "searches on `choose`"),
+        ({"rules": ["mask"]}, "searches on `choose`"),
+        ({"rule_options": {"lae": {}}}, "lae is none of the rules"),
+        ({"shares": [0.0001]}, "the smallest module has"),
+        ({"name": "a/b"}, "a name becomes a folder"),
         ({"pair": "family/generation"}, "unknown pair"),
     ],
 )

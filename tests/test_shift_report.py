@@ -133,6 +133,9 @@ def test_whose_text_is_decoded(tmp_path: Path) -> None:
         config = ShiftConfig("family/generations", prompts=8, positions="decoding", text=text, permutations=200)  # type: ignore[arg-type]
         pages[text] = report_shifts(config, tmp_path / text)
     shifts = {text: pd.read_parquet(tmp_path / text / "shifts.parquet") for text in pages}
-    # the source's answers are the gold ones, the target's are not
-    assert not shifts["target"].equals(shifts["gold"])
-    assert "positions `decoding` (the target's text)" in pages["target"]
+    # the source's answers are nearly all the gold ones, the target's are not
+    values = {text: frame["value"].to_numpy() for text, frame in shifts.items()}
+    near = {text: abs(values[text] - values["gold"]).mean() for text in ("target", "source")}
+    assert near["source"] < 0.5 * near["target"]
+    for text, said in (("target", "the target's text"), ("source", "the source's text"), ("gold", "the gold answer")):
+        assert f"positions `decoding` ({said})" in pages[text]

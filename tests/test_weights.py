@@ -271,6 +271,15 @@ def test_adapters_that_cannot_be_merged(tiny: Path, tmp_path: Path) -> None:
     fails(f"{tiny} + {adapter}", "pickled")
 
 
+def test_what_a_script_made_in_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
+    fails(f"{tiny} + cache:adapters/mine", "not shipped", "train_gemma3.py")
+    add_adapter(tiny, tmp_path / "cache" / "adapters" / "mine")
+    merged, _ = weights.load_model(f"{tiny} + cache:adapters/mine")
+    base, _ = weights.load_model(str(tiny))
+    assert not torch.equal(merged.model.layers[0].self_attn.q_proj.weight, base.model.layers[0].self_attn.q_proj.weight)
+
+
 def test_pairs_of_the_repo() -> None:
     assert {"family/generations", "family/instruct", "smollm2/instruct", "smollm2/generations"} <= set(
         weights.list_pairs()

@@ -162,7 +162,8 @@ def screen(
     wanted = read_screen(config)
     folder = out or Path("runs") / wanted.name
     typer.echo(report_screen(wanted, folder))
-    typer.echo(f"Tables and figures are in {folder}; next: mechtransplant run {folder / 'best.yaml'}")
+    best = folder / "best.yaml"
+    typer.echo(f"Tables and figures are in {folder}" + (f"; next: mechtransplant run {best}" if best.exists() else ""))
 
 
 @bench_app.command("planted")

@@ -6,7 +6,16 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mechtransplant.errors import UsageError
 
@@ -46,6 +55,11 @@ class FormatSpec(Strict):
     chat: bool | None = None
     shot_separator: str = "\n\n"
 
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # what is not given is the task's own, and not a default of this class
+        return {key: value for key, value in dump(self).items() if key in self.model_fields_set}
+
 
 class TaskSpec(Strict):
     """A named task, or a JSONL file, with its options; what is not given stays the task's own.
@@ -74,6 +88,13 @@ class SplitSpec(Strict):
     choose: int = Field(default=64, ge=1)
     test: int = Field(default=256, ge=1)
     seed: int = Field(default=0, ge=0)
+
+
+def folder_name(value: str) -> str:
+    """A name that can be a folder; raises ValueError."""
+    if value in ("", ".", "..") or "/" in value or "\\" in value:
+        raise ValueError("a name becomes a folder in runs/, so it has no slash: give the place with --out")
+    return value
 
 
 Control = Literal["bottom", "all", "reverse", "unrelated", "self"]
@@ -141,12 +162,7 @@ class RunConfig(Strict):
             raise ValueError("expected numbers")
         return values
 
-    @field_validator("name")
-    @classmethod
-    def _a_folder(cls, value: str) -> str:
-        if value in ("", ".", "..") or "/" in value or "\\" in value:
-            raise ValueError("a name becomes a folder in runs/, so it has no slash: give the place with --out")
-        return value
+    _a_folder = field_validator("name")(folder_name)
 
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:

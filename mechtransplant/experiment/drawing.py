@@ -187,7 +187,8 @@ def _of_screen(folder: Path) -> Iterator[Drawing]:
     import pandas as pd
 
     rows = pd.read_csv(folder / "screen.csv")
-    yield Drawing("recipe_curves", figures.recipe_curves(rows, title=_pair_of(folder))[0], rows)
+    if rows.log_probability.notna().any():
+        yield Drawing("recipe_curves", figures.recipe_curves(rows, title=_pair_of(folder))[0], rows)
 
 
 _DRAWN: Mapping[str, Any] = {

@@ -318,6 +318,11 @@ def depends_on(run: Run) -> dict[str, Any]:
         "pair": run.pair.name,
         "weights": run.fingerprints | ({} if run.pair.base is None else {"base": run.pair.base.fingerprint}),
         "task": {"name": run.task.name, "fingerprint": run.task.fingerprint},
+        **(
+            {}
+            if run.explore is None
+            else {"explore": {"name": run.explore.name, "fingerprint": run.explore.fingerprint}}
+        ),
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},
         "elsewhere": {
             "unrelated": None if run.other is None else {"name": run.other.name, "fingerprint": run.other.fingerprint},

@@ -19,7 +19,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.evaluation.gold import gold_outcomes
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation.batches import check_lengths, encode
+from mechtransplant.evaluation.gold import accepted_ends, gold_outcomes
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import GraftedKind
 from mechtransplant.experiment.drawing import draw
@@ -60,13 +62,14 @@ def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = Tru
     folder = Path(folder)
     screen = Screen(config)
     with locked(folder):
-        begin(folder, screen.began, screen.pair)
+        begin(folder, screen.began, screen.pair, compared=("decides", "weights", "questions"))
         table = screen.table(folder, progress)
         write_atomically(folder / "screen.csv", table.to_csv(index=False, float_format="%.8g"))
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
         best = best_recipe(table, config.perplexity)
+        (folder / "best.yaml").unlink(missing_ok=True)
         if best is not None:
-            write_atomically(folder / "best.yaml", _run_config(config, screen, table.loc[best], folder))
+            write_atomically(folder / "best.yaml", _run_config(config, table.loc[best]))
         draw(folder)
         page = page_of(config, screen.pair, len(screen.splits.choose), screen.base, table, best)
         write_atomically(folder / "summary.md", page)
@@ -78,8 +81,14 @@ class Screen:
 
     def __init__(self, config: ScreenConfig) -> None:
         for rule in config.rules:
+            known, options = get_rule(rule), config.rule_options.get(rule, {})
             for kinds in config.grafted:
-                get_rule(rule).check(kinds, config.rule_options.get(rule, {}))
+                known.check(kinds, options)
+            if known.sees(options)[0] != "discover" or known.takes("k", options):
+                raise UsageError(
+                    f"rule {rule!r} searches on `choose`, or learns for one K, and a screen compares on the same "
+                    "questions: give rules that rank once on discover, and this one to a run"
+                )
         for operator in config.operators:
             Graft([], operator=operator)
         self.config = config
@@ -89,14 +98,29 @@ class Screen:
             torch.set_num_threads(config.threads)
         run = config.as_run(config.grafted[0], config.rules[0])
         named = config.pair
-        options: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
+        loaded: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
         self.pair: Pair = (
-            load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+            load_pair(named, **loaded) if isinstance(named, str) else load_pair(**named.model_dump(), **loaded)
         )
         self.task = build_task(run, self.pair)
         self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))
+        self._check_questions()
         self.everything = Graft(self.pair.modules("linear")).parameter_count(self.pair)
         self._sizes: dict[tuple[str, ...], int] = {}
+        smallest = min(self._size([m]) for kinds in config.grafted for m in self.pair.modules(kinds))
+        if smallest > max(config.shares) * self.everything:
+            raise UsageError(
+                f"shares: the smallest module has {smallest / self.everything:.2g} of the parameters, more than "
+                f"{max(config.shares):g}: give a larger share, or a finer kind"
+            )
+
+    def _check_questions(self) -> None:
+        """What cannot be asked is refused before anything is written."""
+        target = self.pair.target
+        accepted_ends(target, self.task)
+        rows = [encode(split, target.tokenizer) for split in (self.splits.discover, self.splits.choose)]
+        longest = max(len(p) + len(c) for e in rows for p, c in zip(e.prompts, e.completions, strict=True))
+        check_lengths(target.hf, max(longest, self.config.tokens + 1))
 
     @cached_property
     def began(self) -> dict[str, Any]:
@@ -104,14 +128,16 @@ class Screen:
         asked = {
             s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in (self.splits.discover, self.splits.choose)
         }
-        return {
-            "config": json.loads(self.config.model_dump_json()),
-            "weights": {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint},
-            "questions": asked,
-        }
+        config = json.loads(self.config.model_dump_json())
+        weights = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+        if self.pair.base is not None:
+            weights["base"] = self.pair.base.fingerprint
+        # more recipes may join a folder, and another limit may choose among them
+        decides = {key: config[key] for key in _DECIDES}
+        return {"config": config, "decides": decides, "weights": weights, "questions": asked}
 
     @cached_property
-    def base(self) -> dict[str, dict[str, float]]:
+    def base(self) -> dict[str, dict[str, float | None]]:
         """Accuracy and log-probability of target and source on ``choose``."""
         return {role: self._asked(getattr(self.pair, role)) for role in ("target", "source")}
 
@@ -144,14 +170,14 @@ class Screen:
             }  # fmt: skip
             if modules:
                 graft = Graft(modules, recipe.strength, kv=self.config.kv, operator=recipe.operator)
-                content = {**self.began, "modules": sorted(modules), "strength": recipe.strength, "operator": operator}
-                # sets are the same cell whatever ranked them, and whatever else the config compares
-                content["config"] = {key: began for key, began in self.began["config"].items() if key in _DECIDES}
+                # a set is the same cell whatever ranked it, and whatever else the config compares
+                content = {key: self.began[key] for key in ("decides", "weights", "questions")}
+                content |= {"modules": sorted(modules), "strength": recipe.strength, "operator": operator}
                 found = store.get(content, lambda graft=graft: self._measured(graft))
                 row |= {"parameters": self._size(modules) / self.everything}
                 row |= {key: found[key] for key in ("log_probability", "accuracy", "perplexity_change", "kl")}
             rows.append(row)
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=COLUMNS)
 
     def _ranking(self, recipe: Recipe, path: Path) -> list[str]:
         import pandas as pd
@@ -160,13 +186,16 @@ class Screen:
             path.parent.mkdir(exist_ok=True)
             rule, config = get_rule(recipe.rule), self.config
             given = config.rule_options.get(recipe.rule, {})
+            # as a run ranks
             own: dict[str, Any] = {"batch_size": config.batch_size, "kv": config.kv}
+            own["max_new_tokens"] = self.task.max_new_tokens
             if rule.needed(given) == "gradients":
                 # a backward pass keeps every layer's activations
                 own["batch_size"] = min(16, config.batch_size)
             options = {key: value for key, value in own.items() if rule.takes(key, given)} | given
-            task = self.splits.choose if rule.sees(given)[0] == "choose" else self.splits.discover
-            ranked = rank_modules(self.pair, task, recipe.rule, recipe.kinds, seed=config.seed, **options)
+            ranked = rank_modules(
+                self.pair, self.splits.discover, recipe.rule, recipe.kinds, seed=config.seed, **options
+            )
             write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
         return [str(m) for m in pd.read_csv(path).module]
 
@@ -185,24 +214,28 @@ class Screen:
             self._sizes[names] = Graft(names, kv=self.config.kv).parameter_count(self.pair)
         return self._sizes[names]
 
-    def _asked(self, model: Any) -> dict[str, float]:
-        found = gold_outcomes(model, self.splits.choose, self.config.batch_size)
-        return {"log_probability": float(found.log_probability.mean()), "accuracy": float(found.correct.mean())}
+    def _asked(self, model: Any) -> dict[str, float | None]:
+        choose = self.splits.choose
+        found = gold_outcomes(model, choose, self.config.batch_size)
+        # of a free-form answer the gold text is one of many that are right
+        right = float(found.correct.mean()) if choose.short_answer else None
+        return {"log_probability": float(found.log_probability.mean()), "accuracy": right}
 
-    def _measured(self, graft: Graft) -> dict[str, float]:
+    def _measured(self, graft: Graft) -> dict[str, float | None]:
         reading = self.reading if self.config.texts else None
         with graft.applied(self.pair):
             found = self._asked(self.pair.target)
         read = None if reading is None else text_divergence(self.pair, graft, reading)
-        more = {"perplexity_change": None, "kl": None}
-        return {
-            **found,
-            **(more if read is None else {"perplexity_change": read.perplexity_change, "kl": read.mean_kl}),
-        }
+        harm = (None, None) if read is None else (read.perplexity_change, read.mean_kl)
+        return {**found, "perplexity_change": harm[0], "kl": harm[1]}
 
 
-#: keys of the config that decide a set's values
-_DECIDES = ("dtype", "batch_size", "kv", "texts", "tokens", "seed")
+#: keys of the config that decide a ranking, or a set's values
+_DECIDES = ("pair", "task", "split", "rule_options", "kv", "texts", "tokens", "batch_size", "dtype", "seed")
+COLUMNS = [
+    "kind", "rule", "operator", "strength", "share", "k", "parameters", "log_probability", "accuracy",
+    "perplexity_change", "kl",
+]  # fmt: skip
 
 
 def best_recipe(table: pd.DataFrame, perplexity: float | None) -> int | None:
@@ -213,7 +246,7 @@ def best_recipe(table: pd.DataFrame, perplexity: float | None) -> int | None:
     return None if rows.empty else int(rows.log_probability.idxmax())
 
 
-def _run_config(config: ScreenConfig, screen: Screen, best: Any, folder: Path) -> str:
+def _run_config(config: ScreenConfig, best: Any) -> str:
     """The best recipe as a run's config, in YAML."""
     import yaml
 
@@ -222,6 +255,6 @@ def _run_config(config: ScreenConfig, screen: Screen, best: Any, folder: Path) -
     run = config.as_run(kinds, best["rule"]).model_copy(
         update={"k": (int(best.k),), "strengths": (float(best.strength),), "operator": operator}
     )
-    content = run.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    said = f"# the best of {folder.name}/screen.csv on `choose`; nothing here has asked a `test` question\n"
+    content = run.model_dump(mode="json", exclude_unset=True)
+    said = f"# the best recipe of the screen {config.name} on `choose`; no `test` question was asked for it\n"
     return said + str(yaml.safe_dump(content, sort_keys=False))

@@ -14,6 +14,7 @@ from mechtransplant.experiment.config import (
     SplitSpec,
     Strict,
     TaskSpec,
+    folder_name,
     parse_as,
     read_mapping,
 )
@@ -47,6 +48,8 @@ class ScreenConfig(Strict):
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 
+    _a_folder = field_validator("name")(folder_name)
+
     @field_validator("shares")
     @classmethod
     def _are_shares(cls, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -59,6 +62,9 @@ class ScreenConfig(Strict):
         for key in ("kinds", "rules", "operators", "strengths", "shares"):
             if not getattr(self, key):
                 raise ValueError(f"{key}: name at least one")
+        strange = [rule for rule in self.rule_options if rule not in self.rules]
+        if strange:
+            raise ValueError(f"rule_options: {strange[0]} is none of the rules {', '.join(self.rules)}")
         if self.perplexity is not None and not self.texts:
             raise ValueError("perplexity: a limit needs texts: give texts, or leave the limit out")
         return self
@@ -71,11 +77,11 @@ class ScreenConfig(Strict):
     def as_run(self, kinds: tuple[GraftedKind, ...], rule: str) -> RunConfig:
         """A run of one rule on the same models and questions."""
         own = ("pair", "task", "split", "kv", "batch_size", "dtype", "device", "threads", "seed")
-        given = {key: getattr(self, key) for key in own}
+        given: dict[str, Any] = {key: getattr(self, key) for key in own if getattr(self, key) is not None}
+        if rule in self.rule_options:
+            given["rule_options"] = self.rule_options[rule]
         kind: Any = kinds[0] if len(kinds) == 1 else kinds
-        return RunConfig(
-            name=f"{self.name}-best", kind=kind, rule=rule, rule_options=self.rule_options.get(rule, {}), **given
-        )
+        return RunConfig(name=f"{self.name}-best", kind=kind, rule=rule, **given)
 
 
 def read_screen(path: str | Path) -> ScreenConfig:

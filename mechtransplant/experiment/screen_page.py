@@ -17,7 +17,12 @@ SHOWN = 12
 
 
 def page_of(
-    config: ScreenConfig, pair: Pair, n: int, base: Mapping[str, Mapping[str, float]], table: pd.DataFrame, best: Any
+    config: ScreenConfig,
+    pair: Pair,
+    n: int,
+    base: Mapping[str, Mapping[str, float | None]],
+    table: pd.DataFrame,
+    best: Any,
 ) -> str:
     """The page, in Markdown; ``best`` is the row of the best recipe, or None."""
     measured = table[table.log_probability.notna()]
@@ -26,10 +31,9 @@ def page_of(
         "",
         f"Source `{pair.source.name}`, target `{pair.target.name}`; {len(table)} recipes, ranked on "
         f"{config.split.discover} `discover` questions and compared on {n} `choose` questions by the mean "
-        f"log-probability of the gold answer (nats). Target {base['target']['log_probability']:.3f} "
-        f"({base['target']['accuracy']:.1%} right), source {base['source']['log_probability']:.3f} "
-        f"({base['source']['accuracy']:.1%}). No `test` question was asked, so no number here is a result: the best "
-        "recipe's is what a run of `best.yaml` reports.",
+        f"log-probability of the gold answer (nats). Target {_said(base['target'])}, source {_said(base['source'])}. "
+        "No `test` question was asked, so no number here is a result: the best recipe's is what a run of `best.yaml` "
+        "reports.",
         "",
         _verdict(config, measured, best),
         "",
@@ -58,6 +62,11 @@ def page_of(
     return "\n".join(lines) + "\n"
 
 
+def _said(found: Mapping[str, float | None]) -> str:
+    right = found["accuracy"]
+    return f"{found['log_probability']:.3f}" + ("" if right is None else f" ({right:.1%} right)")
+
+
 def _verdict(config: ScreenConfig, measured: pd.DataFrame, best: Any) -> str:
     if best is None:
         return "**No recipe** is within the limit of perplexity, or has any module."
@@ -72,10 +81,10 @@ def _verdict(config: ScreenConfig, measured: pd.DataFrame, best: Any) -> str:
 
 
 def _row(row: Mapping[Any, Any]) -> str:
-    harm = ["–" if row[key] != row[key] else form.format(row[key]) for key, form in _HARMS.items()]
+    found = ["–" if row[key] != row[key] else form.format(row[key]) for key, form in _FORMS.items()]
     cells = [row["kind"], f"`{row['rule']}`", row["operator"], f"{row['strength']:g}", row["k"]]
-    cells += [f"{row['parameters']:.1%}", f"{row['log_probability']:.3f}", f"{row['accuracy']:.1%}", *harm]
+    cells += [f"{row['parameters']:.1%}", f"{row['log_probability']:.3f}", *found]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-_HARMS = {"perplexity_change": "{:+.1%}", "kl": "{:.3g}"}
+_FORMS = {"accuracy": "{:.1%}", "perplexity_change": "{:+.1%}", "kl": "{:.3g}"}

@@ -46,15 +46,16 @@ def _specified(spec: TaskSpec) -> Task:
     return replace(task, **changes)
 
 
-def unrelated_task(config: RunConfig, pair: Pair, task: Task) -> Task | None:
+def unrelated_task(config: RunConfig, pair: Pair, task: Task, explore: Task | None = None) -> Task | None:
     """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
     name = config.unrelated
     if name is None:
-        others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & set(task.keys)]
+        own = {*task.keys, *(explore.keys if explore is not None else ())}
+        others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & own]
         if not others:
             return None
         name = others[0]
-    elif name == task.name:
+    elif name in (task.name, *(() if explore is None else (explore.name,))):
         raise UsageError(f"unrelated: {name!r} is the run's own task: name another one")
     elif name not in list_tasks() and not Path(name).exists():
         raise UnknownNameError("task", name, list_tasks())
@@ -103,9 +104,9 @@ class Setup:
         keys = ("dtype", "device", "one_at_a_time", "device_map")
         options: dict[str, Any] = {key: getattr(self.config, key) for key in keys}
         pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
-        task = build_task(self.config, pair)
-        other = unrelated_task(self.config, pair, task) if "unrelated" in self.config.controls else None
-        return Parts(pair, False, task, other, exploring_task(self.config))
+        task, explore = build_task(self.config, pair), exploring_task(self.config)
+        other = unrelated_task(self.config, pair, task, explore) if "unrelated" in self.config.controls else None
+        return Parts(pair, False, task, other, explore)
 
     @property
     def budget(self) -> int:

@@ -114,7 +114,11 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
         tables["stability"] = topk_stability(shifts, k, "own", seed=config.seed).frequency.assign(k=k)
     with locked(folder):
         begin(folder, began, pair)
-        shifts.to_parquet(folder / "shifts.parquet", index=False)
+        # the page is written last: without it the folder is not finished
+        (folder / "summary.md").unlink(missing_ok=True)
+        temporary = folder / ".shifts.tmp"
+        shifts.to_parquet(temporary, index=False)
+        temporary.replace(folder / "shifts.parquet")
         for key, frame in tables.items():
             write_atomically(folder / f"{key}.csv", frame.to_csv(index=False, float_format="%.8g"))
         draw(folder)

@@ -92,14 +92,15 @@ def summarise(
     """The one-page summary, in Markdown."""
     config, headline = run.config, run.config.rules[0]
     outcomes = findings.outcomes[headline]
+    explored = "" if run.explore is None else f" of {run.explore.name}"
     named = f"rule {headline}" if len(config.rules) == 1 else f"{len(config.rules)} rules"
     lines = [
         f"# {config.name}: {run.pair.name or 'pair'}, {run.task.name}, {named}",
         "",
         f"Source `{run.pair.source.name}`, target `{run.pair.target.name}`; {len(run.candidates)} candidates "
         f"({', '.join(config.kinds)}). "
-        f"Found on {len(run.splits.discover)} `discover` questions, K and strength chosen on "
-        f"{len(run.splits.choose)} `choose` questions, reported on "
+        f"Found on {len(run.splits.discover)} `discover` questions{explored}, K and strength chosen on "
+        f"{len(run.splits.choose)} `choose` questions{explored}, reported on "
         f"{len(run.splits.test)} `test` questions that selected nothing.",
         "",
         f"**Verdict.** {verdict(run, headline, findings)}",

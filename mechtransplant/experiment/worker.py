@@ -70,7 +70,7 @@ class EngineChoice:
         arguments = {
             "config": config.model_dump(mode="json"),
             "turned": setup.turned,
-            "fingerprints": setup.fingerprints,
+            "fingerprints": _work_of(setup),
         }
         if self.name == "processes":
             return Processes(Recipe(f"{__name__}:{cell_worker.__name__}", arguments), self.count, config.threads)
@@ -150,7 +150,14 @@ def shipped_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str,
     return _worker(setup, fingerprints, Elsewhere(setup, shipped.elsewhere))
 
 
+def _work_of(setup: Setup) -> dict[str, str]:
+    """Fingerprints of the weights and questions of a setup."""
+    return setup.fingerprints | {str(split.role): split.fingerprint for split in setup.splits}
+
+
 def _worker(setup: Setup, fingerprints: dict[str, str], elsewhere: Elsewhere | None = None) -> CellWorker:
-    if setup.fingerprints != fingerprints:
-        raise UsageError("a worker found other weights than the run began with: leave the files as they are meanwhile")
+    if _work_of(setup) != fingerprints:
+        raise UsageError(
+            "a worker found other weights or questions than the run began with: leave the files as they are meanwhile"
+        )
     return CellWorker(setup, elsewhere)

@@ -24,6 +24,23 @@ class Compatibility:
     checks: pd.DataFrame
     shapes: pd.DataFrame
 
+    def turned_from(self, before: Compatibility) -> Compatibility:
+        """This report with what differed between the tokenizers, from before the pair was turned.
+
+        Both models have shared one tokenizer since then, so that a comparison now would find no difference.
+        """
+        import pandas as pd
+
+        known = {row["what"]: row for row in before.checks.to_dict("records") if row["what"] in _TOKENIZER}
+        rows = []
+        for row in self.checks.to_dict("records"):
+            was = known.get(row["what"])
+            if was is not None:
+                verdict = {_TARGETS: _SOURCES, _SOURCES: _TARGETS}.get(was["verdict"], was["verdict"])
+                row = {**row, "source": was["target"], "target": was["source"], "verdict": verdict}
+            rows.append(row)
+        return Compatibility(pd.DataFrame(rows), self.shapes)
+
     @property
     def forbidden(self) -> list[str]:
         """The reasons that forbid a graft, in words; empty when one is possible."""
@@ -45,7 +62,7 @@ class Compatibility:
         rows = self.checks[~self.checks.verdict.isin(["same", "forbids"])]
         return [
             f"{row.what} (source {row.source}, target {row.target})"
-            + ("" if row.verdict == "stays the target's" else f": {row.verdict}")
+            + ("" if row.verdict == _TARGETS else f": {row.verdict}")
             for row in rows.itertuples()
         ]
 
@@ -65,6 +82,9 @@ class Compatibility:
         return html_table(rows, ("", "source", "target", "verdict"), "What matches", [f"{self._layers}."])
 
 
+_TARGETS, _SOURCES = "stays the target's", "the source's is used for both"
+#: what is of a tokenizer, and may differ
+_TOKENIZER = ("begin and end tokens", "chat template")
 #: configuration that decides whether tensors fit together at all
 _STRUCTURE = (
     "model_type",
@@ -118,8 +138,8 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
     for key in _SETTINGS:
         values = [getattr(c, key, None) for c in configs]
         if values != [None, None]:
-            check(key, values, "stays the target's")
-    check("dtype", [str(m.hf.dtype).removeprefix("torch.") for m in (source, target)], "stays the target's")
+            check(key, values, _TARGETS)
+    check("dtype", [str(m.hf.dtype).removeprefix("torch.") for m in (source, target)], _TARGETS)
     # a tensor of integers is still packed by its quantiser: its numbers are no weights
     quantised = [
         any(not p.is_floating_point() for p in m.hf.parameters())
@@ -148,9 +168,9 @@ def _check_tokenizers(check: Any, source: Any, target: Any) -> None:
     ids = [t(probe, add_special_tokens=False)["input_ids"] for t in (source, target)]
     check("tokens of a probe text", [f"{len(i)} tokens" for i in ids], "forbids", same=ids[0] == ids[1])
     special = [(t.bos_token, t.eos_token) for t in (source, target)]
-    check("begin and end tokens", special, "stays the target's")
+    check("begin and end tokens", special, _TARGETS)
     templates = [getattr(t, "chat_template", None) for t in (source, target)]
-    otherwise = "stays the target's" if templates[1] else "the source's is used for both"
+    otherwise = _TARGETS if templates[1] else _SOURCES
     check("chat template", ["yes" if t else "none" for t in templates], otherwise, same=templates[0] == templates[1])
 
 
@@ -191,4 +211,4 @@ def _check_other_tensors(check: Any, source: LanguageModel, target: LanguageMode
         names = [n for n in ours if n not in moved and ("norm" in n or "ln_" in n) == is_in]
         fits = [n for n in names if theirs[n].shape == ours[n].shape]
         equal = len(fits) == len(names) and all(torch.equal(theirs[n], ours[n].to(theirs[n])) for n in names)
-        check(f"{group} ({len(names)} tensors)", ["equal" if equal else "differ"] * 2, "stays the target's", same=equal)
+        check(f"{group} ({len(names)} tensors)", ["equal" if equal else "differ"] * 2, _TARGETS, same=equal)

@@ -97,7 +97,7 @@ class Pair:
 
     def reversed(self) -> Pair:
         """The same two models with their parts exchanged."""
-        swapped = compare_models(self.target, self.source)
+        swapped = compare_models(self.target, self.source).turned_from(self.compatibility)
         name = f"{self.name} reversed"
         return Pair(self.target, self.source, swapped, name, self.default_task, self.planted, self.base, self.tasks)
 

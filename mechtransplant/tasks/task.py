@@ -220,6 +220,8 @@ class Task:
         if explore is None:
             first, second, third = self._parts(list(wanted.values()), seed)
             return Splits(self.subset(first, "discover"), self.subset(second, "choose"), self.subset(third, "test"))
+        if explore.role != "all":
+            raise TaskError(f"{explore.name!r} is a {explore.role!r} split already: give the whole task as explore")
         ways = [(t.scorer, t.format, t.short_answer, t.stop) for t in (self, explore)]
         if ways[0] != ways[1]:
             raise TaskError(
