@@ -50,6 +50,7 @@ _HOME = {
     "power": "significance",
     "prompts_needed": "significance",
     "smallest_effect": "significance",
+    "mcnemar_power": "significance",
     "effective_tests": "significance",
     "consistency": "localization",
     "concentration": "localization",

@@ -14,6 +14,7 @@ from mechtransplant.figures.calibration import interval_coverage
 from mechtransplant.significance import (
     accuracy_ratio_interval,
     mcnemar_exact,
+    mcnemar_power,
     paired_difference_interval,
     recovery_interval,
 )
@@ -320,3 +321,26 @@ def test_different_questions_are_refused() -> None:
         paired_difference_interval(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(ValueError, match="no questions"):
         accuracy_ratio_interval(np.ones(0, bool), np.ones(0, bool))
+
+
+@pytest.mark.parametrize(
+    ("n", "gained", "lost", "alpha"), [(12, 0.5, 0.1, 0.05), (9, 0.3, 0.3, 0.2), (10, 0.8, 0, 0.05)]
+)
+def test_the_power_of_mcnemar_is_the_sum_over_all_outcomes(n: int, gained: float, lost: float, alpha: float) -> None:
+    found = 0.0
+    for b in range(n + 1):
+        for c in range(n + 1 - b):
+            flips = math.comb(n, b) * math.comb(n - b, c)
+            chance = flips * gained**b * lost**c * (1 - gained - lost) ** (n - b - c)
+            before = np.array([False] * b + [True] * c)
+            found += chance * (mcnemar_exact(before, ~before) <= alpha)
+    assert mcnemar_power(n, gained, lost, alpha) == pytest.approx(found, abs=1e-12)
+
+
+def test_the_power_of_mcnemar_at_its_ends() -> None:
+    assert mcnemar_power(50, 0, 0) == 0 and mcnemar_power(5, 1, 0) == 0 and mcnemar_power(6, 1, 0) == 1
+    # without a change the test keeps its level
+    assert 0 < mcnemar_power(500, 0.2, 0.2) <= 0.05
+    for wrong in ((0, 0.1, 0.1), (10, 0.7, 0.4), (10, -0.1, 0.1)):
+        with pytest.raises(ValueError, match="no probabilities"):
+            mcnemar_power(*wrong)

@@ -8,7 +8,7 @@ from mechtransplant.experiment.effects_report import EffectsConfig, report_effec
 from mechtransplant.experiment.heads_mlps import HeadsMlpsConfig, report_heads_and_mlps
 from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
-from mechtransplant.experiment.reported import beside_reported, reported_results
+from mechtransplant.experiment.reported import beside_reported, reported_power, reported_results
 from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
 from mechtransplant.experiment.screen import report_screen
@@ -37,6 +37,7 @@ __all__ = [
     "report_planted",
     "report_screen",
     "report_shifts",
+    "reported_power",
     "reported_results",
     "run_experiment",
 ]

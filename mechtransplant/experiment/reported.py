@@ -21,6 +21,25 @@ def reported_results() -> pd.DataFrame:
     return pd.read_csv(Path(__file__).with_name("reported_results.csv"))
 
 
+def reported_power(questions: Sequence[int] = (50, 500)) -> pd.DataFrame:
+    """How likely an exact McNemar test is to find each change that the paper reports, if it is true.
+
+    Its answers are not paired in print, so each row has two probabilities a number of questions: ``kept`` where a graft
+    loses no question that the target has right (the most that the test can have), and ``independent`` where what the
+    graft answers has nothing to do with what the target answers.
+    """
+    from mechtransplant.significance import mcnemar_power
+
+    rows = reported_results()
+    for n in questions:
+        kept, independent = [], []
+        for before, after in zip(rows.target_accuracy / 100, rows.after_accuracy / 100, strict=True):
+            kept.append(mcnemar_power(n, max(0.0, after - before), max(0.0, before - after)))
+            independent.append(mcnemar_power(n, (1 - before) * after, before * (1 - after)))
+        rows[f"kept_{n}"], rows[f"independent_{n}"] = kept, independent
+    return rows
+
+
 def beside_reported(runs: Sequence[str | Path] = ()) -> pd.DataFrame:
     """The paper's rows and those of finished runs (every token budget), as ``figures.reported_rows`` takes them.
 

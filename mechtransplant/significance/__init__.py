@@ -8,6 +8,7 @@ of many modules at once), ``corrections``, ``effects`` (effect sizes with bootst
 from mechtransplant.significance.accuracy import (
     bootstrap_indices,
     mcnemar_exact,
+    mcnemar_power,
     percentile_interval,
     rank_p_value,
     wilson_interval,
@@ -44,6 +45,7 @@ __all__ = [
     "effective_tests",
     "label_permutation",
     "mcnemar_exact",
+    "mcnemar_power",
     "one_sample_effects",
     "paired_difference_interval",
     "percentile_interval",

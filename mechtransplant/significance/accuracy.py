@@ -33,6 +33,32 @@ def mcnemar_exact(before: Bools, after: Bools) -> float:
     return 1.0 if gained + lost == 0 else float(binomtest(gained, gained + lost, 0.5).pvalue)
 
 
+def mcnemar_power(n: int, gained: float, lost: float, alpha: float = 0.05) -> float:
+    """The probability that :func:`mcnemar_exact` finds a change (p ≤ alpha), computed exactly.
+
+    Args:
+        n: questions.
+        gained, lost: the probabilities that a question is gained (wrong before, right after) or lost; the difference of
+            the two accuracies is ``gained − lost``.
+
+    The flips are binomial of ``n`` and ``gained + lost``; of D flips the test needs so many on one side as a fair coin
+    would have with probability at most alpha / 2. Raises ValueError for what are no such probabilities.
+    """
+    from scipy.stats import binom
+
+    flips = gained + lost
+    if n < 1 or min(gained, lost) < 0 or flips > 1 or not 0 < alpha < 1:
+        raise ValueError(f"no probabilities of n ≥ 1 questions: n = {n}, gained {gained}, lost {lost}, alpha {alpha}")
+    if flips == 0:
+        return 0.0
+    counts = np.arange(n + 1)
+    needed = binom.isf(alpha / 2, counts, 0.5) + 1
+    share = gained / flips
+    found = binom.sf(needed - 1, counts, share) + binom.cdf(counts - needed, counts, share)
+    # without flips p is 1
+    return float((binom.pmf(counts, n, flips) * np.where(counts == 0, 0.0, found)).sum())
+
+
 def bootstrap_indices(n: int, resamples: int = 10_000, seed: int = 0) -> NDArray[np.int64]:
     """Question indices of every resample, shape (resamples, n)."""
     return np.random.default_rng(seed).integers(0, n, (resamples, n))
