@@ -81,7 +81,7 @@ def sweep() -> pd.DataFrame:
 def test_k_curve_draws_what_the_frame_holds() -> None:
     _, axes = k_curve(sweep(), candidates=16)
     labels = axes.get_legend_handles_labels()[1]
-    assert {"source, 90.0 %", "target, 20.0 %", "random sets (2 a K), range", "random, median", "graft"} == set(labels)
+    assert {"source, 90.0 %", "target, 20.0 %", "random, range of 2", "random, median", "graft"} == set(labels)
     median = next(line for line in axes.lines if line.get_label() == "random, median")
     assert median.get_ydata() == pytest.approx([30, 60])
     assert axes.get_xlabel() == "grafted modules K (of 16)"
@@ -132,7 +132,7 @@ def test_the_cost_figure_says_what_it_shows(tmp_path: Path) -> None:
     figure, (time, memory) = cost_plot(rows)
     assert [line.get_label() for line in time.get_lines()] == ["small, cpu", "large, cpu"]
     np.testing.assert_allclose(time.get_lines()[1].get_ydata(), [135 * 0.16, 135 * 1.28])
-    assert [t.get_text() for t in memory.get_xticklabels()] == ["small\n40 M × 2", "large\n135 M × 2"]
+    assert [t.get_text() for t in memory.get_yticklabels()] == ["small,\n40 M × 2", "large,\n135 M × 2"]
     # both weights, and above them the highest peak of the shape's rows
     tops = [bar.get_y() + bar.get_height() for bar in memory.patches]
     np.testing.assert_allclose(tops[1::2], [(9 * 40 + 128) / 1024, (9 * 135 + 128) / 1024])

@@ -526,6 +526,30 @@ def test_math500_runs_end_to_end_and_says_that_tir_is_undefined(shared_data: Pat
     assert "TIR is undefined: the target answers none" in result.summary
 
 
+def test_chosen_by_log_probability_and_within_a_share_of_the_parameters(tmp_path: Path) -> None:
+    changes = {
+        "rule": "weight_delta",
+        "k": [1, 2, 4, 8, 14],
+        "strengths": [0.5, 1.0],
+        "random_sets": 1,
+        "curve_sets": 0,
+    }
+    lean = {**changes, "controls": [], "side_effects": None}
+    free = run_experiment(config(**lean, choose_by="log_probability"), tmp_path / "free", progress=False)
+    rows = free.results.query("split == 'choose' and role == 'graft'")
+    best = rows.loc[rows.log_probability.idxmax()]
+    assert (len(free.graft), free.graft.strengths[0]) == (best.k, best.strength)
+    assert "by the gold answer's log-probability" in free.summary
+    tight = run_experiment(config(**lean, parameters=0.2), tmp_path / "tight", progress=False)
+    assert tight.outcomes[8].parameter_share <= 0.2 and "at most 20.0 % of the parameters" in tight.summary
+    accuracy = tight.results.query("split == 'choose' and role == 'graft'").set_index(["k", "strength"]).accuracy
+    chosen = accuracy[(len(tight.graft), tight.graft.strengths[0])]
+    allowed = [k for k in (1, 2, 4, 8, 14) if k <= len(tight.graft)]
+    assert chosen == accuracy[accuracy.index.get_level_values(0).isin(allowed)].max()
+    with pytest.raises(UsageError, match=r"every graft of weight_delta has more than 0\.1% of the parameters"):
+        run_experiment(config(**lean, parameters=0.001), tmp_path / "none", progress=False)
+
+
 def test_a_format_that_is_given_in_part_is_written_in_part(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n')
     given = config(task={"name": str(tmp_path / "q.jsonl"), "format": {"system": "Add."}})

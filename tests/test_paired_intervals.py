@@ -332,7 +332,7 @@ def test_the_power_of_mcnemar_is_the_sum_over_all_outcomes(n: int, gained: float
         for c in range(n + 1 - b):
             flips = math.comb(n, b) * math.comb(n - b, c)
             chance = flips * gained**b * lost**c * (1 - gained - lost) ** (n - b - c)
-            before = np.array([False] * b + [True] * c)
+            before = np.array([False] * b + [True] * c, dtype=bool)
             found += chance * (mcnemar_exact(before, ~before) <= alpha)
     assert mcnemar_power(n, gained, lost, alpha) == pytest.approx(found, abs=1e-12)
 

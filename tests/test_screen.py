@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "kinds": ["linear", ["head", "mlp"]],
     "rules": ["weight_delta", "gradient"],
     "strengths": [1.0, 1.5],
-    "shares": [0.1, 0.3],
+    "shares": [0.2, 0.4],
     "texts": 4,
     "tokens": 8,
 }
@@ -54,7 +54,7 @@ def test_every_recipe_has_a_row_within_its_share(table: pd.DataFrame) -> None:
     # one module more would be too many
     screen = Screen(config())
     order = screen.pair.modules("linear")
-    for share in (0.1, 0.3):
+    for share in (0.2, 0.4):
         chosen = screen._within(order, share)
         assert screen._size(order[: len(chosen) + 1]) > share * screen.everything >= screen._size(chosen)
 
@@ -85,7 +85,7 @@ def test_no_test_question_is_asked(folder: Path, tmp_path: Path, monkeypatch: py
         return real(task, tokenizer)
 
     monkeypatch.setattr(Task, "prompts", seen)
-    report_screen(config(rules=["lae"], shares=[0.1], strengths=[1.0]), tmp_path / "out", progress=False)
+    report_screen(config(rules=["lae"], shares=[0.2], strengths=[1.0]), tmp_path / "out", progress=False)
     assert asked and not asked & tests
     assert set(json.loads((tmp_path / "out" / "environment.json").read_text())["questions"]) == {"discover", "choose"}
 
@@ -100,7 +100,7 @@ def test_a_killed_screen_goes_on(folder: Path, tmp_path: Path) -> None:
     page = report_screen(config(), out, progress=False)
     assert (out / "cells.jsonl").read_bytes() == (folder / "cells.jsonl").read_bytes()
     assert page == (folder / "summary.md").read_text() and (out / "best.yaml").exists()
-    with pytest.raises(UsageError, match="begun with different config"):
+    with pytest.raises(UsageError, match="begun with different settings"):
         report_screen(config(seed=1), out, progress=False)
 
 
@@ -118,7 +118,7 @@ def test_recipes_may_join_and_another_limit_may_choose(folder: Path, tmp_path: P
 
 
 def test_of_free_form_answers_no_accuracy_is_claimed(tmp_path: Path) -> None:
-    free = config(task={"name": "addition", "short_answer": False}, rules=["weight_delta"], shares=[0.1])
+    free = config(task={"name": "addition", "short_answer": False}, rules=["weight_delta"], shares=[0.2])
     page = report_screen(free, tmp_path / "out", progress=False)
     table = pd.read_csv(tmp_path / "out" / "screen.csv")
     assert table.accuracy.isna().all() and table.log_probability.notna().all() and "right)" not in page

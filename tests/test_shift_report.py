@@ -115,7 +115,7 @@ def test_a_folder_of_something_else_is_left_alone(folder: Path, tmp_path: Path) 
 
 
 def test_a_killed_folder_is_written_again(tmp_path: Path) -> None:
-    config = ShiftConfig("family/planted-mlps", prompts=8, permutations=200)
+    config = ShiftConfig("family/planted-mlps", prompts=16, permutations=200)
     out = tmp_path / "out"
     page = report_shifts(config, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}

@@ -133,6 +133,10 @@ class RunConfig(Strict):
     kind: GraftedKind | tuple[GraftedKind, ...] = "linear"
     k: tuple[int | float, ...] = PAPER_SHARES
     strengths: tuple[float, ...] = (1.0,)
+    #: what K and strength are chosen by, on ``choose``
+    choose_by: Literal["accuracy", "log_probability"] = "accuracy"
+    #: the largest share of the parameters in linear layers that a chosen graft may have
+    parameters: float | None = Field(default=None, gt=0, le=1)
     kv: Literal["never", "group", "whole-group"] = "never"
     operator: str | dict[str, Any] = "replace"
     budgets: tuple[int, ...] | None = None
@@ -280,7 +284,8 @@ def parse_as(model: type[Config], content: dict[str, Any], where: str) -> Config
         # places in the file are keys and numbers; a union's members and a literal's values are pydantic's own words
         unknown = first["type"] == "extra_forbidden"
         places = first["loc"][:-1] if unknown else first["loc"]
-        known_keys = {key for part in (model, *_INSIDE.values()) for key in part.model_fields}
+        parts: list[type[BaseModel]] = [model, *_INSIDE.values()]
+        known_keys = {key for part in parts for key in part.model_fields}
         path = [str(p) for p in places if str(p) in known_keys or isinstance(p, int)]
         if unknown:
             key = str(first["loc"][-1])

@@ -95,21 +95,25 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     config, title = read_config(folder / "config.yaml"), _pair_of(folder)
     results, ranking = pd.read_parquet(folder / "results.parquet"), pd.read_csv(folder / "ranking.csv")
     budget, headline, candidates = int(results.budget.max()), config.rules[0], len(ranking)
-    data, test = results.drop(columns="correct"), results[results.split == "test"]
-    yield Drawing("k_curve", figures.k_curve(test, "test", budget, candidates, headline, title)[0], data)
+    # verdicts question by question are no figure's
+    results = results.drop(columns=["correct", "digest", "beside"], errors="ignore")
+    test = results[results.split == "test"]
+    at, own = test[test.budget == budget], results["rule"].isin(["", headline])
+    yield Drawing("k_curve", figures.k_curve(at, "test", budget, candidates, headline, title)[0], at[own[at.index]])
     if len(config.rules) > 1:
-        figure, _ = figures.rule_curves(test, budget, candidates, list(config.rules), title=title)
-        yield Drawing("rule_curves", figure, data)
+        figure, _ = figures.rule_curves(at, budget, candidates, list(config.rules), title=title)
+        yield Drawing("rule_curves", figure, at)
     chosen = {int(b): found for b, found in _json(folder / "outcome.json").items()}
     if len(chosen) > 1:
         marked = {b: len(found["modules"]) for b, found in chosen.items()}
         strength = chosen[budget]["strength"]
         figure, _ = figures.budget_grid(test, headline, strength=strength, chosen=marked, title=title)
-        yield Drawing("budget_grid", figure, data)
+        grafts = test[own[test.index] & (test.role != "random")]
+        yield Drawing("budget_grid", figure, grafts)
     if results[(results.role == "graft") & (results["rule"] == headline)].strength.nunique() > 1:
         operator = config.operator if isinstance(config.operator, str) else str(config.operator["name"])
         figure, _ = figures.strength_curve(results, headline, title=title, operator=operator)
-        yield Drawing("strength_curve", figure, data)
+        yield Drawing("strength_curve", figure, results[own & (results.split == "choose")])
     if (folder / "plane.csv").exists():
         plane = pd.read_csv(folder / "plane.csv")
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])

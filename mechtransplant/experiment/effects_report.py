@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.drawing import draw
-from mechtransplant.experiment.folder import begin, locked
+from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
 from mechtransplant.pair import Pair, load_pair
@@ -68,7 +68,8 @@ def report_effects(config: EffectsConfig, folder: str | Path, progress: bool = T
     task = load_task(name).split(config.prompts, 1, 1, config.seed).discover
     began = {"config": json.loads(json.dumps(asdict(config))), **_depends_on(pair, task)}
     with locked(folder):
-        begin(folder, began, pair)
+        begin(folder, began)
+        write_compatibility(folder, pair)
         table = _measure(config, pair, task, CellStore(folder / "cells.jsonl"), progress)
         write_atomically(folder / "effects.csv", table.to_csv(index=False, float_format="%.8g"))
         draw(folder)

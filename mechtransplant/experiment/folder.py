@@ -54,8 +54,8 @@ def _is_about(folder: Path, error: OSError) -> bool:
     return not named or any(path.is_relative_to(whole) or whole.is_relative_to(path) for path in named)
 
 
-def begin(folder: Path, began: dict[str, Any], pair: Pair, compared: Sequence[str] = ()) -> None:
-    """Note the config, the pair and what the numbers depend on; refuse a folder that holds something else.
+def begin(folder: Path, began: dict[str, Any], compared: Sequence[str] = ()) -> None:
+    """Note the config and what the numbers depend on; refuse a folder that holds something else.
 
     A later start with other versions or threads is noted beside the earlier ones, never instead of them. ``compared``:
     the entries in which an earlier start must agree, by default all.
@@ -65,7 +65,6 @@ def begin(folder: Path, began: dict[str, Any], pair: Pair, compared: Sequence[st
     check_ours(folder, "analysis")
     write_starts(folder, began, tuple(compared or began))
     write_atomically(folder / "config.yaml", str(yaml.safe_dump(began["config"], sort_keys=False)))
-    write_compatibility(folder, pair)
 
 
 def write_compatibility(folder: Path, pair: Pair) -> None:

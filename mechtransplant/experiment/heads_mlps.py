@@ -15,7 +15,7 @@ from pathlib import Path
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.drawing import draw
-from mechtransplant.experiment.folder import begin, locked
+from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.experiment.heads_mlps_page import page_of
 from mechtransplant.experiment.heads_mlps_sets import ARMS, Arm, sets_of
 from mechtransplant.experiment.heads_mlps_study import Study
@@ -93,7 +93,8 @@ def report_heads_and_mlps(config: HeadsMlpsConfig, folder: str | Path, progress:
         "questions": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in (splits.discover, splits.test)},
     }
     with locked(folder):
-        begin(folder, began, pair)
+        begin(folder, began)
+        write_compatibility(folder, pair)
         rankings = {
             arm: _ranking(config, pair, splits.discover, arm, folder / "rankings" / f"{arm}.csv", progress)
             for arm in ARMS

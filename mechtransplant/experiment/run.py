@@ -263,7 +263,7 @@ class Run(Setup):
         needs = get_rule(rule).needed(self.config.options_of(rule))
         return "unrelated" in self.config.controls and needs != "nothing"
 
-    def _other_sizes(self, other: Task) -> dict[str, int]:
+    def _other_sizes(self, other: Task) -> dict[str, Any]:
         """As many questions of the unrelated task as of the run's own, or what it has."""
         sizes = {key: getattr(self.config.split, key) for key in ("discover", "choose")}
         distinct = len(set(other.keys))
@@ -301,15 +301,32 @@ class Run(Setup):
             self.cells = Evaluator(self, self.store)
 
     def _choose(self, rule: str, budget: int) -> tuple[int, float]:
-        """K and strength with the best accuracy on ``choose`` at a token budget; the smallest among equals.
+        """K and strength that are best on ``choose`` at a token budget; the smallest among equals.
 
         A graft of every candidate selects nothing and has no random control: it is always reported as ``all``, and
         chosen only where the config names no smaller K.
         """
+        by = self.config.choose_by
         options = self.rows.where(role="graft", split="choose", budget=budget, rule=rule)
+        options = [r for r in options if self._small_enough(rule, r["k"])]
+        if not options:
+            raise UsageError(
+                f"parameters: every graft of {rule} has more than {self.config.parameters:.1%} of the parameters: give "
+                "smaller k, or a larger share"
+            )
+        if any(r[by] is None for r in options):
+            raise UsageError(f"choose_by: {by} is not known of this task's answers: choose by accuracy")
         selective = [r for r in options if r["k"] < len(self.candidates)]
-        best = min(selective or options, key=lambda r: (-r["accuracy"], r["k"], abs(r["strength"] - 1)))
+        best = min(selective or options, key=lambda r: (-r[by], r["k"], abs(r["strength"] - 1)))
         return best["k"], best["strength"]
+
+    def _small_enough(self, rule: str, k: int) -> bool:
+        """Whether a rule's K modules are within the config's share of the parameters."""
+        limit = self.config.parameters
+        if limit is None:
+            return True
+        whole, graft = (self.cells.graft(m, 1.0) for m in (self.pair.modules("linear"), self.rankings.top(rule, k)))
+        return graft.parameter_count(self.pair) <= limit * whole.parameter_count(self.pair)
 
 
 def depends_on(run: Run) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from mechtransplant.evaluation.gold import accepted_ends, gold_outcomes
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import GraftedKind
 from mechtransplant.experiment.drawing import draw
-from mechtransplant.experiment.folder import begin, locked
+from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.experiment.screen_config import ScreenConfig
 from mechtransplant.experiment.screen_page import page_of
 from mechtransplant.experiment.setup import build_task, exploring_task
@@ -62,7 +62,8 @@ def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = Tru
     folder = Path(folder)
     screen = Screen(config)
     with locked(folder):
-        begin(folder, screen.began, screen.pair, compared=("decides", "weights", "questions"))
+        begin(folder, screen.began, compared=("settings", "weights", "questions"))
+        write_compatibility(folder, screen.pair)
         table = screen.table(folder, progress)
         write_atomically(folder / "screen.csv", table.to_csv(index=False, float_format="%.8g"))
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
@@ -133,8 +134,8 @@ class Screen:
         if self.pair.base is not None:
             weights["base"] = self.pair.base.fingerprint
         # more recipes may join a folder, and another limit may choose among them
-        decides = {key: config[key] for key in _DECIDES}
-        return {"config": config, "decides": decides, "weights": weights, "questions": asked}
+        settings = {key: config[key] for key in _DECIDES}
+        return {"config": config, "settings": settings, "weights": weights, "questions": asked}
 
     @cached_property
     def base(self) -> dict[str, dict[str, float | None]]:
@@ -171,9 +172,9 @@ class Screen:
             if modules:
                 graft = Graft(modules, recipe.strength, kv=self.config.kv, operator=recipe.operator)
                 # a set is the same cell whatever ranked it, and whatever else the config compares
-                content = {key: self.began[key] for key in ("decides", "weights", "questions")}
+                content = {key: self.began[key] for key in ("settings", "weights", "questions")}
                 content |= {"modules": sorted(modules), "strength": recipe.strength, "operator": operator}
-                found = store.get(content, lambda graft=graft: self._measured(graft))
+                found = store.get(content, partial(self._measured, graft))
                 row |= {"parameters": self._size(modules) / self.everything}
                 row |= {key: found[key] for key in ("log_probability", "accuracy", "perplexity_change", "kl")}
             rows.append(row)
@@ -243,7 +244,7 @@ def best_recipe(table: pd.DataFrame, perplexity: float | None) -> int | None:
     rows = table[table.log_probability.notna()]
     if perplexity is not None:
         rows = rows[rows.perplexity_change <= perplexity]
-    return None if rows.empty else int(rows.log_probability.idxmax())
+    return None if rows.empty else int(rows.index[int(rows.log_probability.argmax())])
 
 
 def _run_config(config: ScreenConfig, best: Any) -> str:

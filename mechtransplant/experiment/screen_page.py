@@ -64,7 +64,9 @@ def page_of(
 
 def _said(found: Mapping[str, float | None]) -> str:
     right = found["accuracy"]
-    return f"{found['log_probability']:.3f}" + ("" if right is None else f" ({right:.1%} right)")
+    # a certain answer has 0, not −0
+    value = round(found["log_probability"] or 0.0, 3) + 0.0
+    return f"{value:.3f}" + ("" if right is None else f" ({right:.1%} right)")
 
 
 def _verdict(config: ScreenConfig, measured: pd.DataFrame, best: Any) -> str:

@@ -15,7 +15,7 @@ from mechtransplant.activations import Positions, Text
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.drawing import draw
-from mechtransplant.experiment.folder import begin, check_begun, locked
+from mechtransplant.experiment.folder import begin, check_begun, locked, write_compatibility
 from mechtransplant.localization import (
     FEWEST_TO_HALVE,
     concentration,
@@ -113,7 +113,8 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
     if shifts.prompt.nunique() >= FEWEST_TO_HALVE:
         tables["stability"] = topk_stability(shifts, k, "own", seed=config.seed).frequency.assign(k=k)
     with locked(folder):
-        begin(folder, began, pair)
+        begin(folder, began)
+        write_compatibility(folder, pair)
         # the page is written last: without it the folder is not finished
         (folder / "summary.md").unlink(missing_ok=True)
         temporary = folder / ".shifts.tmp"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation import Outcome
-from mechtransplant.experiment.config import PAPER_SHARES
+from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
@@ -100,7 +100,7 @@ def summarise(
         f"Source `{run.pair.source.name}`, target `{run.pair.target.name}`; {len(run.candidates)} candidates "
         f"({', '.join(config.kinds)}). "
         f"Found on {len(run.splits.discover)} `discover` questions{explored}, K and strength chosen on "
-        f"{len(run.splits.choose)} `choose` questions{explored}, reported on "
+        f"{len(run.splits.choose)} `choose` questions{explored}{_chosen_by(config)}, reported on "
         f"{len(run.splits.test)} `test` questions that selected nothing.",
         "",
         f"**Verdict.** {verdict(run, headline, findings)}",
@@ -118,6 +118,14 @@ def summarise(
     lines += _searches(run, results)
     lines += _consequences(run, findings.grafts[headline][run.budget], outcomes[run.budget])
     return "\n".join(lines) + "\n"
+
+
+def _chosen_by(config: RunConfig) -> str:
+    said = " by the gold answer's log-probability" if config.choose_by == "log_probability" else ""
+    within = (
+        "" if config.parameters is None else f" among grafts of at most {_percent(config.parameters)} of the parameters"
+    )
+    return said + within
 
 
 def verdict(run: Run, rule: str, findings: Findings) -> str:

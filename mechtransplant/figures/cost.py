@@ -41,11 +41,11 @@ def cost_plot(rows: pd.DataFrame) -> tuple[Figure, Any]:
             colour, marker, dashes = LOOKS[at % len(LOOKS)]
             name = f"{shape}, {device}"
             time.plot(line.prompts, line.total, color=colour, marker=marker, linestyle=dashes, label=name)
-            names.append(f"{shape}\n{line.parameters.iloc[0] / 1e6:,.0f} M × 2")
+            names.append(f"{shape},\n{line.parameters.iloc[0] / 1e6:,.0f} M × 2")
             gib = line.held_mib.max() / 1024, line.peak_mib.max() / 1024
-            memory.bar(at, gib[0], color=colour, alpha=0.45, width=0.6)
-            memory.bar(at, gib[1] - gib[0], bottom=gib[0], color=GREY, width=0.6)
-            memory.annotate(f"{gib[1]:.1f}", (at, gib[1]), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            memory.barh(at, gib[0], color=colour, alpha=0.45, height=0.6)
+            memory.barh(at, gib[1] - gib[0], left=gib[0], color=GREY, height=0.6)
+            memory.annotate(f"{gib[1]:.1f}", (gib[1], at), (3, 0), textcoords="offset points", va="center", fontsize=7)
         time.set_xscale("log", base=2)
         time.set_yscale("log")
         sizes = sorted(rows.prompts.unique())
@@ -55,9 +55,10 @@ def cost_plot(rows: pd.DataFrame) -> tuple[Figure, Any]:
         time.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         time.set_xlabel("prompts")
         time.set_ylabel("seconds, all stages")
-        memory.set_xticks(range(len(groups)), names, rotation=30, ha="right")
-        memory.set_ylabel("memory, GiB")
-        memory.set_title("weights of both models; grey: what the work adds")
-        memory.margins(y=0.12)
+        memory.set_yticks(range(len(groups)), names)
+        memory.invert_yaxis()
+        memory.set_xlabel("memory, GiB")
+        memory.set_title("weights of both; grey: what the work adds")
+        memory.margins(x=0.15)
         figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, panels

@@ -51,7 +51,7 @@ def k_curve(
                 color=GREY,
                 alpha=0.2,
                 linewidth=0,
-                label=f"random sets ({_counts(bands.size())} a K), range",
+                label=f"random, range of {_counts(bands.size())}",
             )
             axes.plot(ks, 100 * bands.median(), color=GREY, linewidth=0.8, label="random, median")
         for index, strength in enumerate(sorted(graft.strength.unique())):

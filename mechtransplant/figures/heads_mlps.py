@@ -87,7 +87,7 @@ def heads_against_mlps_bars(
         for across, match in zip(panels, matches, strict=True):
             for panel in across:
                 panel.set_xlabel(below[match])
-        figure.legend(handles=_legend(), loc="outside lower center", ncols=5)
+        figure.legend(handles=_legend(), loc="outside lower center", ncols=3)
         n = int(frame.n.iloc[0])
         what = "grafts change the target, ablations the source; above 0 it gained, below it lost"
         said = f"{n} test questions, 95 % paired intervals"

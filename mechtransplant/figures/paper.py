@@ -84,15 +84,13 @@ def reported_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         right.set_xscale("log")
         right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         right.minorticks_off()
-        ticks = [
-            t for t in (0.1, 0.25, 0.5, 1, 2, 4, 10, 25, 50, 100) if right.get_xlim()[0] <= t <= right.get_xlim()[1]
-        ]
+        ticks = [t for t in (0.1, 0.3, 1, 3, 10, 30, 100) if right.get_xlim()[0] <= t <= right.get_xlim()[1]]
         right.set_xticks(ticks)
         left.set_yticks(y, [f"{label}, n = {int(n)}" for label, n in zip(frame.label, frame.n, strict=True)])
         left.set_ylim(-0.7, len(frame) - 0.3)
         left.set_xlim(-2, 102)
         left.set_xlabel("accuracy, %")
         right.set_xlabel("TIR: after / target")
-        figure.legend(loc="outside lower center", ncols=min(5, 2 * len(whose) + 1))
+        figure.legend(loc="outside lower center", ncols=min(3, 2 * len(whose) + 1))
         figure.suptitle(f"{title}\n95 % intervals" if title else "95 % intervals")
     return figure, (left, right)

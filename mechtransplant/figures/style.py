@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mechtransplant",
     "figure.constrained_layout.use": True,
     "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "legend.columnspacing": 1.2,
 }
 
 
