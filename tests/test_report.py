@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -29,6 +30,7 @@ FOLDERS = {
     "family-effects": "effects",
     "family-heads-vs-mlps": "heads-vs-mlps",
     "bench-planted": "bench planted",
+    "family-screen": "screen",
 }
 #: elements that have no end
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -75,7 +77,7 @@ def test_every_kind_of_folder_has_a_page(name: str, tmp_path: Path) -> None:
     # every table of the page in words, and every section, which links lead to
     lines = (RUNS / name / "summary.md").read_text(encoding="utf-8").splitlines()
     tables = sum(line.startswith("| -") or line.startswith("|-") for line in lines)
-    assert text.count('class="sortable"') == tables > 0
+    assert text.count('class="sortable"') == tables + ("what differs" in text) and tables > 0
     ids = [e["id"] for e in page.all("section") if "id" in e]
     links = [a["href"][1:] for a in page.all("a")]
     assert (
@@ -84,6 +86,19 @@ def test_every_kind_of_folder_has_a_page(name: str, tmp_path: Path) -> None:
         and sum(line.startswith("## ") for line in lines) <= len(ids)
     )
     assert finished.config.splitlines()[0] in text and str(RUNS.parent) not in text
+
+
+def test_the_page_says_what_matches_between_the_two_models() -> None:
+    checks = pd.read_csv(RUNS / "family-generations" / "compatibility.csv", dtype=str, keep_default_na=False)
+    section = read_finished(RUNS / "family-generations").sections[0]
+    assert section.title == "The pair"
+    assert section.text.startswith("28 linear layers of equal name and shape, of which 28 differ in weights")
+    differ = checks[~checks.verdict.isin(["same"]) & (checks.what != "linear layers")]
+    rows = [line for line in section.text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(differ) > 0
+    assert all(row.split(" | ")[0] == f"| {what}" for row, what in zip(rows, differ.what, strict=True))
+    for row in checks[checks.verdict == "same"].itertuples():
+        assert f"{row.what} `{row.source}`" in section.text
 
 
 def test_the_page_of_a_run_says_what_the_run_says(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     if config.kinds == ("linear",):
         k = len(chosen[budget]["modules"])
         ranking = read_ranking(folder, config, headline, k)
-        yield Drawing("score_heatmap", figures.score_heatmap(ranking, k, title, f"score by {headline}")[0], ranking)
+        yield Drawing("score_heatmap", figures.score_heatmap(ranking, k, title, f"score by\n{headline}")[0], ranking)
 
 
 def _of_shifts(folder: Path) -> Iterator[Drawing]:

@@ -71,14 +71,18 @@ def k_curve(
                 label=label,
             )
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(graft.k.unique()), [str(k) for k in sorted(graft.k.unique())])
+        ticks = _apart(sorted(graft.k.unique()))
+        axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
         axes.set_xlabel("grafted modules K" + (f" (of {candidates})" if candidates else ""))
         axes.set_ylabel("accuracy, %")
         questions = f"{int(rows.n.iloc[0])} {split} questions, 95 % intervals"
         axes.set_title(f"{title}\n{questions}" if title else questions)
         axes.set_ylim(-3, 103)
-        figure.legend(loc="outside lower center", ncols=2)
+        labels = axes.get_legend_handles_labels()[1]
+        columns = 2 if max(map(len, labels)) <= LEGEND else 1
+        figure.set_figheight(2.1 + 0.15 * -(-len(labels) // columns))
+        figure.legend(loc="outside lower center", ncols=columns)
     return figure, axes
 
 
@@ -97,6 +101,8 @@ def _apart(sizes: Sequence[int]) -> list[int]:
     return kept
 
 
+#: letters of a legend's longest label, of which two stand side by side in a column's width
+LEGEND = 28
 #: how many curves stay legible in one panel
 PANEL = 5
 

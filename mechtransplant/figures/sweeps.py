@@ -140,7 +140,7 @@ def budget_grid(
             if np.isfinite(value):
                 x = column + 0.5 if column < columns else last + 0.5
                 ink = "white" if abs(value) > 0.6 * bound else "black"
-                axes.text(x, row + 0.5, f"{value + 0.0:+.0f}", ha="center", va="center", fontsize=7, color=ink)
+                axes.text(x, row + 0.5, f"{round(value) + 0:+d}", ha="center", va="center", fontsize=7, color=ink)
         dot: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 2.6}
         counts = [int(k) for k in best.columns]
         for row, at in enumerate(best.index):
