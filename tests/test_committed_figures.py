@@ -64,7 +64,9 @@ def check_same(made: Path, kept: Path, name: str) -> None:
 
 
 def check_layout(figure: Any) -> None:
-    """No text outside of the figure, no tick label over another or over an axis label or title."""
+    """No text outside of the figure; no tick label over another, an axis label or a title; no name over another."""
+    import matplotlib.text
+
     with figures.style():
         figure.draw_without_rendering()
         page = figure.bbox
@@ -76,6 +78,11 @@ def check_layout(figure: Any) -> None:
                 over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
                 assert not (over[0] > 1 and over[1] > 1), f"{one!r} lies over {other!r}"
             own += boxes
+            # names in the plot; an annotation's own extent has the line to its point as well
+            names = [(t.get_text(), matplotlib.text.Text.get_window_extent(t)) for t in axes.texts if t.get_text()]
+            for (one, a), (other, b) in combinations(names, 2):
+                over = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+                assert not (over[0] > 1 and over[1] > 1), f"the name {one!r} lies over {other!r}"
         for words, box in own:
             inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1
             assert inside, f"{words!r} is cut off at the figure's edge"

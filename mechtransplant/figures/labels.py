@@ -1,18 +1,35 @@
-"""Names beside points, none over another where there is a free place."""
+"""Names beside points: each where it covers least, and with a line to its point where it stands apart from it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from mechtransplant.figures.style import GREY
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: where a name may stand beside its point, in points: the first place that is free is taken
-_PLACES = [(3, 3), (3, -8), (-3, 3), (-3, -8), (3, 10), (3, -15), (-3, 10), (-3, -15)]
-_PLACES += [(3, 18), (3, -23), (-3, 18), (-3, -23)]
+#: sides on which a name may stand, and how far from its point, in points: the nearest are tried first
+_SIDES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+_FAR = (3.0, 9.0, 16.0, 24.0, 34.0, 46.0)
+#: from here on a line leads from the name to its point
+_APART = 8.0
+
+
+class _Box(NamedTuple):
+    """A rectangle in pixels."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+    def covers(self, other: _Box) -> bool:
+        return self.x0 < other.x1 and other.x0 < self.x1 and self.y0 < other.y1 and other.y0 < self.y1
 
 
 def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[int]) -> None:
@@ -20,33 +37,50 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
     figure = axes.figure
     # places depend on the layout, which is settled when a figure is drawn
     figure.draw_without_rendering()
-    taken: list[Any] = []
+    renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
     points = axes.transData.transform(np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)]))
+    inside = _Box(axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
+    taken: list[_Box] = []
     for at in which:
-        name = rows.module.iloc[at]
-        best = None
-        for dx, dy in _PLACES:
-            text = axes.annotate(
-                name,
-                (np.asarray(x)[at], np.asarray(y)[at]),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha="left" if dx > 0 else "right",
-                fontsize=7,
-            )
-            box = text.get_window_extent(figure.canvas.get_renderer())
-            covers = sum(box.overlaps(other) for other in taken)
-            # a point under a name is bad, a name under a name worse
-            covers += 0.5 * sum(box.contains(*point) for point in points)
-            # and a name outside, over the axis labels, worst
-            covers += 2 * (box.x0 < axes.bbox.x0 or box.x1 > axes.bbox.x1 or not axes.bbox.containsy(box.y0))
-            if best is None or covers < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (covers, text, box)
-            else:
-                text.remove()
-            if covers == 0:
-                break
-        assert best is not None
-        taken.append(best[2])
+        name = str(rows.module.iloc[at])
+        measured = axes.text(0, 0, name, fontsize=7)
+        extent = measured.get_window_extent(renderer)
+        measured.remove()
+        places = [_place(points[at], extent.width, extent.height, side, far * pixels) for far, side in _TRIED]
+        costs = [_cost(box, far, taken, points, inside) for box, (far, _) in zip(places, _TRIED, strict=True)]
+        best = int(np.argmin(costs))
+        (far, (right, up)), box = _TRIED[best], places[best]
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1.5}
+        # from the corner or side that is nearest to the point
+        line["relpos"] = ((1 - right) / 2, (1 - up) / 2)
+        axes.annotate(
+            name,
+            (np.asarray(x)[at], np.asarray(y)[at]),
+            xytext=((box.x0 - points[at][0]) / pixels, (box.y0 - points[at][1]) / pixels),
+            textcoords="offset points",
+            fontsize=7,
+            arrowprops=line if far >= _APART else None,
+        )
+        taken.append(box)
+
+
+_TRIED = list(product(_FAR, _SIDES))
+
+
+def _place(point: Any, width: float, height: float, side: tuple[int, int], far: float) -> _Box:
+    """Where a name of that size stands on a side of its point."""
+    right, up = side
+    # corners stand as far away as sides do
+    step = far / (2**0.5 if right and up and far > 4 else 1)
+    x0 = point[0] + right * step - (width if right < 0 else width / 2 if right == 0 else 0)
+    y0 = point[1] + up * step - (height if up < 0 else height / 2 if up == 0 else 0)
+    return _Box(x0, y0, x0 + width, y0 + height)
+
+
+def _cost(box: _Box, far: float, taken: list[_Box], points: Any, inside: _Box) -> float:
+    """A name over another is worst, then one outside of the axes, then points under it, then the way to its point."""
+    over = sum(box.covers(other) for other in taken)
+    outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+    under = (points[:, 0] > box.x0 - 2) & (points[:, 0] < box.x1 + 2) & (points[:, 1] > box.y0 - 2)
+    hidden = int((under & (points[:, 1] < box.y1 + 2)).sum())
+    return 100.0 * over + 20.0 * outside + 1.0 * hidden + 0.04 * far
