@@ -197,9 +197,9 @@ class Explorer:
         row = self.run.harm(rule, len(self.chosen), strength)
         if row is None:
             return []
-        found = [("accuracy elsewhere", f"{-100 * row['harm'] + 0.0:+.1f} points")] if "harm" in row else []
+        found = [("accuracy elsewhere", f"{round(-100 * row['harm'], 1) + 0.0:+.1f} points")] if "harm" in row else []
         if "perplexity_change" in row:
-            found.append(("perplexity of neutral text", f"{100 * row['perplexity_change'] + 0.0:+.1f} %"))
+            found.append(("perplexity of neutral text", f"{round(100 * row['perplexity_change'], 1) + 0.0:+.1f} %"))
         return found
 
     def code(self) -> str:
