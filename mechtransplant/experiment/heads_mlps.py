@@ -19,6 +19,7 @@ from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.experiment.heads_mlps_page import page_of
 from mechtransplant.experiment.heads_mlps_sets import ARMS, Arm, sets_of
 from mechtransplant.experiment.heads_mlps_study import Study
+from mechtransplant.experiment.rankings import options_of_rule
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.patching.ablation import Method
@@ -117,12 +118,7 @@ def _ranking(config: HeadsMlpsConfig, pair: Pair, discover: Task, arm: Arm, path
 
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        rule = get_rule(config.rule)
-        size = config.batch_size
-        if rule.needed({}) == "gradients":
-            # a backward pass keeps every layer's activations
-            size = min(16, size)
-        options = {key: v for key, v in {"batch_size": size, "kv": config.kv}.items() if rule.takes(key)}
+        options = options_of_rule(config.rule, {}, config.batch_size, kv=config.kv)
         ranked = rank_modules(pair, discover, config.rule, ARMS[arm], seed=config.seed, progress=progress, **options)
         # 17 significant digits: the file gives back the very same numbers
         write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))

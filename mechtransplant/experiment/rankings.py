@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+def options_of_rule(rule: str, given: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
+    """What a rule is called with: of the experiment's own options those that it takes, and all that the user gave."""
+    entry = get_rule(rule)
+    # a backward pass keeps every layer's activations
+    size = min(16, batch_size) if entry.needed(given) == "gradients" else batch_size
+    return {key: v for key, v in {"batch_size": size, **own}.items() if entry.takes(key, given)} | given
+
+
 def ranking_path(folder: Path, config: RunConfig, rule: str, k: int | None = None) -> Path:
     """Where a run keeps a rule's ranking: the headline's is ``ranking.csv``, and a rule that is learned for one K has
     one for each K below all."""
@@ -72,12 +80,9 @@ class Rankings:
 
     def _rank(self, rule: str, splits: Splits, **more: Any) -> pd.DataFrame:
         entry, config = get_rule(rule), self.config
-        own = {"batch_size": config.batch_size, "max_new_tokens": self.budget, "kv": config.kv}
-        if entry.needed(config.options_of(rule)) == "gradients":
-            # a backward pass keeps every layer's activations
-            own["batch_size"] = min(16, config.batch_size)
         given = config.options_of(rule)
-        options = {key: value for key, value in own.items() if entry.takes(key, given)} | given | more
+        own = {"max_new_tokens": self.budget, "kv": config.kv}
+        options = options_of_rule(rule, given, config.batch_size, **own) | more
         task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
         return rank_modules(self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options)
 

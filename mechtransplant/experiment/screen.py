@@ -26,11 +26,11 @@ from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import GraftedKind
 from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import begin, locked, write_compatibility
+from mechtransplant.experiment.rankings import options_of_rule
 from mechtransplant.experiment.screen_config import ScreenConfig
 from mechtransplant.experiment.screen_page import page_of
-from mechtransplant.experiment.setup import build_task, exploring_task
+from mechtransplant.experiment.setup import build_task, exploring_task, pair_of
 from mechtransplant.grafting import Graft
-from mechtransplant.pair import Pair, load_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.side_effects import neutral_texts
@@ -98,11 +98,7 @@ class Screen:
 
             torch.set_num_threads(config.threads)
         run = config.as_run(config.grafted[0], config.rules[0])
-        named = config.pair
-        loaded: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
-        self.pair: Pair = (
-            load_pair(named, **loaded) if isinstance(named, str) else load_pair(**named.model_dump(), **loaded)
-        )
+        self.pair = pair_of(run)
         self.task = build_task(run, self.pair)
         self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))
         self._check_questions()
@@ -185,15 +181,11 @@ class Screen:
 
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            rule, config = get_rule(recipe.rule), self.config
+            config = self.config
             given = config.rule_options.get(recipe.rule, {})
             # as a run ranks
-            own: dict[str, Any] = {"batch_size": config.batch_size, "kv": config.kv}
-            own["max_new_tokens"] = self.task.max_new_tokens
-            if rule.needed(given) == "gradients":
-                # a backward pass keeps every layer's activations
-                own["batch_size"] = min(16, config.batch_size)
-            options = {key: value for key, value in own.items() if rule.takes(key, given)} | given
+            own = {"max_new_tokens": self.task.max_new_tokens, "kv": config.kv}
+            options = options_of_rule(recipe.rule, given, config.batch_size, **own)
             ranked = rank_modules(
                 self.pair, self.splits.discover, recipe.rule, recipe.kinds, seed=config.seed, **options
             )

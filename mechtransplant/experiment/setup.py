@@ -17,6 +17,14 @@ from mechtransplant.pair import Pair, load_pair
 from mechtransplant.tasks import Splits, Task, list_tasks, load_task
 
 
+def pair_of(config: RunConfig) -> Pair:
+    """The pair that a config names, where and in the precision that it says."""
+    keys = ("dtype", "device", "one_at_a_time", "device_map")
+    options: dict[str, Any] = {key: getattr(config, key) for key in keys}
+    named = config.pair
+    return load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+
+
 def build_task(config: RunConfig, pair: Pair) -> Task:
     """The run's task; the pair's own where the config names none."""
     spec = config.task or pair.default_task
@@ -100,10 +108,7 @@ class Setup:
 
     def _made(self) -> Parts:
         """The parts that the config names."""
-        named = self.config.pair
-        keys = ("dtype", "device", "one_at_a_time", "device_map")
-        options: dict[str, Any] = {key: getattr(self.config, key) for key in keys}
-        pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named.model_dump(), **options)
+        pair = pair_of(self.config)
         task, explore = build_task(self.config, pair), exploring_task(self.config)
         other = unrelated_task(self.config, pair, task, explore) if "unrelated" in self.config.controls else None
         return Parts(pair, False, task, other, explore)
