@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,15 @@ def test_a_folder_with_another_run_is_refused(finished: Any, tmp_path: Path) -> 
     with pytest.raises(UsageError, match="not empty"):
         run_experiment(config(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_folder_goes_on_on_another_device(finished: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "moved"
+    shutil.copytree(finished.folder, folder)
+    run = Run(config(device="cpu:0"), folder)
+    assert run.execute().summary == finished.summary and run.store.computed == 0
+    starts = json.loads((folder / "environment.json").read_text())["starts"]
+    assert [start.get("device") for start in starts] == [None, "cpu:0"]
 
 
 def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any) -> None:

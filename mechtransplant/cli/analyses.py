@@ -10,13 +10,15 @@ import typer
 from mechtransplant.cli.app import app, bench_app, listed
 from mechtransplant.errors import UsageError
 
+DEVICE = "The device instead of the config's: cpu, cuda, cuda:1, …; a folder may go on with another one."
 
-def _run(config_path: Path, out: Path | None, dry: bool = False, **engine: Any) -> None:
+
+def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | None = None, **engine: Any) -> None:
     from mechtransplant.experiment import Run, run_experiment
-    from mechtransplant.experiment.config import read_config
+    from mechtransplant.experiment.config import on_device, read_config
     from mechtransplant.experiment.worker import EngineChoice
 
-    config = read_config(config_path)
+    config = on_device(read_config(config_path), device)
     folder = out or Path("runs") / config.name
     if dry:
         run = Run(config, folder, engine=EngineChoice(engine["engine"], engine["workers"], engine["address"]))
@@ -40,9 +42,10 @@ def run(
         typer.Option(help="With --engine ray: a cluster's, such as ray://HOST:10001. Else Ray starts here."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what it would cost.")] = False,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out, dry_run, engine=engine, workers=workers, address=address)
+    _run(config, out, dry_run, device, engine=engine, workers=workers, address=address)
 
 
 @app.command()
@@ -155,11 +158,13 @@ def screen(
     out: Annotated[
         Path | None, typer.Option(help="The folder (runs/NAME by default). Started again, it continues.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """Compare recipes (kinds, rules, operators, strengths, sizes) on choose, and write the best as a run's config."""
     from mechtransplant.experiment import read_screen, report_screen
+    from mechtransplant.experiment.config import on_device
 
-    wanted = read_screen(config)
+    wanted = on_device(read_screen(config), device)
     folder = out or Path("runs") / wanted.name
     typer.echo(report_screen(wanted, folder))
     best = folder / "best.yaml"

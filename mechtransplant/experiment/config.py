@@ -274,6 +274,11 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
     return parse_as(RunConfig, content, where)
 
 
+def on_device(config: Config, device: str | None) -> Config:
+    """The configuration on a device, or as it is where none is given."""
+    return config if device is None else config.model_copy(update={"device": device})
+
+
 def parse_as(model: type[Config], content: dict[str, Any], where: str) -> Config:
     """A configuration of a kind from a mapping; raises UsageError naming the first wrong key."""
     try:

@@ -16,7 +16,7 @@ from mechtransplant.controls import RandomOrders, RandomSets, random_matched, ra
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
-from mechtransplant.experiment.config import RunConfig, read_config
+from mechtransplant.experiment.config import RunConfig, on_device, read_config
 from mechtransplant.experiment.elsewhere import Elsewhere, labelled
 from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
@@ -67,8 +67,9 @@ class Run(Setup):
             raise UsageError(f"{self.folder} is a file: choose another --out folder")
         path = self.folder / "config.yaml"
         if path.exists():
-            # parsed, so that a run from before a key existed has that key's default
-            if read_config(path) != self.config:
+            # parsed, so that a run from before a key existed has that key's default; another device rounds otherwise,
+            # as another processor does, and may go on
+            if on_device(read_config(path), self.config.device) != self.config:
                 raise UsageError(
                     f"{self.folder} holds another run (its config.yaml differs): choose another --out folder, "
                     "or remove it"
@@ -92,9 +93,8 @@ class Run(Setup):
         self.cells = Evaluator(self, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
-        write_starts(
-            self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere", "pair"), start=self.where.start
-        )
+        start = self.where.start | ({} if self.config.device == "cpu" else {"device": self.config.device})
+        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere", "pair"), start=start)
         write_compatibility(self.folder, self.pair)
         self.engine = self.where.make(self, self.elsewhere)
         try:
