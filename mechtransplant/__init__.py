@@ -67,6 +67,7 @@ _HOME = {
     "export_adapter": "export",
     "verify_export": "export",
     "run_experiment": "experiment",
+    "runs_table": "experiment",
     "bench_planted": "experiment",
     "explore": "explorer",
     "sized": "notebook",

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from mechtransplant.experiment import beside_reported
+from mechtransplant.experiment import beside_reported, runs_table
 from mechtransplant.experiment.drawing import draw, kind_of
-from mechtransplant.figures import reported_rows, save_figure
+from mechtransplant.figures import reported_rows, run_rows, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, FIGURES = ROOT / "runs", ROOT / "figures"
@@ -67,11 +67,20 @@ def published(folders: list[Path]) -> dict[Path, Path]:
     }
 
 
-def draw_reported(folder: Path) -> None:
-    """The paper's rows beside those of our own runs in its two settings."""
-    rows = beside_reported([RUNS / name for name in BESIDE_THE_PAPER])
+def draw_across(folder: Path) -> None:
+    """The figures of several runs: the paper's rows beside our own, and rules over their random sets."""
+    runs = [RUNS / name for name in BESIDE_THE_PAPER]
+    rows = beside_reported(runs)
     title = "arXiv 2602.16189, as reported, and this project's runs"
     save_figure(reported_rows(rows, title=title)[0], folder, "reported_rows", rows)
+    table = runs_table(runs)
+    table = table[table.random_n.notna()]
+    # a rule that searches sets has no ranking before the questions that it searches on
+    table = table[~table["rule"].isin(["greedy", "mask"])]
+    table["label"] = (
+        table.run + ": " + table["rule"] + ", " + table.k.astype(str) + " of " + table.candidates.astype(str)
+    )
+    save_figure(run_rows(table, title="Rules against their matched random sets, on test")[0], folder, "run_rows", table)
 
 
 def main() -> None:
@@ -87,9 +96,9 @@ def main() -> None:
             stale.unlink()
         print(f"{folder.name}: {', '.join(names)}")
     if check:
-        wrong += differing(FIGURES, draw_reported, alone=False)
+        wrong += differing(FIGURES, draw_across, alone=False)
     else:
-        draw_reported(FIGURES)
+        draw_across(FIGURES)
     for source, target in published(folders).items():
         if not check:
             shutil.copy(source, target)

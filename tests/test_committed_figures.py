@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 import sys
 from itertools import combinations
@@ -16,7 +17,7 @@ from matplotlib.testing.compare import compare_images
 
 from mechtransplant import figures
 from mechtransplant.errors import UsageError
-from mechtransplant.experiment import beside_reported, reported_results
+from mechtransplant.experiment import beside_reported, reported_results, runs_table
 from mechtransplant.experiment.drawing import draw, drawings, fingerprint_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,8 +112,9 @@ def test_committed_figures_are_what_the_tables_give(name: str, tmp_path: Path) -
 def test_published_figures_are_the_runs_own(tmp_path: Path) -> None:
     for source, target in make_figures.published(make_figures.finished([])).items():
         assert source.read_bytes() == target.read_bytes(), f"{target.name}: run make figures"
-    make_figures.draw_reported(tmp_path)
-    check_same(tmp_path, ROOT / "figures", "reported_rows")
+    make_figures.draw_across(tmp_path)
+    for name in ("reported_rows", "run_rows"):
+        check_same(tmp_path, ROOT / "figures", name)
 
 
 def test_the_benchmarks_figures_are_what_their_results_give(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_the_benchmarks_figures_are_what_their_results_give(tmp_path: Path) -> N
         check_same(tmp_path, ROOT / "figures", name)
         check_layout(figure)
     assert {p.stem for p in (ROOT / "figures").glob("*.png")} == {
-        *benchmarks_report.pictures(), *make_figures.PUBLISHED, "reported_rows",
+        *benchmarks_report.pictures(), *make_figures.PUBLISHED, "reported_rows", "run_rows",
     }  # fmt: skip
 
 
@@ -210,6 +212,30 @@ def test_reported_rows_beside_a_runs() -> None:
         figures.reported_rows(rows.drop(columns="label"))
     with pytest.raises(UsageError, match="holds no finished run"):
         beside_reported([ROOT / "runs"])
+
+
+def test_runs_side_by_side() -> None:
+    folder = ROOT / "runs" / "smollm2-generations"
+    table = runs_table([folder, ROOT / "runs" / "family-strengths"])
+    outcome = json.loads((folder / "outcome.json").read_text())["16"]
+    first = table.iloc[0]
+    assert (first.run, first["rule"], first.k) == ("smollm2-generations", "lae", len(outcome["modules"]))
+    assert first.after == pytest.approx(outcome["after_accuracy"]) and first.after_low < first.after < first.after_high
+    harm = pd.read_csv(folder / "side_effects.csv").query("role == 'graft' and rule == 'lae' and what == 'perplexity'")
+    assert first.perplexity_change == harm[harm.k == first.k].change.iloc[0]
+    # of several token budgets the largest
+    assert list(table.budget.unique()) == [16]
+    controlled = table[table.random_n.notna()]
+    figure, (left, right) = figures.run_rows(controlled, title="side by side")
+    check_layout(figure)
+    assert left.get_yticklabels()[0].get_text() == "smollm2-generations, lae, K = 128"
+    grey = left.collections[0].get_segments()
+    assert np.allclose([line[0][0] for line in grey], 100 * controlled.random_low)
+    assert "Recovery" in right.get_xlabel()
+    with pytest.raises(UsageError, match="lacks recovery"):
+        figures.run_rows(controlled.drop(columns="recovery"))
+    with pytest.raises(UsageError, match="holds no finished run"):
+        runs_table([ROOT / "runs" / "smollm2-shifts"])
 
 
 def test_figures_are_drawn_again_from_the_command_line(tmp_path: Path) -> None:

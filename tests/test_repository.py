@@ -178,6 +178,13 @@ def test_the_rules_page_is_what_the_registry_says() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_study_has_the_numbers_of_the_committed_runs() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/update_study.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_benchmark_page_has_the_numbers_of_the_committed_results() -> None:
     done = subprocess.run([sys.executable, "benchmarks/report.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

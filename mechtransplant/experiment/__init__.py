@@ -15,6 +15,7 @@ from mechtransplant.experiment.screen import report_screen
 from mechtransplant.experiment.screen_config import ScreenConfig, read_screen
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.shift_report import ShiftConfig, report_shifts
+from mechtransplant.experiment.side_by_side import runs_table
 
 __all__ = [
     "EffectsConfig",
@@ -40,4 +41,5 @@ __all__ = [
     "reported_power",
     "reported_results",
     "run_experiment",
+    "runs_table",
 ]

@@ -1,9 +1,10 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
 ``grafts`` (what grafts did), ``sweeps`` (along strength and token budget), ``paper`` (reported rows beside ours),
-``screen`` (recipes on choose), ``shifts`` (what differs, how surely, how consistently and where), ``effects`` (patches
-beside grafts), ``heads_mlps`` (heads against MLPs), ``side_effects`` (gain against harm), ``bench`` (planted modules),
-``calibration`` (what the tests keep of what they promise), ``cost`` (seconds and memory by size), ``style``.
+``runs`` (runs side by side), ``screen`` (recipes on choose), ``shifts`` (what differs, how surely, how consistently and
+where), ``effects`` (patches beside grafts), ``heads_mlps`` (heads against MLPs), ``side_effects`` (gain against harm),
+``bench`` (planted modules), ``calibration`` (what the tests keep of what they promise), ``cost`` (seconds and memory by
+size), ``style``.
 """
 
 from mechtransplant.figures.bench import planted_benchmark
@@ -13,6 +14,7 @@ from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
 from mechtransplant.figures.heads_mlps import heads_against_mlps_bars
 from mechtransplant.figures.paper import reported_rows
+from mechtransplant.figures.runs import run_rows
 from mechtransplant.figures.screen import recipe_curves
 from mechtransplant.figures.shifts import consistency_plot, lorenz, own_against_inherited, shift_heatmap, volcano
 from mechtransplant.figures.side_effects import gain_against_harm
@@ -42,6 +44,7 @@ __all__ = [
     "recipe_curves",
     "reported_rows",
     "rule_curves",
+    "run_rows",
     "save_figure",
     "score_heatmap",
     "shift_heatmap",

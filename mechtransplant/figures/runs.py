@@ -1,0 +1,71 @@
+"""Runs side by side: each graft between its target and its source, over the range of its random sets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mechtransplant.errors import UsageError
+from mechtransplant.figures.style import BLUE, GREEN, GREY, PAGE, new_figure, style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_NEEDED = (
+    "run", "rule", "k", "n", "target", "source", "after", "after_low", "after_high", "random_low", "random_median",
+    "random_high", "random_n", "recovery", "recovery_low", "recovery_high",
+)  # fmt: skip
+
+
+def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
+    """Accuracy of target (hollow), graft (filled), source (bar) and matched random sets (grey), and Recovery, by row.
+
+    Args:
+        rows: as :func:`~mechtransplant.experiment.runs_table` has them, the first on top; a column ``label`` names the
+            rows, which are otherwise called by run, rule and K.
+
+    Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery); grey is the whole range of the random
+    sets, with their median. Where Recovery is withheld, the right panel has no point. Raises UsageError for lacking
+    columns.
+    """
+    lacking = [c for c in _NEEDED if c not in getattr(rows, "columns", [])]
+    if lacking or not len(rows):
+        raise UsageError(f"the frame lacks {', '.join(lacking) or 'rows'}: pass what runs_table returns")
+    frame = rows.reset_index(drop=True)
+    y = np.arange(len(frame))[::-1]
+    with style():
+        figure, (left, right) = new_figure(PAGE, 1.15 + 0.24 * len(frame), columns=2)
+        controlled = frame.random_n.notna().to_numpy()
+        band = frame[controlled]
+        left.hlines(
+            y[controlled], 100 * band.random_low, 100 * band.random_high, color=GREY, alpha=0.35, linewidth=6,
+            label="random sets: range, median",
+        )  # fmt: skip
+        left.plot(100 * band.random_median, y[controlled], "|", color=GREY, markersize=7, markeredgewidth=1.2)
+        ends = [frame.after - frame.after_low, frame.after_high - frame.after]
+        left.errorbar(
+            100 * frame.after, y, xerr=100 * np.clip(ends, 0, None), color=BLUE, marker="o", linestyle="none",
+            elinewidth=0.7, capsize=1.5, label="target + graft",
+        )  # fmt: skip
+        left.plot(100 * frame.target, y, "o", color=BLUE, markerfacecolor="white", label="target", linestyle="none")
+        left.plot(100 * frame.source, y, "|", color=GREEN, markersize=9, markeredgewidth=1.6, label="source")
+        some = frame.recovery.notna().to_numpy()
+        part = frame[some]
+        reach = [part.recovery - part.recovery_low, part.recovery_high - part.recovery]
+        right.errorbar(
+            part.recovery, y[some], xerr=np.clip(reach, 0, None), color=BLUE, marker="o", linestyle="none",
+            elinewidth=0.7, capsize=1.5,
+        )  # fmt: skip
+        right.axvline(100, color=GREEN, linewidth=0.8, linestyle=":")
+        right.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
+        names = frame.label if "label" in frame else frame.run + ", " + frame["rule"] + ", K = " + frame.k.astype(str)
+        left.set_yticks(y, list(names))
+        left.set_ylim(-0.7, len(frame) - 0.3)
+        left.set_xlim(-2, 102)
+        left.set_xlabel("accuracy, %")
+        right.set_xlabel("Recovery, %")
+        figure.legend(loc="outside lower center", ncols=4)
+        figure.suptitle(f"{title}\n95 % intervals" if title else "95 % intervals")
+    return figure, (left, right)
