@@ -30,6 +30,7 @@ _HOME = {
     "depth_curve": "grafting",
     "layer_swap": "grafting",
     "ConditionalGraft": "grafting",
+    "fit_gate": "grafting",
     "Patch": "patching",
     "MeanShift": "patching",
     "mean_shift": "patching",

@@ -13,9 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mechtransplant.experiment import reported_power
+import pandas as pd
+from study_claims import CLAIMS, Study, verdict
+
+from mechtransplant.experiment import reported_power, reported_results, runs_table
 
 ROOT = Path(__file__).resolve().parent.parent
+#: the study's pairs, and what its runs are called: study-PAIR-WHAT-SPLIT
+PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
+WHATS = ("paper", "best", "gentle", "heads", "mlps")
 
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:
@@ -37,8 +43,109 @@ def power() -> str:
     return markdown([*columns, *(f"{what}, n = {n}" for n in (50, 500) for what in ("kept", "independent"))], rows)
 
 
+def folders(what: str, pair: str | None = None) -> list[Path]:
+    """The finished runs of a kind."""
+    named = [ROOT / "runs" / f"study-{p}-{what}-{s}" for p in PAIRS for s in SPLITS if pair in (None, p)]
+    return [folder for folder in named if (folder / "outcome.json").exists()]
+
+
+def interval(low: float, high: float, scale: float = 1.0, digits: int = 1) -> str:
+    return f"[{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+
+def outcome(row: dict[str, Any]) -> list[str]:
+    """What every table says of a run's graft."""
+    found = [f"{100 * row[what]:.1f}" for what in ("target", "source", "after")]
+    found.append(
+        "–" if pd.isna(row["tir"]) else f"{row['tir']:.2f} {interval(row['tir_low'], row['tir_high'], digits=2)}"
+    )
+    recovery = f"{row['recovery']:.0f} {interval(row['recovery_low'], row['recovery_high'], digits=0)}"
+    found.append("withheld" if pd.isna(row["recovery"]) else recovery)
+    span = f"{100 * row['random_median']:.1f} ({100 * row['random_low']:.1f} – {100 * row['random_high']:.1f})"
+    return [*found, span, f"{row['random_beaten']:.0f} of {row['random_n']:.0f} (p = {row['random_p_value']:.2g})"]
+
+
+OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
+
+
+def harm(row: dict[str, Any]) -> list[str]:
+    low, high = row["perplexity_change_low"], row["perplexity_change_high"]
+    worst = interval(row["worst_change_low"], row["worst_change_high"], 100)
+    return [
+        f"{100 * row['perplexity_change']:+.1f} {interval(low, high, 100)}",
+        f"{row['worst_task']} {100 * row['worst_change']:+.1f} {worst}",
+    ]
+
+
+HARM = ["perplexity, %", "other task, points"]
+
+
+def setting() -> str:
+    """The paper's rule on both pairs and every split."""
+    rows = []
+    for row in runs_table(folders("paper")).to_dict("records"):
+        share = f"{row['k']} of {row['candidates']}"
+        others = [f"{100 * row[what]:.1f}" for what in ("bottom", "unrelated", "reverse")]
+        rows.append([row["pair"], row["seed"], share, *outcome(row), *others, *harm(row)])
+    return markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
+
+
+def recipes() -> str:
+    """The recipes that a screen chose, on every split."""
+    rows = []
+    for what in ("best", "gentle"):
+        for row in runs_table(folders(what)).to_dict("records"):
+            said = f"`{row['rule']}`, {row['kind']}, {row['operator']}, strength {row['strength']:g}"
+            size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
+            rows.append([row["pair"], row["seed"], what, said, size, *outcome(row), *harm(row)])
+    return markdown(["pair", "split", "chosen", "recipe", "K (of the parameters)", *OUTCOME, *HARM], rows)
+
+
+def parts() -> str:
+    """Heads alone and MLPs alone."""
+    rows = []
+    for what in ("heads", "mlps"):
+        for row in runs_table(folders(what)).to_dict("records"):
+            size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
+            rows.append([row["pair"], row["kind"], f"`{row['rule']}`", size, *outcome(row), *harm(row)])
+    return markdown(["pair", "kind", "rule", "K (of the parameters)", *OUTCOME, *HARM], rows)
+
+
+def beside() -> str:
+    """The paper's ten rows, and ours."""
+    rows = []
+    for row in reported_results().to_dict("records"):
+        recovery = "undefined" if pd.isna(row["recovery_percent"]) else f"{row['recovery_percent']:.0f}"
+        shares = [f"{row[f'{role}_accuracy']:.0f}" for role in ("target", "source", "after")]
+        name = f"{row['pair'].capitalize()} {row['direction'].replace('->', '→')}, {row['max_new_tokens']} tokens"
+        share = f"{row['best_k']} of {row['candidates']}"
+        rows.append(["paper", name, 50, share, *shares, f"{row['tir']:.2f}", recovery, "–"])
+    for row in runs_table(folders("paper")).to_dict("records"):
+        name, share = f"{row['pair']}, split {row['seed']}", f"{row['k']} of {row['candidates']}"
+        target, source, after, tir, recovery, _, beaten = outcome(row)
+        rows.append(["this study", name, row["n"], share, target, source, after, tir, recovery, beaten])
+    columns = ["of", "row", "n", "K", "target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets beaten"]
+    return markdown(columns, rows)
+
+
+def verdicts() -> str:
+    """Claim → evidence → verdict, a pair at a time."""
+    rows = []
+    for claim, (rule, judge) in CLAIMS.items():
+        for pair in PAIRS:
+            found = [judge(Study(folder)) for folder in folders("paper", pair)]
+            if found:
+                n = Study(folders("paper", pair)[0]).row["n"]
+                evidence = "; ".join(e.said for e in found)
+                rows.append([claim, rule, f"smollm2/{pair}", evidence, n, f"**{verdict(found)}**"])
+    return markdown(["claim of the paper", "what decides", "pair", "evidence, split by split", "n", "verdict"], rows)
+
+
 #: page → marker → what stands there
-SECTIONS: dict[str, dict[str, Callable[[], str]]] = {"paper-recipes.md": {"power": power}}
+SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "paper-recipes.md": {"power": power},
+    "study.md": {"setting": setting, "beside": beside, "verdicts": verdicts, "recipes": recipes, "parts": parts},
+}
 
 
 def updated(text: str, sections: dict[str, Callable[[], str]]) -> str:
@@ -54,6 +161,8 @@ def main() -> None:
     wrong = []
     for page, sections in SECTIONS.items():
         path = ROOT / "docs" / page
+        if not path.exists():
+            continue
         text = path.read_text(encoding="utf-8")
         new = updated(text, sections)
         if "--check" not in sys.argv:

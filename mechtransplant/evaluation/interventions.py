@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,10 @@ def check_phases(keywords: dict[str, Any]) -> None:
 def by_acceptance(hf: Any, examples: Sequence[Example]) -> list[tuple[list[int], list[bool]]]:
     """Questions in groups for which every intervention gives one verdict: (row numbers, a verdict an intervention)."""
     asked = [i for i in _all_on(hf) if i.accepts is not None]
+    for intervention in asked:
+        # a predicate that reads with a model reads a batch at a time
+        if hasattr(intervention.accepts, "read"):
+            intervention.accepts.read(examples)
     groups: dict[tuple[bool, ...], list[int]] = {}
     for row, example in enumerate(examples):
         groups.setdefault(tuple(bool(i.accepts(example)) for i in asked if i.accepts), []).append(row)
@@ -100,6 +104,11 @@ def accepting(hf: Any, verdicts: Sequence[bool]) -> Iterator[None]:
     finally:
         for intervention in asked:
             intervention.accepted = None
+
+
+def all_closed(hf: Any) -> AbstractContextManager[None]:
+    """A block whose forward passes belong to questions that nothing accepts: what asks about questions does not act."""
+    return accepting(hf, [False] * sum(i.accepts is not None for i in _all_on(hf)))
 
 
 def check_recordable(hf: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +46,10 @@ class Divergence:
     before: NDArray[np.float64]
     after: NDArray[np.float64]
     kl: NDArray[np.float64]
+
+    def only(self, open_for: NDArray[np.bool_]) -> Divergence:
+        """Of a graft that is in place for some of the texts, and for the others is not."""
+        return replace(self, after=np.where(open_for, self.after, self.before), kl=np.where(open_for, self.kl, 0.0))
 
     @property
     def perplexity_before(self) -> float:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count, check_seed
 from mechtransplant.evaluation import Evaluation, Outcome, evaluate
-from mechtransplant.grafting import ConditionalGraft, Graft
+from mechtransplant.grafting import ConditionalGraft, Gate, Graft
 from mechtransplant.progress import track
 from mechtransplant.side_effects.divergence import (
     LONGEST,
@@ -203,7 +203,8 @@ def measure_side_effects(
         tasks: names, of which the test split (``n`` questions) is asked, paths of JSONL files, or tasks (whole or a
             test split); by default ``pair.tasks`` without the pair's own.
         text: neutral text, or the path of a .txt or .jsonl file; by default 64 texts of 64 tokens sampled by the target
-            without the graft; False for none (a conditional graft asks for questions, which text has not).
+            without the graft; False for none (a conditional graft asks for questions, which text has not, unless
+            its predicate is a gate).
         seed: of the questions' split, the sampled text and the resampling of texts.
         before: the target's own results, from :func:`side_effect_baseline`, with its tasks and text.
 
@@ -224,8 +225,14 @@ def measure_side_effects(
         raise UsageError("a baseline has its own tasks and text: leave out tasks and text, or before")
     elif before.fingerprint != pair.target.fingerprint:
         raise UsageError(f"this baseline is of other weights than {pair.target.name} has now: measure it again")
+    gate = None
     if before.reading is not None and isinstance(graft, ConditionalGraft):
-        raise UsageError("a conditional graft asks for a prompt and questions, which neutral text has not: text=False")
+        gate = graft.accepts if isinstance(graft.accepts, Gate) and graft.when == "always" else None
+        if gate is None:
+            raise UsageError(
+                "this conditional graft asks for a prompt or a question, which neutral text has not: text=False, or "
+                "accepts=fit_gate(…), which reads texts too"
+            )
 
     with graft.applied(pair):
         after = _evaluate(pair.target, before.tasks, before.batch_size, "after", progress)
@@ -233,8 +240,13 @@ def measure_side_effects(
     rows = [_task_row(name, *both) for name, both in evaluations.items()]
     notes = _task_notes(rows)
     measured = None
-    if before.reading is not None and isinstance(graft, Graft):
-        measured = text_divergence(pair, graft, before.reading)
+    if before.reading is not None:
+        plain = graft if isinstance(graft, Graft) else graft.graft
+        measured = text_divergence(pair, plain, before.reading)
+        if gate is not None:
+            open_for = gate.opens(before.reading.rows)
+            measured = measured.only(open_for)
+            notes.append(f"the gate is open for {int(open_for.sum())} of {len(open_for)} texts")
         rows += _text_rows(measured, seed)
         if len(measured.tokens) < SMALL:
             notes.append(f"{len(measured.tokens)} texts are few: their bootstrap intervals are too narrow")

@@ -1,0 +1,130 @@
+"""What the paper claims, and what a run of its method says about each claim.
+
+The rules below were written before any run of the study was started. Each gives one verdict a run: +1 the claim holds,
+−1 it does not, 0 undecided; a claim holds (or does not) on a pair where all splits say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mechtransplant.experiment import runs_table
+from mechtransplant.significance import paired_difference_interval, recovery_interval
+
+#: a rise of perplexity on neutral text that is called harm
+HARM = 0.01
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run's verdict on a claim, and the numbers that it rests on."""
+
+    verdict: int
+    said: str
+
+
+class Study:
+    """One finished run of the paper's rule."""
+
+    def __init__(self, folder: Path) -> None:
+        self.row: dict[str, Any] = runs_table([folder]).iloc[0].to_dict()
+        results = pd.read_parquet(folder / "results.parquet")
+        self.test = results[(results.split == "test") & (results.budget == results.budget.max())]
+        self.candidates = int(self.row["candidates"])
+
+    def bits(self, role: str, **where: Any) -> Any:
+        """Verdicts, one a question, of the first row with a role (and with the run's rule, where one is asked)."""
+        rows = self.test[self.test.role == role]
+        for key, value in where.items():
+            rows = rows[rows[key] == value]
+        return np.array([c == "1" for c in rows.correct.iloc[0]])
+
+
+def improves(study: Study) -> Evidence:
+    row = study.row
+    low, high = row["difference_low"], row["difference_high"]
+    said = (
+        f"{100 * row['difference']:+.1f} points [{100 * low:.1f}, {100 * high:.1f}], McNemar p = {row['p_mcnemar']:.1g}"
+    )
+    return Evidence(int(low > 0) - int(high < 0), said)
+
+
+def finds(study: Study) -> Evidence:
+    row = study.row
+    beaten, n, p = row["random_beaten"], row["random_n"], row["random_p_value"]
+    said = f"beats {beaten:.0f} of {n:.0f} random sets, p = {p:.2g}"
+    return Evidence(1 if p <= 0.05 else -int(beaten <= n / 2), said)
+
+
+def specific(study: Study) -> Evidence:
+    row = study.row
+    ours = study.bits("graft", rule=row["rule"], k=row["k"], strength=row["strength"])
+    other = study.bits("unrelated", rule=row["rule"])
+    low, high = paired_difference_interval(other, ours)
+    said = f"{100 * (ours.mean() - other.mean()):+.1f} points [{100 * low:.1f}, {100 * high:.1f}] over the modules "
+    return Evidence(int(low > 0) - int(high < 0), said + "of the unrelated task")
+
+
+def reaches(study: Study) -> Evidence:
+    row = study.row
+    if pd.isna(row["recovery"]):
+        return Evidence(0, "Recovery is withheld: the gap's interval covers 0")
+    low, high = row["recovery_low"], row["recovery_high"]
+    return Evidence(int(low >= 100) - int(high < 100), f"Recovery {row['recovery']:.0f} % [{low:.0f}, {high:.0f}]")
+
+
+def few(study: Study) -> Evidence:
+    row = study.row
+    k = max(1, round(study.candidates / 8))
+    grafted = study.bits("graft", rule=row["rule"], k=k)
+    target, source = study.bits("target"), study.bits("source")
+    low, high = recovery_interval(target, source, grafted)
+    recovery = 100 * (grafted.mean() - target.mean()) / (source.mean() - target.mean())
+    said = f"with {k} of {study.candidates}: Recovery {recovery:.0f} % [{low:.0f}, {high:.0f}]"
+    return Evidence(int(low >= 50) - int(high < 50), said)
+
+
+def inner(study: Study) -> Evidence:
+    row = study.row
+    ours = study.bits("graft", rule=row["rule"], k=row["k"], strength=row["strength"])
+    everything = study.bits("all")
+    low, high = paired_difference_interval(everything, ours)
+    said = f"{100 * (ours.mean() - everything.mean()):+.1f} points [{100 * low:.1f}, {100 * high:.1f}] over all "
+    return Evidence(int(low > 0) - int(high < 0), said + f"{study.candidates}")
+
+
+def preserves(study: Study) -> Evidence:
+    row = study.row
+    low, high = row["perplexity_change_low"], row["perplexity_change_high"]
+    said = f"perplexity {100 * row['perplexity_change']:+.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+    return Evidence(int(high <= HARM) - int(low > HARM), said)
+
+
+#: claim → (where the paper makes it, what decides, the rule)
+CLAIMS: dict[str, tuple[str, Callable[[Study], Evidence]]] = {
+    "A graft without training improves the target": ("the difference's 95 % interval against 0", improves),
+    "LAE finds the modules that carry it": ("p ≤ 0.05 among 100 matched random sets; refuted at their median", finds),
+    "They are specific to the workload": ("against the modules that LAE finds on another task", specific),
+    "A graft can reach the source (Recovery 100 % and more)": ("Recovery's 95 % interval against 100 %", reaches),
+    "Few modules suffice": ("Recovery with one eighth of the candidates, against 50 %", few),
+    "An inner K is better than all": ("the difference to all candidates, against 0", inner),
+    "The target's character is preserved": ("perplexity on neutral text, against a rise of 1 %", preserves),
+}
+
+
+def verdict(found: list[Evidence]) -> str:
+    """What several splits say together."""
+    votes = {e.verdict for e in found}
+    if votes == {1}:
+        return "holds"
+    if votes == {-1}:
+        return "does not hold"
+    said = {1: "holds", -1: "does not", 0: "undecided"}
+    counts = [f"{said[v]} {sum(e.verdict == v for e in found)}×" for v in (1, 0, -1) if v in votes]
+    return "undecided" if votes == {0} else f"undecided ({', '.join(counts)})"
