@@ -21,7 +21,6 @@ from mechtransplant.experiment import reported_power, reported_results, runs_tab
 ROOT = Path(__file__).resolve().parent.parent
 #: the study's pairs, and what its runs are called: study-PAIR-WHAT-SPLIT
 PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
-WHATS = ("paper", "best", "gentle", "heads", "mlps")
 
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:
@@ -78,6 +77,17 @@ def harm(row: dict[str, Any]) -> list[str]:
 
 
 HARM = ["perplexity, %", "other task, points"]
+
+
+def status() -> str:
+    """How much of the study is there."""
+    planned = {"paper": SPLITS, "best": SPLITS, "gentle": SPLITS, "heads": (0,), "mlps": (0,)}
+    said = [f"{what} {len(folders(what))} of {len(PAIRS) * len(splits)}" for what, splits in planned.items()]
+    lacking = any(len(folders(what)) < len(PAIRS) * len(splits) for what, splits in planned.items())
+    more = (
+        " The design, the rules of the verdicts and the configs stand as they were before the first." if lacking else ""
+    )
+    return f"Finished runs: {', '.join(said)}.{more}\n"
 
 
 def setting() -> str:
@@ -144,7 +154,14 @@ def verdicts() -> str:
 #: page → marker → what stands there
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "paper-recipes.md": {"power": power},
-    "study.md": {"setting": setting, "beside": beside, "verdicts": verdicts, "recipes": recipes, "parts": parts},
+    "study.md": {
+        "status": status,
+        "setting": setting,
+        "beside": beside,
+        "verdicts": verdicts,
+        "recipes": recipes,
+        "parts": parts,
+    },
 }
 
 
@@ -161,8 +178,6 @@ def main() -> None:
     wrong = []
     for page, sections in SECTIONS.items():
         path = ROOT / "docs" / page
-        if not path.exists():
-            continue
         text = path.read_text(encoding="utf-8")
         new = updated(text, sections)
         if "--check" not in sys.argv:

@@ -1,0 +1,72 @@
+"""The study's rules decide what they say, on the committed runs that are like its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mechtransplant.experiment import read_config, read_screen
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import study_claims  # noqa: E402
+from study_claims import CLAIMS, Evidence, Study, verdict  # noqa: E402
+from update_study import PAIRS, SPLITS  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return Study(ROOT / "runs" / "smollm2-generations")
+
+
+def test_a_run_of_the_papers_rule_is_judged(study: Study) -> None:
+    # 38.3 % → 71.1 %, 0 of 100 random sets beaten, Recovery 79.2 % [61.8, 99], perplexity +4.5 % [1.5, 7.7]
+    assert study_claims.improves(study).verdict == 1
+    assert study_claims.finds(study) == Evidence(-1, "beats 0 of 100 random sets, p = 1")
+    assert study_claims.reaches(study) == Evidence(-1, "Recovery 79 % [62, 99]")
+    assert study_claims.preserves(study) == Evidence(-1, "perplexity +4.5 % [1.5, 7.7]")
+    assert study_claims.specific(study).said.startswith("-6.2 points [")
+    assert study_claims.inner(study).verdict == -1
+
+
+def test_bits_are_the_runs_accuracies(study: Study) -> None:
+    for role in ("target", "source"):
+        assert study.bits(role).mean() == pytest.approx(study.row[role])
+    row = study.row
+    assert study.bits("graft", rule="lae", k=row["k"]).mean() == pytest.approx(row["after"])
+    assert study.bits("unrelated", rule="lae").mean() == pytest.approx(row["unrelated"])
+
+
+def test_few_modules(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    # its K are not the study's: 64 of 210 as if they were an eighth
+    monkeypatch.setattr(study, "candidates", 512)
+    found = study_claims.few(study)
+    grafted, target, source = study.bits("graft", rule="lae", k=64), study.bits("target"), study.bits("source")
+    share = 100 * (grafted.mean() - target.mean()) / (source.mean() - target.mean())
+    assert f"Recovery {share:.0f} %" in found.said and found.verdict in (-1, 0, 1)
+    every = np.ones(len(target), bool)
+    monkeypatch.setattr(study, "bits", lambda role, **_: every if role != "target" else ~every)
+    assert study_claims.few(study).verdict == 1
+
+
+def test_several_splits_together() -> None:
+    yes, no, open_ = (Evidence(v, "") for v in (1, -1, 0))
+    assert verdict([yes, yes]) == "holds" and verdict([no, no, no]) == "does not hold"
+    assert verdict([open_, open_]) == "undecided"
+    assert verdict([yes, no, open_]) == "undecided (holds 1×, undecided 1×, does not 1×)"
+    assert len(CLAIMS) == 7
+
+
+def test_the_studys_configs_ask_for_what_it_promises() -> None:
+    for pair in PAIRS:
+        for split in SPLITS:
+            run = read_config(ROOT / "configs" / "study" / f"{pair}-paper-{split}.yaml")
+            screen = read_screen(ROOT / "configs" / "study" / f"{pair}-screen-{split}.yaml")
+            assert run.name == f"study-{pair}-paper-{split}" and screen.name == f"study-{pair}-screen-{split}"
+            for config in (run, screen):
+                assert config.split.seed == split and config.split.test == 512 and config.split.choose == 64
+            assert run.rule == "lae" and run.random_sets == 100 and set(run.counts(210)) >= {13, 26, 52, 105, 210}
+            assert max(screen.shares) == 0.15
