@@ -30,7 +30,10 @@ def gate(generations: Pair, splits: Splits) -> Gate:
     return fit_gate(generations.target, splits.discover, [*others, texts])
 
 
-def test_it_is_open_for_the_task_and_closed_elsewhere(generations: Pair, splits: Splits, gate: Gate) -> None:
+def test_it_is_open_for_the_task_and_closed_elsewhere(generations: Pair, splits: Splits) -> None:
+    # without neutral texts, which this small model fills with sums
+    others = [load_task(name).split(32, 8, 64).discover for name in ("reverse", "sort")]
+    gate = fit_gate(generations.target, splits.discover, others)
     assert gate.share(splits.test) >= 0.95
     for name in ("reverse", "sort"):
         assert gate.share(load_task(name).split(32, 8, 64).test) <= 0.05

@@ -2,9 +2,9 @@
 
 The target reads the bare question (no chat template, no worked examples), or a text; the mean of its residual stream
 over the tokens, x, is compared with the means μ⁺ and μ⁻ that two kinds of questions had when the gate was fitted. It is
-a diagonal linear discriminant (Dudoit, Fridlyand and Speed 2002), open where
-Σ_j (μ⁺_j − μ⁻_j)(x_j − ½(μ⁺_j + μ⁻_j)) / σ²_j > 0 with the pooled variance σ². Nothing is trained by gradients, and no
-answer is read.
+a linear discriminant, open where (μ⁺ − μ⁻)ᵀ C⁻¹ (x − ½(μ⁺ + μ⁻)) > 0, whose pooled covariance is shrunk to a multiple
+of the identity, C = (1 − γ) S + γ tr(S)/d I (Friedman 1989): there are fewer questions than dimensions. Nothing is
+trained by gradients, and no answer is read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from mechtransplant.tasks import Example, Task
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel
+
+
+#: γ: how far the pooled covariance is shrunk
+SHRINKAGE = 0.1
 
 
 class Texts(Protocol):
@@ -96,10 +100,11 @@ def fit_gate(
     if min(map(len, read)) < 2:
         raise UsageError("a gate is fitted on variances: give at least two questions or texts of each kind")
     inside, outside = read[0].mean(0), np.mean([x.mean(0) for x in read[1:]], axis=0)
-    variance = np.mean([x.var(0, ddof=1) for x in read], axis=0)
-    # a dimension that never changed says nothing, whatever it is divided by
-    variance = np.maximum(variance, 1e-6 * variance.mean())
-    return Gate(model, layer, (inside - outside) / variance, (inside + outside) / 2, batch_size)
+    covariance = np.mean([np.cov(x, rowvar=False) for x in read], axis=0)
+    size = len(covariance)
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.trace(covariance) / size * np.eye(size)
+    direction = np.linalg.solve(shrunk, inside - outside)
+    return Gate(model, layer, direction, (inside + outside) / 2, batch_size)
 
 
 def residual_means(
