@@ -85,8 +85,9 @@ def by_acceptance(hf: Any, examples: Sequence[Example]) -> list[tuple[list[int],
     asked = [i for i in _all_on(hf) if i.accepts is not None]
     for intervention in asked:
         # a predicate that reads with a model reads a batch at a time
-        if hasattr(intervention.accepts, "read"):
-            intervention.accepts.read(examples)
+        read = getattr(intervention.accepts, "read", None)
+        if read is not None:
+            read(examples)
     groups: dict[tuple[bool, ...], list[int]] = {}
     for row, example in enumerate(examples):
         groups.setdefault(tuple(bool(i.accepts(example)) for i in asked if i.accepts), []).append(row)

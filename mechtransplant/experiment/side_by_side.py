@@ -86,7 +86,7 @@ def _harm(rows: pd.DataFrame) -> dict[str, Any]:
             found |= {name: row.change, f"{name}_low": row.low, f"{name}_high": row.high}
     tasks = rows[rows.kind == "task"]
     if len(tasks):
-        worst = tasks.loc[tasks.change.idxmin()]
+        worst = tasks.iloc[int(tasks.change.argmin())]
         found |= {"worst_task": worst.what, "worst_change": worst.change}
         found |= {"worst_change_low": worst.low, "worst_change_high": worst.high}
     return found
