@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py [--kills 20] [--engines serial processes ray] [--out benchmarks/results]
 
-Every start of a small run on family/generations is killed after a random time, with all its processes or (every third
-time) one of its workers alone; after the last kill it runs to its end. Compared are the bytes of every table, and the
+Every start of a small run on family/generations is killed a random time after its first new cell (one in four: after its
+start), with all its processes or (every third time) one of its workers alone; after the last kill it runs to its end. Compared are the bytes of every table, and the
 cells: each is in the file once, and what was finished before a kill is there afterwards as it was.
 """
 
@@ -32,6 +32,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 #: in the environment of all that is started here: another run's processes must not be killed
 MARK = f"mechtransplant-kills-{os.getpid()}"
+#: seconds from there to the kill, at most
+LONGEST = 8
 TABLES = ("outcome.json", "rules.csv", "side_effects.csv", "summary.md", "ranking.csv")
 
 
@@ -77,7 +79,12 @@ def disturbed(folder: Path, engine: str, kills: int, rng: random.Random) -> list
     process = start(folder, engine)
     while len(rows) < kills:
         before = finished(folder)
-        time.sleep(rng.uniform(6, 24))
+        # one kill in four comes while models are loaded; else after a cell, or the run would never get on
+        if rng.random() < 0.75:
+            patience = time.monotonic() + 300
+            while len(finished(folder)) == len(before) and process.poll() is None and time.monotonic() < patience:
+                time.sleep(0.05)
+        time.sleep(rng.uniform(0, LONGEST))
         over = process.poll() is not None
         alone = engine != "serial" and len(rows) % 3 == 2 and bool(workers()) and not over
         if alone:
