@@ -2,9 +2,10 @@
 
     python benchmarks/kills.py [--kills 20] [--engines serial processes ray] [--out benchmarks/results]
 
-Every start of a small run on family/generations is killed a random time after its first new cell (one in four: after its
-start), with all its processes or (every third time) one of its workers alone; after the last kill it runs to its end. Compared are the bytes of every table, and the
-cells: each is in the file once, and what was finished before a kill is there afterwards as it was.
+Every start of a small run on family/generations is killed a random time after its first new cell (one in four: after
+its start), with all its processes or (every third time) one of its workers alone; after the last kill it runs to its
+end. Compared are the bytes of every table, and the cells: each is in the file once, and what was finished before a kill
+is there afterwards as it was.
 """
 
 from __future__ import annotations
