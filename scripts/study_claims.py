@@ -1,7 +1,7 @@
 """What the paper claims, and what a run of its method says about each claim.
 
 The rules below were written before any run of the study was started. Each gives one verdict a run: +1 the claim holds,
-−1 it does not, 0 undecided; a claim holds (or does not) on a pair where all splits say so.
+−1 its opposite does, 0 undecided; a claim holds (or does not) on a pair where all splits say so.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import pandas as pd
 from mechtransplant.experiment import runs_table
 from mechtransplant.significance import paired_difference_interval, recovery_interval
 
-#: a rise of perplexity on neutral text that is called harm
-HARM = 0.01
+#: a rise of perplexity on neutral text, and a loss of accuracy on another task, that are called harm
+HARM, LOSS = 0.01, 0.05
+WITHHELD = "the source is not surely better than the target, so Recovery is withheld"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Study:
         results = pd.read_parquet(folder / "results.parquet")
         self.test = results[(results.split == "test") & (results.budget == results.budget.max())]
         self.candidates = int(self.row["candidates"])
+
+    @property
+    def gap(self) -> bool:
+        """Whether the source is surely better than the target."""
+        return paired_difference_interval(self.bits("target"), self.bits("source"))[0] > 0
+
+    def random(self) -> Any:
+        """Accuracies of the random sets that are matched to the reported graft."""
+        rows = self.test[(self.test.role == "random") & (self.test["rule"] == self.row["rule"])]
+        return rows[rows["set"].str.startswith("set") & (rows.k == self.row["k"])].accuracy.to_numpy()
 
     def bits(self, role: str, **where: Any) -> Any:
         """Verdicts, one a question, of the first row with a role (and with the run's rule, where one is asked)."""
@@ -57,9 +68,13 @@ def improves(study: Study) -> Evidence:
 
 def finds(study: Study) -> Evidence:
     row = study.row
-    beaten, n, p = row["random_beaten"], row["random_n"], row["random_p_value"]
-    said = f"beats {beaten:.0f} of {n:.0f} random sets, p = {p:.2g}"
-    return Evidence(1 if p <= 0.05 else -int(beaten <= n / 2), said)
+    sets = study.random()
+    # both tails of one permutation test, ties on the side of "no difference"
+    above = (1 + np.sum(sets >= row["after"])) / (len(sets) + 1)
+    below = (1 + np.sum(sets <= row["after"])) / (len(sets) + 1)
+    beaten, beaten_by = np.sum(sets < row["after"]), np.sum(sets > row["after"])
+    said = f"beats {beaten} of {len(sets)} random sets and is beaten by {beaten_by}, p = {above:.2g}"
+    return Evidence(int(above <= 0.05) - int(below <= 0.05), said)
 
 
 def specific(study: Study) -> Evidence:
@@ -73,14 +88,16 @@ def specific(study: Study) -> Evidence:
 
 def reaches(study: Study) -> Evidence:
     row = study.row
-    if pd.isna(row["recovery"]):
-        return Evidence(0, "Recovery is withheld: the gap's interval covers 0")
+    if not study.gap:
+        return Evidence(0, WITHHELD)
     low, high = row["recovery_low"], row["recovery_high"]
     return Evidence(int(low >= 100) - int(high < 100), f"Recovery {row['recovery']:.0f} % [{low:.0f}, {high:.0f}]")
 
 
 def few(study: Study) -> Evidence:
     row = study.row
+    if not study.gap:
+        return Evidence(0, WITHHELD)
     k = max(1, round(study.candidates / 8))
     grafted = study.bits("graft", rule=row["rule"], k=k)
     target, source = study.bits("target"), study.bits("source")
@@ -102,25 +119,33 @@ def inner(study: Study) -> Evidence:
 def preserves(study: Study) -> Evidence:
     row = study.row
     low, high = row["perplexity_change_low"], row["perplexity_change_high"]
-    said = f"perplexity {100 * row['perplexity_change']:+.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-    return Evidence(int(high <= HARM) - int(low > HARM), said)
+    lost, kept = row["worst_change_low"], row["worst_change_high"]
+    said = f"perplexity {100 * row['perplexity_change']:+.1f} % [{100 * low:.1f}, {100 * high:.1f}], "
+    said += f"{row['worst_task']} {100 * row['worst_change']:+.1f} points [{100 * lost:.1f}, {100 * kept:.1f}]"
+    harmed = low > HARM or kept < 0
+    return Evidence(int(high <= HARM and lost >= -LOSS) - int(harmed), said)
 
 
 #: claim → (where the paper makes it, what decides, the rule)
 CLAIMS: dict[str, tuple[str, Callable[[Study], Evidence]]] = {
     "A graft without training improves the target": ("the difference's 95 % interval against 0", improves),
-    "LAE finds the modules that carry it": ("p ≤ 0.05 among 100 matched random sets; refuted at their median", finds),
+    "LAE finds the modules that carry it": ("rank among 100 matched random sets, 5 % at either end", finds),
     "They are specific to the workload": ("against the modules that LAE finds on another task", specific),
     "A graft can reach the source (Recovery 100 % and more)": ("Recovery's 95 % interval against 100 %", reaches),
     "Few modules suffice": ("Recovery with one eighth of the candidates, against 50 %", few),
     "An inner K is better than all": ("the difference to all candidates, against 0", inner),
-    "The target's character is preserved": ("perplexity on neutral text, against a rise of 1 %", preserves),
+    "The target's character is preserved": (
+        "perplexity on its own text (1 %) and accuracy on the worst other task (5 points)",
+        preserves,
+    ),
 }
 
 
-def verdict(found: list[Evidence]) -> str:
+def verdict(found: list[Evidence], splits: int = 3) -> str:
     """What several splits say together."""
     votes = {e.verdict for e in found}
+    if len(found) < splits:
+        return f"{len(found)} of {splits} splits"
     if votes == {1}:
         return "holds"
     if votes == {-1}:

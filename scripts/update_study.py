@@ -76,7 +76,7 @@ def harm(row: dict[str, Any]) -> list[str]:
     ]
 
 
-HARM = ["perplexity, %", "other task, points"]
+HARM = ["perplexity, %", "worst other task, points"]
 
 
 def status() -> str:
@@ -147,7 +147,7 @@ def verdicts() -> str:
             if found:
                 n = Study(folders("paper", pair)[0]).row["n"]
                 evidence = "; ".join(e.said for e in found)
-                rows.append([claim, rule, f"smollm2/{pair}", evidence, n, f"**{verdict(found)}**"])
+                rows.append([claim, rule, f"smollm2/{pair}", evidence, n, f"**{verdict(found, len(SPLITS))}**"])
     return markdown(["claim of the paper", "what decides", "pair", "evidence, split by split", "n", "verdict"], rows)
 
 

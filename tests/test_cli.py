@@ -161,6 +161,20 @@ def test_out_that_is_a_file_or_cannot_be_made(command: Run, tmp_path: Path) -> N
     assert code == 2 and "cannot write to" in error and len(error.strip().splitlines()) == 1
 
 
+def test_a_device_on_the_command_line(command: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("pair: family/generations\n")
+    screen = tmp_path / "s.yaml"
+    screen.write_text("pair: family/generations\nrules: [weight_delta]\nshares: [0.5]\ntexts: 0\n")
+    for verb, config in (("run", tmp_path / "c.yaml"), ("screen", screen)):
+        code, _, error = command(verb, str(config), "--out", str(tmp_path / "out"), "--device", "cudo")
+        assert code == 2 and "cannot use device 'cudo'" in error and not (tmp_path / "out").exists()
+    small = ("--out", str(tmp_path / "out"), "--device", "cpu:0")
+    screen.write_text(screen.read_text() + "split: {discover: 4, choose: 4, test: 4}\n")
+    assert command("screen", str(screen), *small)[0] == 0
+    # where this start ran is no part of what it found
+    assert "cpu:0" not in (tmp_path / "out" / "best.yaml").read_text()
+
+
 def test_unknown_commands_and_pairs(command: Run) -> None:
     assert command("runn")[0] == 2
     code, _, error = command("pairs", "show", "family/generation")

@@ -357,6 +357,10 @@ def test_a_folder_goes_on_on_another_device(finished: Any, tmp_path: Path) -> No
     assert run.execute().summary == finished.summary and run.store.computed == 0
     starts = json.loads((folder / "environment.json").read_text())["starts"]
     assert [start.get("device") for start in starts] == [None, "cpu:0"]
+    # another kind of device, as if: the page says so
+    path = folder / "environment.json"
+    path.write_text(path.read_text().replace('"device": "cpu:0"', '"device": "cuda"'))
+    assert "computed on cpu and cuda, which round otherwise" in Run(config(), folder).execute().summary
 
 
 def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any) -> None:

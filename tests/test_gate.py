@@ -37,8 +37,8 @@ def test_it_is_open_for_the_task_and_closed_elsewhere(generations: Pair, splits:
     assert gate.share(splits.test) >= 0.95
     for name in ("reverse", "sort"):
         assert gate.share(load_task(name).split(32, 8, 64).test) <= 0.05
-    shares = [gate.share(load_task(name).split(32, 8, 64).test) for name in ("copy", "max")]
-    assert all(0 <= share <= 1 for share in shares)
+    # what it was not fitted against it may take for the task
+    assert gate.share(load_task("max").split(32, 8, 64).test) > 0.5
     # one at a time as in batches, and as in the definition
     one = [gate(example) for example in splits.test.examples[:8]]
     rows = [generations.target.tokenizer(e.question)["input_ids"] for e in splits.test.examples]
@@ -49,15 +49,19 @@ def test_it_is_open_for_the_task_and_closed_elsewhere(generations: Pair, splits:
 
 def test_a_graft_behind_it(unchanged: Pair, splits: Splits, gate: Gate) -> None:
     pair = unchanged
-    fresh = Gate(pair.target, gate.layer, gate.direction, gate.centre)
+    # with the centre among these questions it is open for some of them
+    rows = [pair.target.tokenizer(e.question)["input_ids"] for e in splits.test.examples]
+    centre = residual_means(pair.target, rows, gate.layer).mean(0)
+    fresh = Gate(pair.target, gate.layer, gate.direction, centre)
     plain = evaluate(pair.target, splits.test)
     with Graft(MODULES).applied(pair):
         grafted = evaluate(pair.target, splits.test)
     with ConditionalGraft(Graft(MODULES), accepts=fresh).applied(pair):
         behind = evaluate(pair.target, splits.test)
     # it read the questions while the graft was not in place
-    open_for = np.array([gate(e) for e in splits.test.examples])
-    assert [fresh.known[e.key] for e in splits.test.examples] == list(open_for) and open_for.any()
+    open_for = Gate(pair.target, gate.layer, gate.direction, centre).opens(rows)
+    assert [fresh.known[e.key] for e in splits.test.examples] == list(open_for)
+    assert open_for.any() and not open_for.all()
     assert (behind.correct == np.where(open_for, grafted.correct, plain.correct)).all()
     np.testing.assert_allclose(
         behind.log_probability, np.where(open_for, grafted.log_probability, plain.log_probability), atol=1e-3
@@ -87,6 +91,7 @@ def test_side_effects_behind_it(unchanged: Pair, gate: Gate) -> None:
     [
         ({"others": []}, "give other tasks or neutral texts"),
         ({"layer": 4}, "no layer 4 .* from 0 to 3"),
+        ({"task": "alike"}, "all these questions are alike"),
         ({"others": ["reverse"]}, "reads tasks and neutral texts, got str"),
         ({"task": "one"}, "at least two"),
     ],
@@ -94,6 +99,8 @@ def test_side_effects_behind_it(unchanged: Pair, gate: Gate) -> None:
 def test_what_is_refused(generations: Pair, splits: Splits, changes: dict[str, Any], message: str) -> None:
     if changes.get("task") == "one":
         changes = {"task": splits.discover.subset([0])}
+    if changes.get("task") == "alike":
+        changes = {"task": splits.discover.subset([0, 0]), "others": [splits.test.subset([0, 0])]}
     given: dict[str, Any] = {"task": splits.discover, "others": [load_task("sort").split(8, 8, 8).discover], **changes}
     with pytest.raises(UsageError, match=message):
         fit_gate(generations.target, **given)

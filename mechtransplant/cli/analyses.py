@@ -162,11 +162,10 @@ def screen(
 ) -> None:
     """Compare recipes (kinds, rules, operators, strengths, sizes) on choose, and write the best as a run's config."""
     from mechtransplant.experiment import read_screen, report_screen
-    from mechtransplant.experiment.config import on_device
 
-    wanted = on_device(read_screen(config), device)
+    wanted = read_screen(config)
     folder = out or Path("runs") / wanted.name
-    typer.echo(report_screen(wanted, folder))
+    typer.echo(report_screen(wanted, folder, device=device))
     best = folder / "best.yaml"
     typer.echo(f"Tables and figures are in {folder}" + (f"; next: mechtransplant run {best}" if best.exists() else ""))
 

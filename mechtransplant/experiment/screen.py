@@ -23,7 +23,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.evaluation.gold import accepted_ends, gold_outcomes
 from mechtransplant.experiment.cells import CellStore, write_atomically
-from mechtransplant.experiment.config import GraftedKind
+from mechtransplant.experiment.config import GraftedKind, on_device
 from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.experiment.rankings import options_of_rule
@@ -51,8 +51,10 @@ class Recipe:
     share: float
 
 
-def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = True) -> str:
+def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = True, device: str | None = None) -> str:
     """Measure every recipe and draw; writes the folder and returns its page.
+
+    ``device``: instead of the config's, for this start alone.
 
     Raises UsageError for anything wrong in the config, for a folder that holds something else, and for one that was
     begun with another config, other weights or other questions.
@@ -60,7 +62,7 @@ def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = Tru
     import pandas as pd
 
     folder = Path(folder)
-    screen = Screen(config)
+    screen = Screen(on_device(config, device))
     with locked(folder):
         begin(folder, screen.began, compared=("settings", "weights", "questions"))
         write_compatibility(folder, screen.pair)
@@ -70,7 +72,7 @@ def report_screen(config: ScreenConfig, folder: str | Path, progress: bool = Tru
         best = best_recipe(table, config.perplexity)
         (folder / "best.yaml").unlink(missing_ok=True)
         if best is not None:
-            write_atomically(folder / "best.yaml", _run_config(config, table.loc[best]))
+            write_atomically(folder / "best.yaml", run_config(config, table.loc[best]))
         draw(folder)
         page = page_of(config, screen.pair, len(screen.splits.choose), screen.base, table, best)
         write_atomically(folder / "summary.md", page)
@@ -239,7 +241,7 @@ def best_recipe(table: pd.DataFrame, perplexity: float | None) -> int | None:
     return None if rows.empty else int(rows.index[int(rows.log_probability.argmax())])
 
 
-def _run_config(config: ScreenConfig, best: Any) -> str:
+def run_config(config: ScreenConfig, best: Any) -> str:
     """The best recipe as a run's config, in YAML."""
     import yaml
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ def runs_table(folders: Sequence[str | Path]) -> pd.DataFrame:
     """
     import pandas as pd
 
+    if isinstance(folders, str | Path):
+        folders = [folders]
     found = [row for folder in map(Path, folders) for row in _rows(folder)]
     return pd.DataFrame(found)
 
@@ -58,7 +61,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         grafted = _same_graft(test[test.role == "graft"], rule).iloc[0]
         row = {
             "run": folder.name,
-            "pair": config.pair if isinstance(config.pair, str) else f"{config.pair.source} → {config.pair.target}",
+            # as it was turned, where the better model became the source
+            "pair": json.loads((folder / "environment.json").read_text(encoding="utf-8"))["pair"],
             "seed": config.split.seed,
             "kind": "+".join(config.kinds),
             "operator": config.operator if isinstance(config.operator, str) else config.operator["name"],
@@ -76,7 +80,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _same_graft(table: pd.DataFrame, rule: dict[str, Any]) -> pd.DataFrame:
     same = (table["rule"] == rule["rule"]) & (table.k == rule["k"])
-    return table[same & (table.strength == rule["strength"])]
+    # strengths have fewer digits in a CSV file
+    return table[same & ((table.strength - rule["strength"]).abs() < 1e-6)]
 
 
 def _harm(rows: pd.DataFrame) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,7 @@ def summarise(
         "",
         f"**Verdict.** {verdict(run, headline, findings)}",
         "",
+        *_devices(run),
         *_result(run, results, findings),
         *_controls(run, results, findings),
     ]
@@ -147,6 +149,16 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
     return f"{said}."
+
+
+def _devices(run: Run) -> list[str]:
+    """A warning where a folder was begun on one kind of device and went on with another."""
+    starts = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["starts"]
+    kinds = sorted({str(start.get("device", "cpu")).partition(":")[0] for start in starts})
+    if len(kinds) == 1:
+        return []
+    said = f"Cells of this run were computed on {' and '.join(kinds)}, which round otherwise: verdicts that hang on a "
+    return [f"{said}near tie may differ between them.", ""]
 
 
 def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:

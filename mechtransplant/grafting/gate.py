@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count
 from mechtransplant.evaluation.batches import check_lengths, length_sorted, make_ready, pad
-from mechtransplant.evaluation.interventions import all_closed
+from mechtransplant.evaluation.interventions import all_closed, interventions_on
 from mechtransplant.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def fit_gate(
     inside, outside = read[0].mean(0), np.mean([x.mean(0) for x in read[1:]], axis=0)
     covariance = np.mean([np.cov(x, rowvar=False) for x in read], axis=0)
     size = len(covariance)
+    if not np.trace(covariance) > 0:
+        raise UsageError("a gate is fitted on variances, and all these questions are alike: give different ones")
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * np.trace(covariance) / size * np.eye(size)
     direction = np.linalg.solve(shrunk, inside - outside)
     return Gate(model, layer, direction, (inside + outside) / 2, batch_size)
@@ -110,11 +112,21 @@ def fit_gate(
 def residual_means(
     model: LanguageModel, rows: Sequence[Sequence[int]], layer: int, batch_size: int = 64
 ) -> NDArray[np.float64]:
-    """Mean residual stream after a layer over each row's tokens, shape (rows, d_model); conditional grafts are off."""
+    """Mean residual stream after a layer over each row's tokens, shape (rows, d_model).
+
+    What asks about questions is off meanwhile; Hugging Face models give the last layer's after the final norm. Raises
+    UsageError where something acts on every question, whose readings would be another model's.
+    """
     import torch
 
     make_ready(model)
     check_count("batch_size", batch_size)
+    if any(i.accepts is None for i in interventions_on(model.hf)):
+        raise UsageError(
+            "a gate reads the target as it is: leave the block of the graft or patch that acts on it first"
+        )
+    if not len(rows):
+        return np.zeros((0, int(model.hf.config.get_text_config().hidden_size)))
     lengths = [len(row) for row in rows]
     check_lengths(model.hf, max(lengths))
     found = np.zeros((len(rows), int(model.hf.config.get_text_config().hidden_size)))
