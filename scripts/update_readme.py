@@ -43,6 +43,16 @@ def shown(folder: Path) -> list[str]:
     return [first, *free[:1], *[r for r in order.rule if r == "greedy"]]
 
 
+def few(row: Any) -> str:
+    """A warning where TIR divides by a handful of right answers."""
+    right = round(row.target * row.n)
+    return f" ({right} right)" if right < 10 else ""
+
+
+def recovery(row: Any) -> str:
+    return f"{row.recovery:.0f} % [{row.recovery_low:.0f}, {row.recovery_high:.0f}]"
+
+
 def depth(results: pd.DataFrame, rule: str) -> str:
     """How strictly a rule's random sets are matched in depth."""
     mine = results[(results.role == "random") & (results["rule"] == rule) & results["set"].str.startswith("set")]
@@ -71,8 +81,8 @@ def rows(folder: Path) -> list[str]:
             random,
             f"{row.random_beaten:.0f} of {row.random_n:.0f} (p = {row.random_p_value:.2g})" if controlled else "–",
             f"{row.curve_p_max:.2g}" if not pd.isna(row.curve_p_max) else "–",
-            "undefined" if pd.isna(row.tir) else f"{row.tir:.2f}",
-            "withheld" if pd.isna(row.recovery) else f"{row.recovery:.0f} %",
+            "undefined" if pd.isna(row.tir) else f"{row.tir:.2f}" + few(row),
+            "withheld" if pd.isna(row.recovery) else recovery(row),
             row.n,
         ]
         found.append(f"| {' | '.join(map(str, cells))} |")

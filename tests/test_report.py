@@ -173,5 +173,8 @@ def test_notebooks_are_found_or_the_command_says_where_they_are(
     assert CliRunner().invoke(cli.app, ["lab", "--no-browser"]).exit_code == 0
     assert started[0][:3] == [sys.executable, "-m", "jupyterlab"] and "--no-browser" in started[0]
     assert Path(started[0][3].partition("=")[2]).name == "notebooks"
+    # options that are JupyterLab's own are passed on
+    assert CliRunner().invoke(cli.app, ["lab", "--port", "9", "--allow-root"]).exit_code == 0
+    assert started[1][-2:] == ["--port=9", "--allow-root"]
     with pytest.raises(UsageError, match="is no folder"):
         cli.pages._notebooks(tmp_path / "none")

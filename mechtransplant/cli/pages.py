@@ -34,19 +34,21 @@ def draw_figures(
     typer.echo(f"{', '.join(names)}: {out or run / 'figures'}")
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(
+    context: typer.Context,
     folder: Annotated[Path | None, typer.Option(help="The folder with the notebooks.")] = None,
     port: Annotated[int, typer.Option(help="Where JupyterLab listens; the next free one if it is taken.")] = 8888,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
 ) -> None:
-    """Start JupyterLab at the notebooks."""
+    """Start JupyterLab at the notebooks; other options are JupyterLab's own (--allow-root in a container)."""
     import subprocess
     import sys
 
     notebooks = _notebooks(folder)
     command = [sys.executable, "-m", "jupyterlab", f"--notebook-dir={notebooks}", f"--port={port}"]
-    raise typer.Exit(subprocess.run([*command, *([] if browser else ["--no-browser"])]).returncode)
+    command += [] if browser else ["--no-browser"]
+    raise typer.Exit(subprocess.run([*command, *context.args]).returncode)
 
 
 def _notebooks(folder: Path | None) -> Path:
