@@ -54,6 +54,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("ru
     from mechtransplant.weights import models_folder
 
     _run(models_folder() / "demo.yaml", out)
+    typer.echo(f"Next: mechtransplant report {out} (one page with everything), or make lab and notebook 01")
 
 
 @app.command()

@@ -104,7 +104,7 @@ def summarise(
         f"{len(run.splits.choose)} `choose` questions{explored}{_chosen_by(config)}, reported on "
         f"{len(run.splits.test)} `test` questions that selected nothing.",
         "",
-        f"**Verdict.** {verdict(run, headline, findings)}",
+        f"**Verdict.** {verdict(run, headline, findings)}{_against_lowest(run, results, findings)}",
         "",
         *_devices(run),
         *_result(run, results, findings),
@@ -149,6 +149,18 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
     return f"{said}."
+
+
+def _against_lowest(run: Run, results: pd.DataFrame, findings: Findings) -> str:
+    """A sentence where the modules that the headline ranks lowest do better than its highest; else nothing."""
+    headline = run.config.rules[0]
+    k, after = len(findings.grafts[headline][run.budget]), findings.outcomes[headline][run.budget].after_accuracy
+    rows = results[(results.role == "bottom") & (results["rule"] == headline) & (results.budget == run.budget)]
+    if rows.empty or rows.accuracy.iloc[0] <= after:
+        return ""
+    return (
+        f" The {k} modules that it ranks lowest reach {_percent(rows.accuracy.iloc[0])}, its graft {_percent(after)}."
+    )
 
 
 def _devices(run: Run) -> list[str]:
@@ -284,7 +296,8 @@ def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[
     columns = ["graft", "gain (points)", "accuracy elsewhere (points)", "worst task (points)", "perplexity"]
     columns += ["KL (nats a token)", "Pareto front"]
     tasks = ", ".join(dict.fromkeys(effects[effects.kind == "task"].what)) or "none"
-    lines = ["", "## Side effects", "", f"Other tasks: {tasks}. With 95 % intervals, paired.", "", *_head(columns)]
+    said = f"Other tasks: {tasks}. With 95 % intervals, paired.{_texts(run, effects)}"
+    lines = ["", "## Side effects", "", said, "", *_head(columns)]
     for graft in plane[plane.role != "random"].to_dict("records"):
         own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
         lines.append(_row(_side_effects_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
@@ -299,6 +312,17 @@ def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[
             f"elsewhere {_points(kept.min())} to {_points(kept.max())} points.",
         ]
     return lines
+
+
+def _texts(run: Run, effects: pd.DataFrame) -> str:
+    """Which texts perplexity and KL are measured on."""
+    read, spec = effects[effects.kind == "text"], run.config.side_effects
+    if read.empty or spec is None:
+        return ""
+    n = int(read.n.max())
+    if spec.file is not None:
+        return f" Perplexity and KL: on {n} texts of {spec.file}."
+    return f" Perplexity and KL: on {n} texts that the target wrote, so whatever changes its habits raises them."
 
 
 def _side_effects_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
@@ -346,6 +370,8 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         grafted = same[same.role == "graft"].accuracy
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
         band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
+        if point.k == candidates:
+            band = "a control: all of them select nothing, so this K is never chosen"
         cells = [point.k, f"{point.strength:g}", _percent(point.accuracy)]
         lines.append(_row([*cells, _percent(grafted.iloc[0]) if len(grafted) else "–", band]))
     if run.config.kinds == ("linear",):
