@@ -123,8 +123,9 @@ def kills() -> str:
     shown = rows.rename(columns=lambda name: name.replace("_", " "))
     return f"""### Runs that are killed
 
-`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, up to 8
-seconds after a new cell (one in four: while models are loaded), started again each time, beside the same run undisturbed on the serial engine.
+`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, up to 8 seconds
+after a new cell (one in four: while models are loaded), started again each time, beside the same run undisturbed on the
+serial engine.
 
 {table(shown)}
 """
