@@ -214,6 +214,14 @@ def test_reported_rows_beside_a_runs() -> None:
         beside_reported([ROOT / "runs"])
 
 
+@pytest.mark.parametrize("rule", ["lae", "integrated_gradient", "weight_delta_relative"])
+def test_a_rules_name_fits_below_its_curve(rule: str) -> None:
+    results = pd.read_parquet(ROOT / "runs" / "smollm2-generations" / "results.parquet")
+    figure, _ = figures.k_curve(results, rule=rule)
+    check_layout(figure)
+    assert f"graft by {rule}" in [text.get_text() for text in texts_of(figure)]
+
+
 def test_runs_side_by_side() -> None:
     folder = ROOT / "runs" / "smollm2-generations"
     table = runs_table([folder, ROOT / "runs" / "family-strengths"])

@@ -80,7 +80,9 @@ def k_curve(
         axes.set_title(f"{title}\n{questions}" if title else questions)
         axes.set_ylim(-3, 103)
         labels = axes.get_legend_handles_labels()[1]
-        columns = 2 if max(map(len, labels)) <= LEGEND else 1
+        half = -(-len(labels) // 2)
+        widths = [max(map(len, part), default=0) for part in (labels[:half], labels[half:])]
+        columns = 2 if max(widths) <= LEGEND and sum(widths) <= BOTH else 1
         figure.set_figheight(2.1 + 0.15 * -(-len(labels) // columns))
         figure.legend(loc="outside lower center", ncols=columns)
     return figure, axes
@@ -103,6 +105,8 @@ def _apart(sizes: Sequence[int]) -> list[int]:
 
 #: letters of a legend's longest label, of which two stand side by side in a column's width
 LEGEND = 28
+#: and so many letters in both
+BOTH = 46
 #: how many curves stay legible in one panel
 PANEL = 5
 
