@@ -18,6 +18,7 @@ from pathlib import Path
 from mechtransplant.experiment import beside_reported, runs_table
 from mechtransplant.experiment.drawing import draw, kind_of
 from mechtransplant.figures import reported_rows, run_rows, save_figure
+from mechtransplant.ranking import get_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, FIGURES = ROOT / "runs", ROOT / "figures"
@@ -75,8 +76,8 @@ def draw_across(folder: Path) -> None:
     save_figure(reported_rows(rows, title=title)[0], folder, "reported_rows", rows)
     table = runs_table(runs)
     table = table[table.random_n.notna()]
-    # a rule that searches sets has no ranking before the questions that it searches on
-    table = table[~table["rule"].isin(["greedy", "mask"])]
+    # searches learned on the questions that chose K: a ceiling, and no rule that ranks beforehand
+    table = table[[get_rule(rule).splits[0] != "choose" for rule in table["rule"]]]
     table["label"] = (
         table.run + ": " + table["rule"] + ", " + table.k.astype(str) + " of " + table.candidates.astype(str)
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from mechtransplant.evaluation.outcome import FEW
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("family-generations", "family-instruct", "smollm2-generations", "smollm2-instruct")
 BEGIN, END = "<!-- results: scripts/update_readme.py -->\n", "<!-- end of results -->\n"
@@ -46,7 +48,7 @@ def shown(folder: Path) -> list[str]:
 def few(row: Any) -> str:
     """A warning where TIR divides by a handful of right answers."""
     right = round(row.target * row.n)
-    return f" ({right} right)" if right < 10 else ""
+    return f" ({right} right)" if right < FEW else ""
 
 
 def recovery(row: Any) -> str:

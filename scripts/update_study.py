@@ -17,6 +17,7 @@ import pandas as pd
 from study_claims import CLAIMS, Study, verdict
 
 from mechtransplant.experiment import reported_power, reported_results, runs_table
+from mechtransplant.experiment.words import head_of, row_of
 
 ROOT = Path(__file__).resolve().parent.parent
 #: the study's pairs, and what its runs are called: study-PAIR-WHAT-SPLIT
@@ -25,8 +26,7 @@ PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:
     """A table in markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return "\n".join([*head_of(columns), *map(row_of, rows)]) + "\n"
 
 
 def power() -> str:

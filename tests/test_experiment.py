@@ -505,9 +505,9 @@ def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:
 
 def test_outcome_is_strict_json_with_null_for_unbounded() -> None:
     from mechtransplant.experiment.result import _without_infinity
-    from mechtransplant.experiment.summary import _interval
+    from mechtransplant.experiment.words import interval_of
 
-    assert _interval((18.0, float("inf")), "", 1) == "[18, ∞]"
+    assert interval_of((18.0, float("inf")), "", 1) == "[18, ∞]"
     assert json.dumps(_without_infinity({"a": (1.0, float("inf"))}), allow_nan=False) == '{"a": [1.0, null]}'
 
 

@@ -89,7 +89,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
 
     from mechtransplant.experiment.config import read_config
     from mechtransplant.experiment.rankings import read_ranking
-    from mechtransplant.experiment.summary import label_of
+    from mechtransplant.experiment.summary_effects import label_of
     from mechtransplant.side_effects import pareto_front
 
     config, title = read_config(folder / "config.yaml"), _pair_of(folder)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.heads_mlps_sets import ARMS, DEPTHS, MATCHES, NAMES, NEAR, mlps
+from mechtransplant.experiment.words import row_of
 from mechtransplant.pair import Pair
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _whole(table: pd.DataFrame, sets: int) -> list[str]:
             log_random = _range(row, "random_log_probability_", _nats)
         cells = [what, f"{row['match']}{near}", row["count"], row["arm"], row["modules"], f"{row['share']:.1%}"]
         cells += [accuracy, random, beats, _p(row["p"]), log_p, log_random, _p(row["p_log_probability"])]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(row_of(cells))
     return lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from mechtransplant.experiment.words import row_of
 from mechtransplant.pair import Pair
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _row(row: Mapping[Any, Any]) -> str:
     found = ["–" if row[key] != row[key] else form.format(row[key]) for key, form in _FORMS.items()]
     cells = [row["kind"], f"`{row['rule']}`", row["operator"], f"{row['strength']:g}", row["k"]]
     cells += [f"{row['parameters']:.1%}", f"{row['log_probability']:.3f}", *found]
-    return f"| {' | '.join(map(str, cells))} |"
+    return row_of(cells)
 
 
 _FORMS = {"accuracy": "{:.1%}", "perplexity_change": "{:+.1%}", "kl": "{:.3g}"}

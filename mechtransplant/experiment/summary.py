@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
+from mechtransplant.experiment.summary_effects import side_effects_of
+from mechtransplant.experiment.words import RATIOS, head_of, interval_of, percent, range_of, ratios, row_of
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
 from mechtransplant.ranking import get_rule
@@ -27,60 +29,6 @@ def selected_counts(run: Run, ks: Sequence[int]) -> list[tuple[int, int, int]]:
         feed_forward = sum(run.pair.layout.is_feed_forward(m) for m in run.rankings.top(run.config.rules[0], k))
         counts.append((k, feed_forward, k - feed_forward))
     return counts
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _band(values: Any) -> str:
-    """Median (lowest – highest)."""
-    return f"{_percent(values.median())} ({_percent(values.min())} – {_percent(values.max())})"
-
-
-_RATIOS = ("TIR", "Recovery")
-
-
-def _row(cells: Sequence[Any]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _head(columns: Sequence[str]) -> list[str]:
-    return [_row(columns), _row(["---"] * len(columns))]
-
-
-def _ratios(outcome: Outcome) -> list[str]:
-    """TIR and Recovery as text."""
-    return [
-        "undefined" if outcome.tir is None else f"{outcome.tir:.3f}",
-        "withheld" if outcome.recovery is None else f"{outcome.recovery:.1f} %",
-    ]
-
-
-def _interval(pair: tuple[float, float] | None, unit: str = " %", scale: float = 100) -> str:
-    if pair is None:
-        return "–"
-    low, high = ("∞" if end == math.inf else "−∞" if end == -math.inf else f"{scale * end + 0.0:.3g}" for end in pair)
-    return f"[{low}, {high}]{unit}"
-
-
-def _points(share: float) -> str:
-    """A change of a share in percentage points; nothing is +0.0."""
-    return f"{round(100 * share, 1) + 0.0:+.1f}"
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def label_of(row: Mapping[Any, Any]) -> str:
-    """A graft's name in figures and tables."""
-    if row["role"] == "all":
-        return f"all {row['k']}"
-    return f"random {row['k']}" if row["role"] == "random" else f"{row['rule']} {row['k']}"
 
 
 def summarise(
@@ -113,7 +61,7 @@ def summarise(
     if len(config.rules) > 1:
         lines += _rules(run, findings)
     if plane is not None and effects is not None:
-        lines += _side_effects(run, plane, effects)
+        lines += side_effects_of(run, plane, effects)
     if len(outcomes) > 1:
         lines += _budgets(run, findings)
     lines += _sweep(run, results, findings)
@@ -125,7 +73,7 @@ def summarise(
 def _chosen_by(config: RunConfig) -> str:
     said = " by the gold answer's log-probability" if config.choose_by == "log_probability" else ""
     within = (
-        "" if config.parameters is None else f" among grafts of at most {_percent(config.parameters)} of the parameters"
+        "" if config.parameters is None else f" among grafts of at most {percent(config.parameters)} of the parameters"
     )
     return said + within
 
@@ -158,9 +106,7 @@ def _against_lowest(run: Run, results: pd.DataFrame, findings: Findings) -> str:
     rows = results[(results.role == "bottom") & (results["rule"] == headline) & (results.budget == run.budget)]
     if rows.empty or rows.accuracy.iloc[0] <= after:
         return ""
-    return (
-        f" The {k} modules that it ranks lowest reach {_percent(rows.accuracy.iloc[0])}, its graft {_percent(after)}."
-    )
+    return f" The {k} modules that it ranks lowest reach {percent(rows.accuracy.iloc[0])}, its graft {percent(after)}."
 
 
 def _devices(run: Run) -> list[str]:
@@ -177,19 +123,19 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     headline, budget = run.config.rules[0], run.budget
     outcome, graft = findings.outcomes[headline][budget], findings.grafts[headline][budget]
     k, candidates = len(graft), len(run.candidates)
-    tir, recovery = _ratios(outcome)
-    tir += "" if outcome.tir is None else f" {_interval(outcome.tir_interval, '', 1)}"
-    recovery += "" if outcome.recovery is None else f" {_interval(outcome.recovery_interval, ' %', 1)}"
+    tir, recovery = ratios(outcome)
+    tir += "" if outcome.tir is None else f" {interval_of(outcome.tir_interval, '', 1)}"
+    recovery += "" if outcome.recovery is None else f" {interval_of(outcome.recovery_interval, ' %', 1)}"
     lines = [
         f"## Result of `{headline}` at {budget} tokens",
         "",
         f"- **TIR** (after / target): {tir}",
         f"- **Recovery** (share of the gap to the source): {recovery}",
-        f"- difference {100 * outcome.difference:+.1f} points {_interval(outcome.interval, ' points')}; "
+        f"- difference {100 * outcome.difference:+.1f} points {interval_of(outcome.interval, ' points')}; "
         f"exact McNemar p = {outcome.p_value:.3g}; "
         f"{outcome.gained} questions gained, {outcome.lost} lost",
-        f"- best K = {k} of {candidates} ({_percent(k / candidates)} of the candidates, "
-        f"{_percent(outcome.parameter_share)} of the numbers in linear layers)",
+        f"- best K = {k} of {candidates} ({percent(k / candidates)} of the candidates, "
+        f"{percent(outcome.parameter_share)} of the numbers in linear layers)",
     ]
     change = outcome.log_probability
     if change is not None:
@@ -197,14 +143,14 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         among = f"; {ranks} among the random sets" if ranks is not None else ""
         lines.append(
             f"- log-probability of the gold answer {change.target:.2f} → {change.after:.2f} nats (source "
-            f"{change.source:.2f}): {change.change:+.2f} {_interval(change.interval, ' nats', 1)}{among}"
+            f"{change.source:.2f}): {change.change:+.2f} {interval_of(change.interval, ' nats', 1)}{among}"
         )
     if outcome.curve is not None:
         area = outcome.curve
         lines.append(
-            f"- area under the K-curve (mean accuracy over the share of modules grafted): {_percent(area.area)}; "
-            f"random orders {_percent(area.area_rank.median)} ({_percent(area.area_rank.low)} – "
-            f"{_percent(area.area_rank.high)}), p = {area.area_rank.p_value:.2g}"
+            f"- area under the K-curve (mean accuracy over the share of modules grafted): {percent(area.area)}; "
+            f"random orders {percent(area.area_rank.median)} ({percent(area.area_rank.low)} – "
+            f"{percent(area.area_rank.high)}), p = {area.area_rank.p_value:.2g}"
         )
     return lines + [f"- {note}" for note in outcome.notes]
 
@@ -227,7 +173,7 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     k, strength = len(graft), graft.strengths[0]
     rows = results[(results.split == "test") & (results.budget == budget) & results.rule.isin(["", headline])]
     other = "" if run.other is None else run.other.name
-    lines = ["", "## Controls", "", *_head(["", "accuracy", "95 % interval"])]
+    lines = ["", "## Controls", "", *head_of(["", "accuracy", "95 % interval"])]
     for role, label in _ROLES.items():
         found = rows[rows.role == role]
         if role in ("graft", "all"):
@@ -235,12 +181,12 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         if len(found):
             row = found.iloc[0]
             said = label.format(k=k, strength=strength, all=len(run.candidates), other=other)
-            lines.append(_row([said, _percent(row.accuracy), _interval((row.low, row.high))]))
+            lines.append(row_of([said, percent(row.accuracy), interval_of((row.low, row.high))]))
     drawn = rows[(rows.role == "random") & (rows.k == k) & (rows.strength == strength)]
     drawn = drawn[drawn.set.str.startswith("set")]
     if len(drawn):
         said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
-        lines.append(_row([said, _band(drawn.accuracy), ""]))
+        lines.append(row_of([said, range_of(drawn.accuracy), ""]))
     same = self_graft_is_identical(run)
     if same is not None:
         lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
@@ -266,21 +212,21 @@ def self_graft_is_identical(run: Run) -> bool | None:
 
 def _rules(run: Run, findings: Findings) -> list[str]:
     columns = [
-        "rule", "needs", "K", "graft", *_RATIOS, "nats", "random sets: median (range)", "beaten", "p", "p (curve)",
+        "rule", "needs", "K", "graft", *RATIOS, "nats", "random sets: median (range)", "beaten", "p", "p (curve)",
         "area", "bottom", "unrelated", "reverse",
     ]  # fmt: skip
-    lines = ["", f"## Rules, each with its own K (test, {run.budget} tokens)", "", *_head(columns)]
+    lines = ["", f"## Rules, each with its own K (test, {run.budget} tokens)", "", *head_of(columns)]
     for rule in run.config.rules:
         outcome = findings.outcomes[rule][run.budget]
         row = findings.table[(findings.table.rule == rule) & (findings.table.budget == run.budget)].iloc[0]
         ranks, curve, change = outcome.controls, outcome.curve, outcome.log_probability
-        random = "–" if ranks is None else f"{_percent(ranks.median)} ({_percent(ranks.low)} – {_percent(ranks.high)})"
-        others = ["–" if v is None or math.isnan(v) else _percent(v) for v in (row.bottom, row.unrelated, row.reverse)]
-        cells = [f"`{rule}`", row.needs, row.k, _percent(row.after), *_ratios(outcome)]
+        random = "–" if ranks is None else f"{percent(ranks.median)} ({percent(ranks.low)} – {percent(ranks.high)})"
+        others = ["–" if v is None or math.isnan(v) else percent(v) for v in (row.bottom, row.unrelated, row.reverse)]
+        cells = [f"`{rule}`", row.needs, row.k, percent(row.after), *ratios(outcome)]
         cells += ["–" if change is None else f"{change.change:+.2f}", random]
         cells += ["–", "–"] if ranks is None else [f"{ranks.beaten} of {ranks.n}", f"{ranks.p_value:.2g}"]
-        cells += ["–", "–"] if curve is None else [f"{curve.p_value:.2g}", _percent(curve.area)]
-        lines.append(_row([*cells, *others]))
+        cells += ["–", "–"] if curve is None else [f"{curve.p_value:.2g}", percent(curve.area)]
+        lines.append(row_of([*cells, *others]))
     lines += [
         "",
         f"{len(run.config.rules)} rules are compared: by chance alone one in twenty has p ≤ 0.05. p is the rank among "
@@ -292,70 +238,19 @@ def _rules(run: Run, findings: Findings) -> list[str]:
     return lines
 
 
-def _side_effects(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
-    columns = ["graft", "gain (points)", "accuracy elsewhere (points)", "worst task (points)", "perplexity"]
-    columns += ["KL (nats a token)", "Pareto front"]
-    tasks = ", ".join(dict.fromkeys(effects[effects.kind == "task"].what)) or "none"
-    said = f"Other tasks: {tasks}. With 95 % intervals, paired.{_texts(run, effects)}"
-    lines = ["", "## Side effects", "", said, "", *_head(columns)]
-    for graft in plane[plane.role != "random"].to_dict("records"):
-        own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
-        lines.append(_row(_side_effects_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
-    notes = dict.fromkeys(note for c in run.side_effects for note in c["notes"])
-    lines += ["", *(f"- {note}" for note in notes)] if notes else []
-    random = plane[plane.role == "random"]
-    if len(random) and "harm" in plane:
-        gain, kept = random.gain, -random.harm
-        lines += [
-            "",
-            f"{len(random)} of the random sets: gain {_points(gain.min())} to {_points(gain.max())} points, accuracy "
-            f"elsewhere {_points(kept.min())} to {_points(kept.max())} points.",
-        ]
-    return lines
-
-
-def _texts(run: Run, effects: pd.DataFrame) -> str:
-    """Which texts perplexity and KL are measured on."""
-    read, spec = effects[effects.kind == "text"], run.config.side_effects
-    if read.empty or spec is None:
-        return ""
-    n = int(read.n.max())
-    if spec.file is not None:
-        return f" Perplexity and KL: on {n} texts of {spec.file}."
-    return f" Perplexity and KL: on {n} texts that the target wrote, so whatever changes its habits raises them."
-
-
-def _side_effects_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
-    gain, mean, worst, perplexity, kl = _points(graft["gain"]), "–", "–", "–", "–"
-    tasks = sorted((e for e in effects if e["kind"] == "task"), key=lambda e: e["change"])
-    if tasks:
-        gain += f" {_interval((graft['gain_low'], graft['gain_high']), '')}"
-        ends = (-graft["harm_high"], -graft["harm_low"])
-        mean = f"{_points(-graft['harm'])} {_interval(ends, '')}"
-        low = tasks[0]
-        worst = f"{low['what']} {_points(low['change'])} {_interval((low['low'], low['high']), '')}"
-    for read in (e for e in effects if e["kind"] == "text"):
-        ends = (read["low"], read["high"])
-        if read["what"] == "KL":
-            kl = f"{read['change']:.3g} {_interval(ends, '', 1)}"
-        else:
-            perplexity = f"{100 * read['change']:+.1f} % {_interval(ends)}"
-    return [label_of(graft), gain, mean, worst, perplexity, kl, "yes" if graft["front"] else ""]
-
-
 def _budgets(run: Run, findings: Findings) -> list[str]:
     headline = run.config.rules[0]
     columns = ["tokens", "answered by the target", "by the source", "by the graft", "right when answered (graft)"]
-    columns += ["target", "source", "best K", "graft", "random median", *_RATIOS]
-    lines = ["", "## Token budgets (test; each with its own best K)", "", *_head(columns)]
+    columns += ["target", "source", "best K", "graft", "random median", *RATIOS]
+    lines = ["", "## Token budgets (test; each with its own best K)", "", *head_of(columns)]
     for budget, o in findings.outcomes[headline].items():
         split = o.truncation or {}
-        answered = [_percent(split[r].answered) if r in split else "–" for r in ("target", "source", "after")]
+        answered = [percent(split[r].answered) if r in split else "–" for r in ("target", "source", "after")]
         right = split["after"].right_given_answered if "after" in split else None
-        cells = [budget, *answered, "–" if right is None else _percent(right)]
-        cells += [_percent(o.target_accuracy), _percent(o.source_accuracy), len(findings.grafts[headline][budget])]
-        cells += [_percent(o.after_accuracy), "–" if o.controls is None else _percent(o.controls.median), *_ratios(o)]
-        lines.append(_row(cells))
+        cells = [budget, *answered, "–" if right is None else percent(right)]
+        cells += [percent(o.target_accuracy), percent(o.source_accuracy), len(findings.grafts[headline][budget])]
+        cells += [percent(o.after_accuracy), "–" if o.controls is None else percent(o.controls.median), *ratios(o)]
+        lines.append(row_of(cells))
     return lines
 
 
@@ -364,16 +259,16 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     at = results[(results.budget == run.budget) & (results.rule == headline)]
     choose, test = (at[(at.split == split)] for split in ("choose", "test"))
     columns = ["K", "strength", "accuracy on choose", "on test", "random orders on test: median (lowest – highest)"]
-    lines = ["", f"## K sweep of `{headline}`", "", *_head(columns)]
+    lines = ["", f"## K sweep of `{headline}`", "", *head_of(columns)]
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
         same = test[(test.k == point.k) & (test.strength == point.strength)]
         grafted = same[same.role == "graft"].accuracy
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
-        band = f"{_band(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
+        band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
         if point.k == candidates:
             band = "a control: all of them select nothing, so this K is never chosen"
-        cells = [point.k, f"{point.strength:g}", _percent(point.accuracy)]
-        lines.append(_row([*cells, _percent(grafted.iloc[0]) if len(grafted) else "–", band]))
+        cells = [point.k, f"{point.strength:g}", percent(point.accuracy)]
+        lines.append(row_of([*cells, percent(grafted.iloc[0]) if len(grafted) else "–", band]))
     if run.config.kinds == ("linear",):
         paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
         lines += ["", "## Feed-forward / attention layers among the K highest, at the paper's five shares", ""]
@@ -392,10 +287,10 @@ def _searches(run: Run, results: pd.DataFrame) -> list[str]:
     best, names = grid[others].max(axis=1), grid[others].idxmax(axis=1)
     said = {r: ", ".join(f"{key} = {value}" for key, value in run.config.options_of(r).items()) for r in searches}
     columns = ["K", "best other rule", *(f"`{r}`" + f" ({said[r]})" * bool(said[r]) for r in searches)]
-    lines = ["", "## Searches on `choose`: log-probability of the gold answer, nats", "", *_head(columns)]
+    lines = ["", "## Searches on `choose`: log-probability of the gold answer, nats", "", *head_of(columns)]
     for k in grid.index:
         found = [f"{grid.loc[k, r]:.3f} ({grid.loc[k, r] - best[k]:+.3f})" for r in searches]
-        lines.append(_row([k, f"{best[k]:.3f} `{names[k]}`", *found]))
+        lines.append(row_of([k, f"{best[k]:.3f} `{names[k]}`", *found]))
     caution = (
         "In brackets: the search less the best other rule. Searches optimise this quantity on these questions, and the "
         "other rules rank on `discover`, so a positive difference is no finding: a negative one would be a failed "

@@ -39,7 +39,8 @@ class Texts(Protocol):
 class Gate:
     """A predicate of a question, to be given as ``ConditionalGraft(graft, accepts=gate)``; see :func:`fit_gate`.
 
-    ``direction`` and ``centre`` have one number a dimension of the residual stream after ``layer``.
+    ``direction`` and ``centre`` have shape (d_model,), of the residual stream after ``layer``; ``known`` keeps what was
+    decided, by the question's key.
     """
 
     model: LanguageModel
@@ -125,11 +126,9 @@ def residual_means(
         raise UsageError(
             "a gate reads the target as it is: leave the block of the graft or patch that acts on it first"
         )
-    if not len(rows):
-        return np.zeros((0, int(model.hf.config.get_text_config().hidden_size)))
-    lengths = [len(row) for row in rows]
-    check_lengths(model.hf, max(lengths))
     found = np.zeros((len(rows), int(model.hf.config.get_text_config().hidden_size)))
+    lengths = [len(row) for row in rows]
+    check_lengths(model.hf, max(lengths, default=0))
     for batch in length_sorted(lengths, batch_size):
         ids, mask = pad([list(rows[i]) for i in batch], 0, "right")
         device = model.hf.device

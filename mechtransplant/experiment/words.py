@@ -1,0 +1,50 @@
+"""Numbers and tables in words: what the Markdown pages of an experiment are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mechtransplant.evaluation import Outcome
+
+
+def percent(value: Any) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def range_of(values: Any) -> str:
+    """Median (lowest – highest)."""
+    return f"{percent(values.median())} ({percent(values.min())} – {percent(values.max())})"
+
+
+RATIOS = ("TIR", "Recovery")
+
+
+def row_of(cells: Sequence[Any]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def head_of(columns: Sequence[str]) -> list[str]:
+    return [row_of(columns), row_of(["---"] * len(columns))]
+
+
+def ratios(outcome: Outcome) -> list[str]:
+    """TIR and Recovery as text."""
+    return [
+        "undefined" if outcome.tir is None else f"{outcome.tir:.3f}",
+        "withheld" if outcome.recovery is None else f"{outcome.recovery:.1f} %",
+    ]
+
+
+def interval_of(pair: tuple[float, float] | None, unit: str = " %", scale: float = 100) -> str:
+    if pair is None:
+        return "–"
+    low, high = ("∞" if end == math.inf else "−∞" if end == -math.inf else f"{scale * end + 0.0:.3g}" for end in pair)
+    return f"[{low}, {high}]{unit}"
+
+
+def points(share: float) -> str:
+    """A change of a share in percentage points; nothing is +0.0."""
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
