@@ -97,6 +97,16 @@ def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 
     return RandomOrders([tuple(matched_order(group, names, rng)) for _ in range(n)], DEPTH_LEVELS[parts])
 
 
+#: a control's role in words: "reverse" is the name of a task too
+_SAID = {
+    "bottom": "lowest-ranked",
+    "all": "all candidates",
+    "reverse": "source with the target's modules (reverse)",
+    "self": "target with its own (self)",
+    "unrelated": "ranked on another task (unrelated)",
+}
+
+
 @dataclass(frozen=True)
 class ControlledOutcome:
     """A graft's outcome among its controls; ``table`` has one row a control.
@@ -111,8 +121,10 @@ class ControlledOutcome:
     identical: bool
 
     def __str__(self) -> str:
-        rows = self.table[self.table.role != "random"]
-        said = ", ".join(f"{r.role} {r.accuracy:.1%}" for r in rows.itertuples() if r.role not in ("target", "source"))
+        rows = self.table[self.table.role.isin(list(_SAID))]
+        said = ", ".join(
+            f"{_SAID[role]} {accuracy:.1%}" for role, accuracy in zip(rows.role, rows.accuracy, strict=True)
+        )
         return f"{self.outcome}\ncontrols: {said}; self-graft {'' if self.identical else 'NOT '}identical"
 
 

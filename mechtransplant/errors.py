@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 
 
@@ -19,6 +20,16 @@ def one_line(error: BaseException) -> str:
     """The first line of another library's message, to stand inside one of ours."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def wrong_in(where: object) -> Iterator[None]:
+    """Every UsageError inside says first where the fault lies: in which file."""
+    try:
+        yield
+    except UsageError as error:
+        error.args = (f"{where}: {error}",)
+        raise
 
 
 def check_count(name: str, value: object, least: int = 1, most: int | None = None) -> None:

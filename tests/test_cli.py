@@ -22,7 +22,7 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
     code, _, error = command("run", str(folder / "c.yaml"), "--out", str(folder / "out"))
     assert code == 2, error
     assert message in error and len(error.strip().splitlines()) == 1, error
-    assert not (folder / "out").exists()
+    assert str(folder / "c.yaml") in error and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,7 @@ def test_tir_over_one_right_answer_is_wide_and_said_to_be() -> None:
 def test_recovery_is_withheld_when_the_gap_covers_zero() -> None:
     outcome = compare(scored("10" * 20), scored("01" * 19 + "11"), scored("11" * 20))
     assert outcome.recovery is None and "withheld" in " ".join(outcome.notes)
+    assert "Recovery withheld (the gap's interval covers 0)" in str(outcome)
     assert outcome.gap_interval[0] <= 0 <= outcome.gap_interval[1]
     assert outcome.tir == pytest.approx(2.0)
 

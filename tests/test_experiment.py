@@ -17,6 +17,7 @@ from mechtransplant.experiment import Run, evaluator, lower_layers, run_experime
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
 from mechtransplant.experiment.setup import Setup, build_task
+from mechtransplant.experiment.summary_effects import _with_fronts
 from mechtransplant.experiment.worker import Shipped
 from mechtransplant.ranking import rank_modules
 from mechtransplant.tasks import load_task
@@ -173,6 +174,32 @@ def test_side_effects_of_every_reported_graft(finished: Any) -> None:
     grafted = plane[(plane.role == "graft") & (plane.k == len(finished.graft))].iloc[0]
     assert grafted.gain == pytest.approx(finished.outcomes[8].difference)
     assert "## Side effects" in finished.summary and (finished.folder / "figures" / "gain_against_harm.png").exists()
+
+
+def test_the_side_effects_table_says_on_which_front_a_graft_is() -> None:
+    plane = pd.DataFrame({"gain": [0.3, 0.2, 0.3, 0.1], "harm": [0.0, 0.0, 0.1, 0.1], "kl": [0.5, 0.1, 0.2, 0.4]})
+    both, accuracy, kl = "gain and accuracy elsewhere; gain and KL", "gain and accuracy elsewhere", "gain and KL"
+    assert list(_with_fronts(plane).fronts) == [accuracy, kl, kl, ""]
+    assert list(_with_fronts(plane.assign(kl=[0.1, 0.2, 0.3, 0.4])).fronts) == [both, "", "", ""]
+    assert list(_with_fronts(plane.drop(columns="harm")).fronts) == ["", kl, kl, ""]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "nowhere.jsonl"}, "no task file at nowhere.jsonl"),
+        ({"task": "addition", "split": {"test": 99999}}, "ask for fewer"),
+        ({}, "holds another run"),
+    ],
+)
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mechtransplant.experiment.setup.load_pair", lambda *a, **k: pytest.fail("weights were loaded"))
+    if not changes:
+        (tmp_path / "config.yaml").write_text("pair: family/instruct\n")
+    with pytest.raises(UsageError, match=message):
+        Run(config(**changes), tmp_path, progress=False)
 
 
 @pytest.fixture(scope="module")

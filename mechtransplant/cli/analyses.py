@@ -14,17 +14,20 @@ DEVICE = "The device instead of the config's: cpu, cuda, cuda:1, …; a folder m
 
 
 def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | None = None, **engine: Any) -> None:
-    from mechtransplant.experiment import Run, run_experiment
+    from mechtransplant.errors import wrong_in
+    from mechtransplant.experiment import Run
     from mechtransplant.experiment.config import on_device, read_config
     from mechtransplant.experiment.worker import EngineChoice
 
     config = on_device(read_config(config_path), device)
     folder = out or Path("runs") / config.name
+    choice = EngineChoice(engine["engine"], engine["workers"], engine["address"])
+    with wrong_in(config_path):
+        made = Run(config, folder, engine=choice)
     if dry:
-        run = Run(config, folder, engine=EngineChoice(engine["engine"], engine["workers"], engine["address"]))
-        typer.echo(f"{folder}: {run.estimate()}")
+        typer.echo(f"{folder}: {made.estimate()}")
         return
-    result = run_experiment(config, folder, **engine)
+    result = made.execute()
     typer.echo(result.summary)
     typer.echo(f"Tables and figures are in {result.folder}")
 
@@ -162,11 +165,14 @@ def screen(
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """Compare recipes (kinds, rules, operators, strengths, sizes) on choose, and write the best as a run's config."""
+    from mechtransplant.errors import wrong_in
     from mechtransplant.experiment import read_screen, report_screen
 
     wanted = read_screen(config)
     folder = out or Path("runs") / wanted.name
-    typer.echo(report_screen(wanted, folder, device=device))
+    with wrong_in(config):
+        said = report_screen(wanted, folder, device=device)
+    typer.echo(said)
     best = folder / "best.yaml"
     typer.echo(f"Tables and figures are in {folder}" + (f"; next: mechtransplant run {best}" if best.exists() else ""))
 

@@ -120,8 +120,12 @@ class Outcome:
         return html_table(rows, title=title, notes=self.notes)
 
     def __str__(self) -> str:
-        tir = "undefined" if self.tir is None else f"{self.tir:.2f}"
-        recovery = "withheld" if self.recovery is None else f"{self.recovery + 0.0:.0f} %".replace("-0 %", "0 %")
+        tir = "undefined (the target has none right)" if self.tir is None else f"{self.tir:.2f}"
+        recovery = (
+            "withheld (the gap's interval covers 0)"
+            if self.recovery is None
+            else f"{self.recovery + 0.0:.0f} %".replace("-0 %", "0 %")
+        )
         controls = "no random control" if self.controls is None else f"{self.controls} among random sets"
         return (
             f"{self.target_accuracy:.1%} → {self.after_accuracy:.1%} (source {self.source_accuracy:.1%}, "

@@ -50,10 +50,11 @@ class Run(Setup):
         # of the process that ranks alone: a worker may not know a user's own rule
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
+        # before any weights are loaded
+        check_folder(config, folder)
         super().__init__(config)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere = Elsewhere(self)
-        self._check_folder()
 
     @property
     def _config_text(self) -> str:
@@ -61,30 +62,13 @@ class Run(Setup):
 
         return str(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
 
-    def _check_folder(self) -> None:
-        """Refuse a folder that holds another run, or anything else; writes nothing."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UsageError(f"{self.folder} is a file: choose another --out folder")
-        path = self.folder / "config.yaml"
-        if path.exists():
-            # parsed, so that a run from before a key existed has that key's default; another device rounds otherwise,
-            # as another processor does, and may go on
-            if on_device(read_config(path), self.config.device) != self.config:
-                raise UsageError(
-                    f"{self.folder} holds another run (its config.yaml differs): choose another --out folder, "
-                    "or remove it"
-                )
-            return
-        if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
-            raise UsageError(f"{self.folder} is not empty and holds no run: choose another --out folder")
-
     # --- the flow ------------------------------------------------------------------------------------------------
 
     def execute(self) -> RunResult:
         """Do what is left to do, and write every table and figure."""
         with locked(self.folder):
             # again under the lock: another start may have come first
-            self._check_folder()
+            check_folder(self.config, self.folder)
             write_atomically(self.folder / "config.yaml", self._config_text)
             self.store = CellStore(self.folder / "cells.jsonl")
             return self._execute()
@@ -346,6 +330,23 @@ def depends_on(run: Run) -> dict[str, Any]:
             **run.elsewhere.fingerprints,
         },
     }
+
+
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """Refuse a folder that holds another run, or anything else; writes nothing."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: choose another --out folder")
+    path = folder / "config.yaml"
+    if path.exists():
+        # parsed, so that a run from before a key existed has that key's default; another device rounds otherwise,
+        # as another processor does, and may go on
+        if on_device(read_config(path), config.device) != config:
+            raise UsageError(
+                f"{folder} holds another run (its config.yaml differs): choose another --out folder, or remove it"
+            )
+        return
+    if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no run: choose another --out folder")
 
 
 def run_experiment(

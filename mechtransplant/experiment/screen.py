@@ -29,7 +29,7 @@ from mechtransplant.experiment.folder import begin, locked, write_compatibility
 from mechtransplant.experiment.rankings import options_of_rule
 from mechtransplant.experiment.screen_config import ScreenConfig
 from mechtransplant.experiment.screen_page import page_of
-from mechtransplant.experiment.setup import build_task, exploring_task, pair_of
+from mechtransplant.experiment.setup import build_task, check_task, exploring_task, pair_of
 from mechtransplant.grafting import Graft
 from mechtransplant.progress import track
 from mechtransplant.ranking import get_rule, rank_modules
@@ -100,6 +100,7 @@ class Screen:
 
             torch.set_num_threads(config.threads)
         run = config.as_run(config.grafted[0], config.rules[0])
+        check_task(run)
         self.pair = pair_of(run)
         self.task = build_task(run, self.pair)
         self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))

@@ -33,6 +33,14 @@ def build_task(config: RunConfig, pair: Pair) -> Task:
     return load_task(spec) if isinstance(spec, str) else _specified(spec)
 
 
+def check_task(config: RunConfig) -> None:
+    """Raise UsageError where the task that a config names cannot be had or split: no weights are loaded for that."""
+    spec, explore = config.task, exploring_task(config)
+    if spec is not None:
+        task = load_task(spec) if isinstance(spec, str) else _specified(spec)
+        task.split(**config.split.model_dump(), explore=explore)
+
+
 def exploring_task(config: RunConfig) -> Task | None:
     """The task that ``discover`` and ``choose`` are taken from, where it is another one than ``test`` is."""
     spec = config.task
@@ -108,6 +116,7 @@ class Setup:
 
     def _made(self) -> Parts:
         """The parts that the config names."""
+        check_task(self.config)
         pair = pair_of(self.config)
         task, explore = build_task(self.config, pair), exploring_task(self.config)
         other = unrelated_task(self.config, pair, task, explore) if "unrelated" in self.config.controls else None

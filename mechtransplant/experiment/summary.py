@@ -78,6 +78,14 @@ def _chosen_by(config: RunConfig) -> str:
     return said + within
 
 
+#: how random sets are matched in depth, in words
+_DEPTHS = {
+    "thirds": "as many in each third of the layers",
+    "halves": "as many in each half of the layers",
+    "not matched": "depth not matched: too few different sets",
+}
+
+
 def verdict(run: Run, rule: str, findings: Findings) -> str:
     """One plain sentence: where a rule's graft stands among matched random sets on ``test``, and its whole curve."""
     graft, outcome = findings.grafts[rule][run.budget], findings.outcomes[rule][run.budget]
@@ -91,7 +99,7 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
         return f"`{rule}` has {said}."
     sets = run.random_sets(rule, len(graft))
     said = (
-        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(graft)} (depth {sets.depth}; "
+        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(graft)} ({_DEPTHS[sets.depth]}; "
         f"one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is {1 / (ranks.n + 1):.2g})"
     )
     if curve is not None:
@@ -271,7 +279,8 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         lines.append(row_of([*cells, percent(grafted.iloc[0]) if len(grafted) else "–", band]))
     if run.config.kinds == ("linear",):
         paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
-        lines += ["", "## Feed-forward / attention layers among the K highest, at the paper's five shares", ""]
+        lines += ["", "## Feed-forward / attention layers among the K highest", ""]
+        lines += ["K at the paper's five shares of the layers: 6.25, 12.5, 25, 50 and 100 %.", ""]
         lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
     return lines
 

@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.experiment.words import head_of, interval_of, points, row_of
+from mechtransplant.side_effects import pareto_front
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mechtransplant.experiment.run import Run
+
+
+_FRONT = (
+    "On a front: no other graft of this table gains as much at as little harm, one of them strictly; nor does the "
+    "untouched target, of gain and harm 0."
+)
 
 
 def label_of(row: Mapping[Any, Any]) -> str:
@@ -22,13 +29,15 @@ def label_of(row: Mapping[Any, Any]) -> str:
 
 def side_effects_of(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> list[str]:
     columns = ["graft", "gain (points)", "accuracy elsewhere (points)", "worst task (points)", "perplexity"]
-    columns += ["KL (nats a token)", "Pareto front"]
+    columns += ["KL (nats a token)", "on a Pareto front of"]
     tasks = ", ".join(dict.fromkeys(effects[effects.kind == "task"].what)) or "none"
     said = f"Other tasks: {tasks}. With 95 % intervals, paired.{_texts(run, effects)}"
     lines = ["", "## Side effects", "", said, "", *head_of(columns)]
-    for graft in plane[plane.role != "random"].to_dict("records"):
+    grafts = plane[plane.role != "random"]
+    for graft in _with_fronts(grafts).to_dict("records"):
         own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
         lines.append(row_of(_cells_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
+    lines += ["", _FRONT]
     notes = dict.fromkeys(note for c in run.side_effects for note in c["notes"])
     lines += ["", *(f"- {note}" for note in notes)] if notes else []
     random = plane[plane.role == "random"]
@@ -68,4 +77,13 @@ def _cells_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
             kl = f"{read['change']:.3g} {interval_of(ends, '', 1)}"
         else:
             perplexity = f"{100 * read['change']:+.1f} % {interval_of(ends)}"
-    return [label_of(graft), gain, mean, worst, perplexity, kl, "yes" if graft["front"] else ""]
+    return [label_of(graft), gain, mean, worst, perplexity, kl, graft["fronts"]]
+
+
+def _with_fronts(grafts: pd.DataFrame) -> pd.DataFrame:
+    """The grafts with a column ``fronts``: for which harms they are on the front."""
+    named = {"harm": "gain and accuracy elsewhere", "kl": "gain and KL"}
+    harms = [harm for harm in named if harm in grafts and grafts[harm].notna().all()]
+    on = {harm: pareto_front(grafts, harm=harm).front for harm in harms}
+    fronts = ["; ".join(named[harm] for harm in harms if on[harm][at]) for at in grafts.index]
+    return grafts.assign(fronts=fronts)
