@@ -132,7 +132,7 @@ def test_the_cost_figure_says_what_it_shows(tmp_path: Path) -> None:
     figure, (time, memory) = cost_plot(rows)
     assert [line.get_label() for line in time.get_lines()] == ["small, cpu", "large, cpu"]
     np.testing.assert_allclose(time.get_lines()[1].get_ydata(), [135 * 0.16, 135 * 1.28])
-    assert [t.get_text() for t in memory.get_yticklabels()] == ["small,\n40 M × 2", "large,\n135 M × 2"]
+    assert [t.get_text() for t in memory.get_yticklabels()] == ["small, 40 M × 2\ncpu", "large, 135 M × 2\ncpu"]
     # both weights, and above them the highest peak of the shape's rows
     tops = [bar.get_x() + bar.get_width() for bar in memory.patches]
     np.testing.assert_allclose(tops[1::2], [(9 * 40 + 128) / 1024, (9 * 135 + 128) / 1024])

@@ -41,10 +41,19 @@ def cost_plot(rows: pd.DataFrame) -> tuple[Figure, Any]:
             colour, marker, dashes = LOOKS[at % len(LOOKS)]
             name = f"{shape}, {device}"
             time.plot(line.prompts, line.total, color=colour, marker=marker, linestyle=dashes, label=name)
-            names.append(f"{shape},\n{line.parameters.iloc[0] / 1e6:,.0f} M × 2")
+            names.append(f"{shape}, {line.parameters.iloc[0] / 1e6:,.0f} M × 2\n{device}")
             gib = line.held_mib.max() / 1024, line.peak_mib.max() / 1024
             memory.barh(at, gib[0], color=colour, alpha=0.45, height=0.6)
-            memory.barh(at, gib[1] - gib[0], left=gib[0], color=GREY, height=0.6)
+            memory.barh(
+                at,
+                gib[1] - gib[0],
+                left=gib[0],
+                color="white",
+                edgecolor=BLACK,
+                linewidth=0.6,
+                hatch="//////",
+                height=0.6,
+            )
             memory.annotate(f"{gib[1]:.1f}", (gib[1], at), (3, 0), textcoords="offset points", va="center", fontsize=7)
         time.set_xscale("log", base=2)
         time.set_yscale("log")
@@ -58,7 +67,7 @@ def cost_plot(rows: pd.DataFrame) -> tuple[Figure, Any]:
         memory.set_yticks(range(len(groups)), names)
         memory.invert_yaxis()
         memory.set_xlabel("memory, GiB")
-        memory.set_title("weights of both; grey: what the work adds")
+        memory.set_title("both models; hatched: the work")
         memory.margins(x=0.15)
         figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure, panels
