@@ -20,6 +20,7 @@ from architectures import ARCHITECTURES, random_pair_of
 from small_runs import small
 
 from mechtransplant.engine import Ray, Recipe, Serial, WorkerError
+from mechtransplant.engine.cluster import most_threads
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment import run_experiment
 from mechtransplant.experiment.cells import CellStore
@@ -130,8 +131,45 @@ def test_recipes_ship_what_is_large_and_say_what_fails(two: Ray) -> None:
     ):
         with pytest.raises(error, match=message):
             Ray(Recipe(f"toy_workers:{name}"), 1).run(numbers(3), lambda at, result: None)
-    with pytest.raises(UsageError, match=r"asks for 64 CPU and the cluster has 2: use fewer threads"):
+    with pytest.raises(UsageError, match=r"asks its node for 64 CPU, and the largest has 2 CPU and 0 GPU: use fewer"):
         Ray(Recipe("toy_workers:make"), 1, threads=64).run(numbers(1), lambda at, result: None)
+
+
+def test_fewer_processes_than_asked_for_do_all_the_jobs(two: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three processes with one core each a cluster with two cores has room for two."""
+    two.close()
+    monkeypatch.setattr("mechtransplant.engine.cluster.PATIENCE", 0.2)
+    three = Ray(Recipe("toy_workers:make"), 3)
+    found: dict[int, dict[str, Any]] = {}
+    with pytest.warns(
+        UserWarning, match=r"no room for \d of 3 processes with 1 CPU each: waiting, with those that run"
+    ):
+        three.run([{"number": i, "what": "sleep", "seconds": 0.5} for i in range(6)], found.__setitem__)
+    assert {at: r["value"] for at, r in found.items()} == {i: i**2 for i in range(6)}
+    assert len({r["pid"] for r in found.values()}) == 2
+    # the one without room is gone: another engine's process finds it
+    three.close()
+    two.run(numbers(2), found.__setitem__)
+    two.close()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpus", "threads"),
+    [
+        ([{"CPU": 16.0}] * 4, 4, 0, 16),
+        ([{"CPU": 16.0}] * 4, 16, 0, 4),
+        ([{"CPU": 16.0}] * 2, 3, 0, 8),
+        ([{"CPU": 2.0}, {"CPU": 16.0}], 2, 0, 8),
+        ([{"CPU": 16.0, "GPU": 1.0}, {"CPU": 64.0}], 1, 1, 16),
+        ([{"CPU": 16.0, "GPU": 2.0}] * 2, 4, 1, 8),
+        ([{"CPU": 2.0}], 5, 0, 1),
+        ([{}], 1, 0, 1),
+    ],
+)
+def test_threads_are_the_most_with_which_all_find_room(
+    nodes: list[dict[str, float]], workers: int, gpus: float, threads: int
+) -> None:
+    assert most_threads(nodes, workers, gpus) == threads
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from mechtransplant import __version__
-from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, answer_to, checked, died
+from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, WorkerError, answer_to, checked, died
 from mechtransplant.errors import UsageError, check_count, one_line
 
-#: seconds without an answer after which it is asked whether there is room for the processes
+#: seconds without an answer after which it is said that processes find no room
 PATIENCE = 60.0
 
 
@@ -27,22 +27,25 @@ class Ray:
     Args:
         address: of a cluster ("auto": the one that this machine belongs to, "ray://HOST:10001", …); without one, Ray is
             started on this machine, and stopped by ``close``.
-        threads: of each process, which asks its node for as many cores. Results can depend on it in their last bits.
+        threads: of each process, which asks its node for as many cores; without a number, the most with which all the
+            processes find room. Results can depend on it in their last bits.
         gpus: that each process asks its node for; a share of one where several fit.
 
     Raises UsageError where Ray is not installed, or no cluster answers at the address.
     """
 
     def __init__(
-        self, recipe: Recipe, workers: int, threads: int = 1, address: str | None = None, gpus: float = 0
+        self, recipe: Recipe, workers: int, threads: int | None = 1, address: str | None = None, gpus: float = 0
     ) -> None:
         check_count("workers", workers)
-        check_count("threads", threads)
+        if threads is not None:
+            check_count("threads", threads)
         try:
             import ray  # noqa: F401
         except ImportError as error:
             raise UsageError("the engine ray needs Ray: pip install 'mechtransplant[ray]'") from error
-        self.recipe, self.workers, self.threads, self.address, self.gpus = recipe, workers, threads, address, gpus
+        self.recipe, self.workers, self.address, self.gpus = recipe, workers, address, gpus
+        self._asked, self.threads = threads, threads or 1
         self._ours = self._warned = False
         self._recipe: Any = None
         self._idle: list[Any] = []
@@ -57,13 +60,31 @@ class Ray:
         waiting = [(number, 1) for number in range(len(jobs))][::-1]
         #: what is awaited → (the process, job's number and tries)
         asked: dict[Any, tuple[Any, int, int]] = {}
+        # only a process that runs gets a job: one for which there is no room would keep it for ever
+        starting: dict[Any, Any] = {}
+        lost = 0
         try:
             while waiting or asked:
-                while waiting and len(asked) < self.workers:
+                while waiting and self._idle:
                     number, tries = waiting.pop()
-                    process = self._idle.pop() if self._idle else self._start()
+                    process = self._idle.pop()
                     asked[process.do.remote(jobs[number])] = process, number, tries
-                (ready,) = self._first(list(asked))
+                for _ in range(min(self.workers - len(asked), len(waiting)) - len(starting)):
+                    process = self._start()
+                    starting[process.here.remote()] = process
+                ready = self._first([*asked, *starting], len(starting))
+                if ready in starting:
+                    process = starting.pop(ready)
+                    try:
+                        ray.get(ready)
+                    except ray.exceptions.RayActorError as end:
+                        lost += 1
+                        if lost >= TRIES:
+                            raise WorkerError(f"{lost} processes of Ray's ended as they started ({end})") from end
+                        continue
+                    lost = 0
+                    self._idle.append(process)
+                    continue
                 process, number, tries = asked.pop(ready)
                 try:
                     answer = checked(ray.get(ready))
@@ -75,23 +96,29 @@ class Ray:
                 self._idle.append(process)
                 done(number, answer["result"])
         except BaseException:
-            for process, _, _ in asked.values():
-                # nobody waits for what it is doing
+            # nobody waits for what they are doing
+            for process in (*(process for process, _, _ in asked.values()), *starting.values()):
                 ray.kill(process)
             self.close()
             raise
+        for process in starting.values():
+            ray.kill(process)
 
-    def _first(self, awaited: list[Any]) -> list[Any]:
-        """The first answer of those awaited; says so once where it waits for a core that others use."""
+    def _first(self, awaited: list[Any], starting: int) -> Any:
+        """The first answer of those awaited; says so once where processes find no room."""
         import ray
 
         ready, _ = ray.wait(awaited, timeout=PATIENCE)
         while not ready:
-            if not self._warned and ray.available_resources().get("CPU", 0) < self.threads:
+            if starting and not self._warned:
                 self._warned = True
-                warnings.warn("Ray has no free core for another process: waiting (see `ray status`)", stacklevel=3)
+                warnings.warn(
+                    f"Ray has no room for {starting} of {self.workers} processes with {self._needs()} each: waiting, "
+                    "with those that run (see `ray status`)",
+                    stacklevel=3,
+                )
             ready, _ = ray.wait(awaited, timeout=PATIENCE)
-        return ready
+        return ready[0]
 
     def close(self) -> None:
         """End the processes, and Ray where it was started here."""
@@ -115,7 +142,9 @@ class Ray:
             quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
             if self.address is None:
                 # the cores are this machine's to share: it is asked for so many processes
-                quiet |= {"num_cpus": max(os.cpu_count() or 1, self.workers * self.threads), "include_dashboard": False}
+                cores = os.cpu_count() or 1
+                self.threads = self._asked or max(1, cores // self.workers)
+                quiet |= {"num_cpus": max(cores, self.workers * self.threads), "include_dashboard": False}
             try:
                 if self.address not in (None, "auto", "local"):
                     _knock(str(self.address))
@@ -127,15 +156,23 @@ class Ray:
                     "--head`, or leave --address out"
                 ) from error
             self._ours = True
-        there = ray.cluster_resources()
-        for what, wanted in (("CPU", self.threads), ("GPU", self.gpus)):
-            if there.get(what, 0) < wanted:
-                raise UsageError(
-                    f"a process asks for {wanted} {what} and the cluster has {there.get(what, 0):g}: use fewer "
-                    "threads, or another device"
-                )
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self._asked is None and self.address is not None:
+            self.threads = most_threads(nodes, self.workers, self.gpus)
+        if not any(places(node, self.threads, self.gpus) for node in nodes):
+            largest: Mapping[str, float] = max(
+                nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={}
+            )
+            raise UsageError(
+                f"a process asks its node for {self._needs()}, and the largest has {largest.get('CPU', 0):g} CPU and "
+                f"{largest.get('GPU', 0):g} GPU: use fewer threads, or another device"
+            )
         if self._recipe is None:
             self._recipe = ray.put(self.recipe)
+
+    def _needs(self) -> str:
+        """What a process asks its node for."""
+        return f"{self.threads} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
     def _start(self) -> Any:
         import ray
@@ -145,6 +182,19 @@ class Ray:
             num_cpus=self.threads, num_gpus=self.gpus, max_restarts=0, runtime_env={"env_vars": environment}
         )
         return remote.remote(self._recipe, __version__)
+
+
+def places(node: Mapping[str, float], threads: int, gpus: float) -> int:
+    """How many processes have room on a node of so many "CPU" and "GPU"."""
+    fit = int(node.get("CPU", 0) // threads)
+    return min(fit, int(node.get("GPU", 0) // gpus)) if gpus else fit
+
+
+def most_threads(nodes: Sequence[Mapping[str, float]], workers: int, gpus: float) -> int:
+    """The most cores for each of so many processes with which all find room; 1 where they never do."""
+    most = int(max((node.get("CPU", 0) for node in nodes), default=1))
+    fitting = (t for t in range(most, 1, -1) if sum(places(node, t, gpus) for node in nodes) >= workers)
+    return next(fitting, 1)
 
 
 def _knock(address: str) -> None:
@@ -161,6 +211,9 @@ class _Process:
     def __init__(self, recipe: Recipe, version: str) -> None:
         self.recipe, self.version = recipe, version
         self.worker: Any = None
+
+    def here(self) -> None:
+        """Answers once there is room for it."""
 
     def do(self, job: Job) -> dict[str, Any]:
         """The job's result, or in words why there is none (see ``answer_to``)."""

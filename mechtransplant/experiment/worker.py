@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,8 +76,7 @@ class EngineChoice:
         recipe = Recipe(f"{__name__}:{shipped_worker.__name__}", arguments, Shipped.of(setup, elsewhere))
         # a GPU of its own for each process, whose models fill it
         gpus = 0 if config.device in ("cpu", "mps") else 1
-        threads = config.threads or max(1, (os.cpu_count() or 1) // self.count)
-        return Ray(recipe, self.count, threads, self.address, gpus)
+        return Ray(recipe, self.count, config.threads, self.address, gpus)
 
 
 class CellWorker:
