@@ -31,6 +31,7 @@ _HOME = {
     "layer_swap": "grafting",
     "ConditionalGraft": "grafting",
     "fit_gate": "grafting",
+    "graft_effects": "grafting",
     "Patch": "patching",
     "MeanShift": "patching",
     "mean_shift": "patching",

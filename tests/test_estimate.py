@@ -12,6 +12,7 @@ from small_runs import small
 
 from mechtransplant.experiment import Run
 from mechtransplant.experiment.config import parse_config
+from mechtransplant.experiment.worker import EngineChoice
 from mechtransplant.progress import in_words
 
 SMALL = small(rule="weight_delta", k=[2, 8], controls=["bottom", "reverse", "self"], random_sets=6, curve_sets=4)
@@ -27,6 +28,10 @@ def test_the_estimate_counts_the_cells_that_a_run_computes(tmp_path: Path) -> No
     assert computed <= before.total <= 1.1 * computed + 2
     after = run.estimate()
     assert after.finished == computed and after.remaining_seconds <= 0.1 * after.total * 300 * after.seconds
+    shared = Run(
+        parse_config(SMALL), tmp_path / "small", progress=False, engine=EngineChoice("processes", 4)
+    ).estimate()
+    assert shared.total == before.total and "shared by 4 workers" in str(shared) and "workers" not in str(before)
     assert f"{before.total:,} cells" in str(before) and f"{computed:,} of them finished" in str(after)
 
 

@@ -63,6 +63,28 @@ def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
     assert cells[0] == cells[1]
 
 
+def test_written_answers_are_the_same_where_prompts_begin_at_the_grafts_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    def counted(model: Any, memory: Any, layer: int) -> Any:
+        begun.append(layer if memory.usable else 0)
+        return resuming(model, memory, layer)
+
+    monkeypatch.setattr(evaluator, "resuming", counted)
+    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 12, "side_effects": None}
+    boxed: dict[str, Any] = {"pair": "family/instruct", "task": "boxed", "controls": ["bottom"], "curve_sets": 0}
+    cells = []
+    for folder in ("resumed", "whole"):
+        run_experiment(config(**sizes | boxed), tmp_path / folder / "small", progress=False)
+        cells.append(CellStore(tmp_path / folder / "small" / "cells.jsonl").cells)
+        assert any(begun) == (folder == "resumed")
+        begun.clear()
+        monkeypatch.setattr(lower_layers, "LIMIT", 0)
+    assert cells[0] == cells[1]
+
+
 def test_the_target_is_remembered_when_that_has_paid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     evaluate = lower_layers.evaluate_budgets
@@ -78,10 +100,11 @@ def test_the_target_is_remembered_when_that_has_paid(tmp_path: Path, monkeypatch
     run_experiment(config(**few | {"random_sets": 20}), tmp_path / "many" / "small", progress=False)
     # once, and of the test questions alone: few of the grafts on choose leave a layer alone
     assert asked == [48]
-    # of a generation the prompt alone could be resumed: not worth a generation more
+    # of a generation the prompt alone begins at a layer: that pays later
     written = Run(config(pair="family/instruct", task="boxed", k=[1]), tmp_path / "written" / "small")
     lower = lower_layers.LowerLayers(written)
-    assert not any(lower.under(written.splits.test, ["L3.mlp"])[0].usable for _ in range(5)) and asked == [48]
+    usable = [lower.under(written.splits.test, ["L3.mlp"])[0].usable for _ in range(6)]
+    assert not any(usable[:2]) and usable[-1] and asked == [48, 48]
     # what is in no layer changes every pass
     short = lower_layers.LowerLayers(Run(config(**few), tmp_path / "short" / "small"))
     for _ in range(5):
@@ -388,6 +411,11 @@ def test_a_folder_goes_on_on_another_device(finished: Any, tmp_path: Path) -> No
     path = folder / "environment.json"
     path.write_text(path.read_text().replace('"device": "cpu:0"', '"device": "cuda"'))
     assert "computed on cpu and cuda, which round otherwise" in Run(config(), folder).execute().summary
+    # and where another version of the package began it
+    earlier = path.read_text().replace('"device": "cuda"', '"device": "cpu"')
+    path.write_text(earlier.replace('"mechtransplant": "0.1.0"', '"mechtransplant": "0.0.9"', 1))
+    said = Run(config(), folder).execute().summary
+    assert "computed by mechtransplant 0.0.9 and 0.1.0" in said and "which round otherwise" not in said
 
 
 def test_a_folder_with_other_weights_is_refused(finished: Any, generations: Any) -> None:

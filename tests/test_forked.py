@@ -12,6 +12,7 @@ import torch
 from architectures import ARCHITECTURES, random_pair_of
 
 import mechtransplant as mt
+from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import (
     GoldOutcomes,
     gold_outcomes,
@@ -340,6 +341,24 @@ def test_a_sweep_is_as_one_graft_after_another(generations: Any, questions: Any,
     scores = mt.rank_modules(pair, questions, "single_swap", ("head", "mlp"), kv=kv).set_index("module").score
     gains = after.log_probability.mean(1) - before.log_probability.mean()
     np.testing.assert_allclose([scores[m] for m in modules], gains, atol=2e-5)
+
+
+def test_graft_effects_are_those_of_each_graft(generations: Any, questions: Any) -> None:
+    pair, modules = generations, ["L3H1", "L0.mlp", "L2.q_proj", "L1"]
+    before, after = mt.graft_effects(pair, questions, modules, strength=0.5, operator="slerp", batch_size=5)
+    close(before, gold_outcomes(pair.target, questions, 5))
+    for at, module in enumerate(modules):
+        with Graft([module], 0.5, operator="slerp").applied(pair):
+            close(GoldOutcomes(*(values[at] for values in after)), gold_outcomes(pair.target, questions, 5))
+    assert np.abs(after.log_probability - before.log_probability).max(1).min() > 1e-4
+    for wrong, message in (
+        ([], "name the modules in a list"),
+        ("L1.mlp", "name the modules in a list"),
+        (["L1.mlp", "embed_tokens"], "embed_tokens lies in no layer"),
+        (["L9.mlp"], "unknown module 'L9.mlp'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mt.graft_effects(pair, questions, wrong)
 
 
 @pytest.mark.parametrize("tokens", [1, 10_000])

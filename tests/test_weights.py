@@ -14,6 +14,7 @@ import torch
 
 from mechtransplant import weights
 from mechtransplant.errors import UnknownNameError, UsageError, WeightsError
+from mechtransplant.experiment.config import on_device, parse_config
 from mechtransplant.weights import gguf
 from mechtransplant.weights.files import sha256_of
 
@@ -102,6 +103,13 @@ def test_bad_dtype_and_device(tiny: Path) -> None:
         weights.load_model(str(tiny), dtype="int8")
     with pytest.raises(UsageError, match="nonsense"):
         weights.load_model(str(tiny), device="nonsense")
+
+
+def test_auto_is_the_device_that_is_there(tiny: Path) -> None:
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    assert weights.load_model(str(tiny), device="auto")[0].device.type == there
+    config = parse_config({"pair": "family/generations", "device": "auto"})
+    assert config.device == there and on_device(config, "auto").device == there and on_device(config, None) is config
 
 
 def test_fingerprint_sees_every_weight(tiny: Path) -> None:

@@ -10,7 +10,15 @@ import typer
 from mechtransplant.cli.app import app, bench_app, listed
 from mechtransplant.errors import UsageError
 
-DEVICE = "The device instead of the config's: cpu, cuda, cuda:1, …; a folder may go on with another one."
+DEVICE = "The device instead of the config's: cpu, cuda, auto, …; a folder may go on with another one."
+
+
+def _say_unused(device: str) -> None:
+    """A line where a GPU is here and the config names the CPU."""
+    import torch
+
+    if device == "cpu" and torch.cuda.is_available():
+        typer.echo(f"{torch.cuda.get_device_name()} is here and is not used: --device auto uses it", err=True)
 
 
 def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | None = None, **engine: Any) -> None:
@@ -21,6 +29,7 @@ def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | N
 
     config = on_device(read_config(config_path), device)
     folder = out or Path("runs") / config.name
+    _say_unused(config.device if config.device_map is None else "")
     choice = EngineChoice(engine["engine"], engine["workers"], engine["address"])
     with wrong_in(config_path):
         made = Run(config, folder, engine=choice)

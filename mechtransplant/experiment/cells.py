@@ -53,17 +53,35 @@ class CellStore:
 
     def put(self, key: str, values: dict[str, Any]) -> None:
         """Store a cell that was computed: appended, and on the disk before this returns."""
-        cell = {"key": key, **values}
+        cell, begins = {"key": key, **values}, not self.path.exists()
         with self.path.open("ab") as file:
             file.write((json.dumps(cell) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
+        if begins:
+            _sync_names(self.path.parent)
         self.cells[key] = cell
         self.computed += 1
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; it is on the disk before this returns."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        # or a power cut could leave the new name with nothing behind it
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    _sync_names(path.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Bring a folder's names to the disk; only POSIX systems open folders."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

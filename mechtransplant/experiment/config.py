@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -22,6 +23,15 @@ from mechtransplant.errors import UsageError
 #: The seed paper's K as shares of the candidates: 8, 16, 32, 64 and 128 of Phi's 128 linear layers.
 PAPER_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
+
+def _chosen(device: str) -> str:
+    from mechtransplant.weights import chosen_device
+
+    return chosen_device(device)
+
+
+#: of "auto" a folder notes what it was where it began
+Device = Annotated[str, AfterValidator(_chosen)]
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -150,7 +160,7 @@ class RunConfig(Strict):
     direction: Literal["named", "better"] = "named"
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
+    device: Device = "cpu"
     #: for models that do not fit into memory together (see ``pair.load_pair``)
     one_at_a_time: bool = False
     #: for models that do not fit on one device: "auto", or part → device (see ``weights.spread``)
@@ -276,7 +286,7 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
 
 def on_device(config: Config, device: str | None) -> Config:
     """The configuration on a device, or as it is where none is given."""
-    return config if device is None else config.model_copy(update={"device": device})
+    return config if device is None else config.model_copy(update={"device": _chosen(device)})
 
 
 def parse_as(model: type[Config], content: dict[str, Any], where: str) -> Config:

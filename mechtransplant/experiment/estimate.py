@@ -34,6 +34,7 @@ class Estimate:
     finished: int
     seconds: float
     rankings: int
+    workers: int = 1
 
     @property
     def total(self) -> int:
@@ -50,9 +51,15 @@ class Estimate:
         parts = ", ".join(f"{n:,} {what} ({q:,.0f} questions each)" for what, (n, q) in self.cells.items() if n)
         done = f", {min(self.finished, self.total):,} of them finished" if self.finished else ""
         rankings = "1 ranking" if self.rankings == 1 else f"{self.rankings} rankings"
+        shared = self.remaining_seconds / self.workers
+        together = (
+            ""
+            if self.workers == 1
+            else f"; shared by {self.workers} workers that each are as fast as it, {in_words(shared)}"
+        )
         return (
             f"{self.total:,} cells{done}, about {in_words(self.remaining_seconds)} on this machine, one after another "
-            f"({1e3 * self.seconds:.3g} ms a question, just measured), and {rankings}: {parts}"
+            f"({1e3 * self.seconds:.3g} ms a question, just measured){together}, and {rankings}: {parts}"
         )
 
 
@@ -80,7 +87,8 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         encoded = encode(run.splits.choose, run.pair.target.tokenizer)
         length = sum(map(len, [*encoded.prompts, *encoded.completions])) / choose
         cells["side effects"] = (jobs, asked + (spec.texts * spec.tokens / length if run.elsewhere.text is None else 0))
-    return Estimate(cells, finished, seconds_a_question(run), rules)
+    workers = 1 if run.where.name == "serial" else run.where.count
+    return Estimate(cells, finished, seconds_a_question(run), rules, workers)
 
 
 def seconds_a_question(run: Run) -> float:

@@ -1,7 +1,8 @@
 """Layers below a graft answer with what the target's own passes wrote, once that has become cheaper than running them.
 
 To remember a split takes one evaluation more, so it is done when grafts have left as much alone as one costs: a process
-with few such cells pays nothing, and one with many pays at most twice what it had to.
+with few such cells pays nothing, and one with many pays at most twice what it had to. Where an answer is written, the
+pass over the prompt begins so, and the steps run whole.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ class LowerLayers:
         nothing = Memory(usable=False)
         lowest = min((parse_address(m).layer for m in modules), default=0)
         target = self.setup.pair.target
-        # embeddings and the last norm are in no layer (−1); of a generation the prompt's pass alone could begin there;
-        # one at a time, memory is scarce
-        if lowest <= 0 or self.setup.config.one_at_a_time or not is_short(target, split):
+        # embeddings and the last norm are in no layer (−1); one at a time, memory is scarce
+        if lowest <= 0 or self.setup.config.one_at_a_time:
             return nothing, 0
         role = str(split.role)
         if role not in self.passes:
-            self.missed[role] = self.missed.get(role, 0.0) + lowest / target.layout.layers
+            self.missed[role] = self.missed.get(role, 0.0) + self._read(split) * lowest / target.layout.layers
             if self.missed[role] < 1:
                 return nothing, 0
             self.passes = {role: self._remember(split) if self._bytes(split) <= LIMIT else nothing}
@@ -56,11 +56,24 @@ class LowerLayers:
             evaluate_budgets(target, split, self.setup.budgets, config.batch_size, method="auto")
         return memory
 
+    def _read(self, split: Task) -> float:
+        """The share of an evaluation's tokens that are read, not written."""
+        target = self.setup.pair.target
+        if is_short(target, split):
+            return 1.0
+        encoded = encode(split, target.tokenizer)
+        tokens = sum(len(p) - len(encoded.prefix) for p in encoded.prompts) / len(encoded.prompts)
+        return tokens / (tokens + max(self.setup.budgets))
+
     def _bytes(self, split: Task) -> int:
         target = self.setup.pair.target
-        encoded = encode(split, target.tokenizer)
+        encoded, layout = encode(split, target.tokenizer), target.layout
+        width = target.hf.config.get_text_config().hidden_size
         lengths = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
+        if not is_short(target, split):
+            # a text that is written needs its prompt's keys and values too
+            lengths = [len(p) for p in encoded.prompts]
+            width += 2 * layout.kv_heads * layout.d_head
         batches = length_sorted(lengths, self.setup.config.batch_size)
         tokens = sum(len(rows) * (lengths[rows[0]] - len(encoded.prefix)) for rows in batches)
-        hidden = target.hf.config.get_text_config().hidden_size
-        return int(tokens * hidden * target.hf.dtype.itemsize * target.layout.layers)
+        return int(tokens * width * target.hf.dtype.itemsize * layout.layers)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mechtransplant.experiment.config import (
+    Device,
     GraftedKind,
     PairSpec,
     RunConfig,
@@ -44,7 +45,7 @@ class ScreenConfig(Strict):
     perplexity: float | None = None
     batch_size: int = Field(default=64, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = "cpu"
+    device: Device = "cpu"
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 

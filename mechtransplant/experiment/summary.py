@@ -54,7 +54,7 @@ def summarise(
         "",
         f"**Verdict.** {verdict(run, headline, findings)}{_against_lowest(run, results, findings)}",
         "",
-        *_devices(run),
+        *_starts(run),
         *_result(run, results, findings),
         *_controls(run, results, findings),
     ]
@@ -117,14 +117,22 @@ def _against_lowest(run: Run, results: pd.DataFrame, findings: Findings) -> str:
     return f" The {k} modules that it ranks lowest reach {percent(rows.accuracy.iloc[0])}, its graft {percent(after)}."
 
 
-def _devices(run: Run) -> list[str]:
-    """A warning where a folder was begun on one kind of device and went on with another."""
+def _starts(run: Run) -> list[str]:
+    """A warning where a folder was begun on one kind of device, or by one version, and went on with another."""
     starts = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["starts"]
     kinds = sorted({str(start.get("device", "cpu")).partition(":")[0] for start in starts})
-    if len(kinds) == 1:
-        return []
-    said = f"Cells of this run were computed on {' and '.join(kinds)}, which round otherwise: verdicts that hang on a "
-    return [f"{said}near tie may differ between them.", ""]
+    lines: list[str] = []
+    if len(kinds) > 1:
+        said = f"Cells of this run were computed on {' and '.join(kinds)}, which round otherwise: verdicts that hang "
+        lines += [f"{said}on a near tie may differ between them.", ""]
+    for what, used in (
+        ("mechtransplant", {str(start["mechtransplant"]) for start in starts}),
+        ("torch", {str(start["packages"]["torch"]).partition("+")[0] for start in starts}),
+    ):
+        if len(used) > 1:
+            said = f"Cells of this run were computed by {what} {' and '.join(sorted(used))}: where the two compute"
+            lines += [f"{said} otherwise, they do not belong together (see environment.json).", ""]
+    return lines
 
 
 def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:

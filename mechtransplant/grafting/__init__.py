@@ -1,8 +1,9 @@
 """Weight grafts: ``graft`` (which modules, how strongly), ``operators`` (by which equation), ``applied`` (in place),
-``conditional`` (for some passes or questions), ``gate`` (for questions like a task's)."""
+``conditional`` (for some passes or questions), ``gate`` (for questions like a task's), ``effects`` (of each alone)."""
 
 from mechtransplant.grafting.applied import Applied
 from mechtransplant.grafting.conditional import ConditionalGraft
+from mechtransplant.grafting.effects import graft_effects
 from mechtransplant.grafting.gate import Gate, fit_gate
 from mechtransplant.grafting.graft import KV, Graft, addresses_of, depth_curve, layer_swap
 from mechtransplant.grafting.operators import OPERATORS, Operator, get_operator, list_operators
@@ -19,6 +20,7 @@ __all__ = [
     "depth_curve",
     "fit_gate",
     "get_operator",
+    "graft_effects",
     "layer_swap",
     "list_operators",
 ]

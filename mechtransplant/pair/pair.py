@@ -135,7 +135,7 @@ def load_pair(
 
     Args:
         dtype: float32, bfloat16 or float16.
-        device: a torch device.
+        device: a torch device; "auto": the first CUDA device where there is one, else the CPU.
         one_at_a_time: for two models that do not fit into memory together: the weights of the one that does not run lie
             in a file of the temporary folder (see ``weights.residence``). Results are the same to the bit.
         device_map: for models that do not fit on one device: "auto" spreads both over all CUDA devices, a mapping says

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import gold_scores
-from mechtransplant.evaluation.sweeps import Change, sweep
-from mechtransplant.grafting import KV, Graft
+from mechtransplant.grafting import KV, graft_effects
 from mechtransplant.modules import module_frame
 from mechtransplant.patching.passes import Where
 from mechtransplant.patching.patch import HeadPoint
@@ -64,8 +63,7 @@ def patch_versus_graft(
         raise UsageError("patch_versus_graft compares heads, MLPs and attention blocks, each named once")
     best = gold_scores(pair.source, task, batch_size)
     plain, patched = patch_effects(pair, task, names, positions, heads=heads, batch_size=batch_size, progress=progress)
-    changes = [Change(m.site.layer, Graft([m.address], kv=kv).applied(pair)) for m in places]
-    base, grafted = sweep(pair.target, task, changes, batch_size, progress=progress, what="grafts")
+    base, grafted = graft_effects(pair, task, names, kv=kv, batch_size=batch_size, progress=progress)
     picks = bootstrap_indices(len(task), resamples, seed)
     rows = []
     for at in range(len(names)):

@@ -84,6 +84,15 @@ def fetch(spec: str, verify: bool = False) -> list[Path]:
     return [_locate(p, "adapter_config.json" if i else "config.json", verify) for i, p in enumerate(parts)]
 
 
+def chosen_device(device: str) -> str:
+    """The device that a name stands for: "auto" is the first CUDA device where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     spec: str,
     dtype: str = "float32",
@@ -97,7 +106,7 @@ def load_model(
     Args:
         spec: see the module's docstring. Adapters are merged in float32, then cast.
         dtype: float32, bfloat16 or float16.
-        device: a torch device.
+        device: a torch device; "auto": the first CUDA device where there is one, else the CPU.
         verify: check the full hash of converted weights, not only their size.
         device_map, models: for a model on several devices, instead of ``device`` (see ``spread``).
 
@@ -106,6 +115,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    device = chosen_device(device)
     if device == "meta":
         raise UsageError("device meta holds no numbers: expected cpu, cuda, cuda:0, mps, …")
     if device_map is not None and device != "cpu":
