@@ -8,19 +8,22 @@ the weights back. Float32, two threads; rows are interleaved in one process; eve
 
 Short answers are sums, eight prompts of 64 tokens, right where the whole text is the answer: once after worked
 examples, which all prompts share, up to the end of the line, and once as sums of many numbers that share nothing;
-budget 16 tokens (a task's default). The sweep asks the former. ``generate`` stops where every row has ended; what it
-costs where it is told the stop strings is in ``texts.py``.
+budget 16 tokens (a task's default). The sweep asks the former, and the loop of the other side once is told the stop
+strings and once not; ``generate`` stops where every row has ended. Verdicts are also compared on 128 questions of the
+pair's own, of which target, graft and source have different shares right: untimed, in ``verdicts.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from sweeps import TOKENS, sums
 from tables import in_turns
@@ -110,6 +113,29 @@ def naive(pair: Pair, theirs: HuggingFace, sets: Sequence[Sequence[str]]) -> np.
     return np.array(found)
 
 
+def verdicts(pair: Pair, modules: Sequence[str], path: Path, questions: int = 128) -> None:
+    """Not timed: every verdict on the pair's own questions, by one forward and by ``generate``; kept in ``path``."""
+    if path.exists():
+        return
+    task = load_task(str(pair.default_task)).split(16, 8, questions).test
+    rows = []
+    for what, model, graft in (
+        ("target", pair.target, None),
+        (f"target with {len(modules)} layers grafted", pair.target, Graft(modules)),
+        ("source", pair.source, None),
+    ):
+        with nullcontext() if graft is None else graft.applied(pair):
+            ours = evaluate(model, task, batch_size=BATCH)
+            theirs = HuggingFace(pair, task, task.max_new_tokens)
+            theirs.hf = model.hf
+            different = int((ours.correct != theirs.verdicts()).sum())
+        rows.append({"pair": pair.name, "model": what, "questions": len(task), "accuracy": ours.accuracy})
+        rows[-1] |= {"different": different}
+        print(rows[-1], flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.5g")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="smollm2/generations")
@@ -133,6 +159,8 @@ def main() -> None:
                 found.append(evaluate(pair.target, shared, max_new_tokens=BUDGET, batch_size=BATCH).accuracy)
         return np.array(found)
 
+    told = HuggingFace(pair, shared, BUDGET, stops=True)
+    verdicts(pair, ranking[:32], arguments.out / "verdicts.csv")
     functions: dict[str, Any] = {
         "short answers, generate": few.verdicts,
         "short answers, one forward": lambda: evaluate(pair.target, shared, max_new_tokens=BUDGET).correct,
@@ -141,6 +169,7 @@ def main() -> None:
             lambda: evaluate(pair.target, alone, max_new_tokens=BUDGET).correct
         ),
         "sweep, naive": lambda: naive(pair, few, sets),
+        "sweep, naive with stop strings": lambda: naive(pair, told, sets),
         "sweep, ours": ours,
     }
     in_turns(arguments.out / "answers.csv", arguments.repeats, functions, arguments.pair, described)

@@ -2,10 +2,10 @@
 
     python benchmarks/kills.py [--kills 20] [--engines serial processes ray] [--out benchmarks/results]
 
-Every start of a small run on family/generations is killed a random time after its first new cell (one in four: after
-its start), with all its processes or (every third time) one of its workers alone; after the last kill it runs to its
-end. Compared are the bytes of every table, and the cells: each is in the file once, and what was finished before a kill
-is there afterwards as it was.
+A small run on family/generations is killed with all its processes, or (every third time) one of its workers alone: at
+moments that are spread at random over all its cells, and the last two times while it writes its tables and figures; one
+kill in four comes before that, while models are loaded. After the last kill it runs to its end. Compared are the bytes
+of every table, and the cells: each is in the file once, and what was finished before a kill is there afterwards.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 #: in the environment of all that is started here: another run's processes must not be killed
 MARK = f"mechtransplant-kills-{os.getpid()}"
-#: seconds from there to the kill, at most
-LONGEST = 8
+#: seconds at most from a start to a kill while models are loaded, from a cell to a kill, from the last cell to one
+LOADING, AFTER, WRITING = 8.0, 0.5, 4.0
 TABLES = ("outcome.json", "rules.csv", "side_effects.csv", "summary.md", "ranking.csv")
 
 
@@ -74,18 +74,19 @@ def workers() -> list[int]:
     return found
 
 
-def disturbed(folder: Path, engine: str, kills: int, rng: random.Random) -> list[dict[str, Any]]:
-    """Start and kill, then run to the end: one row a kill."""
+def disturbed(folder: Path, engine: str, kills: int, cells: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Start and kill, then run to the end: one row a kill. ``cells``: how many the run has."""
     rows: list[dict[str, Any]] = []
+    targets = sorted(rng.randrange(cells) for _ in range(kills - 2)) + [cells, cells]
     process = start(folder, engine)
     while len(rows) < kills:
-        before = finished(folder)
-        # one kill in four comes while models are loaded; else after a cell, or the run would never get on
-        if rng.random() < 0.75:
-            patience = time.monotonic() + 300
-            while len(finished(folder)) == len(before) and process.poll() is None and time.monotonic() < patience:
-                time.sleep(0.05)
-        time.sleep(rng.uniform(0, LONGEST))
+        before, target = finished(folder), targets[len(rows)]
+        loading = target < cells and rng.random() < 0.25
+        if not loading:
+            patience = time.monotonic() + 600
+            while len(finished(folder)) < target and process.poll() is None and time.monotonic() < patience:
+                time.sleep(0.02)
+        time.sleep(rng.uniform(0, LOADING if loading else WRITING if target == cells else AFTER))
         over = process.poll() is not None
         alone = engine != "serial" and len(rows) % 3 == 2 and bool(workers()) and not over
         if alone:
@@ -101,6 +102,7 @@ def disturbed(folder: Path, engine: str, kills: int, rng: random.Random) -> list
                 "engine": engine,
                 "kill": len(rows) + 1,
                 "killed": "nothing: it was over" if over else "a worker" if alone else "the run",
+                "when": "loading" if loading else "writing" if target == cells else "computing",
                 "cells_finished": len(now),
                 "kept": now[: len(before)] == before,
             }
@@ -132,7 +134,7 @@ def main() -> None:
         for engine in arguments.engines:
             folder = Path(temporary) / engine / "run"
             folder.parent.mkdir()
-            rows += disturbed(folder, engine, arguments.kills, rng)
+            rows += disturbed(folder, engine, arguments.kills, len(finished(whole)), rng)
             keys = [json.loads(line)["key"] for line in finished(folder)]
             verdicts.append(
                 {

@@ -52,13 +52,17 @@ def lines() -> list[dict[str, str]]:
             found.append(
                 line(f"exact effects of {modules}: {what}", "TransformerLens, a forward each", ratio, asked, more)
             )
-        for rule in ("gradient", "activation_gradient"):
-            alike = sweeps[sweeps.what == rule].spearman.median()
-            more = f"Spearman {alike:.3f}"
-            for exact in ("TransformerLens", "sweep"):
-                against = "exact, TransformerLens" if exact == "TransformerLens" else "exact, our sweep"
-                asked = "≥ 50 ×" if rule == "gradient" and exact == "TransformerLens" else "–"
-                ratio = ratios(sweeps, f"grafts, {exact}", rule)
+        for rule, exact, against in (
+            ("gradient", "grafts, TransformerLens", "exact grafts, TransformerLens"),
+            ("gradient", "grafts, sweep", "exact grafts, our sweep"),
+            ("activation_gradient", "patches at all positions, sweep", "exact patches at all positions, our sweep"),
+        ):
+            # each screen beside what it approximates
+            alike = sweeps[sweeps.what == (exact if "patches" in exact else rule)].spearman.median()
+            asked = "≥ 50 ×" if rule == "gradient" else "–"
+            ratio = ratios(sweeps, exact, rule)
+            if len(ratio):
+                more = f"Spearman {alike:.3f}"
                 found.append(line(f"screen of all modules: `{rule}`", against, ratio, asked, more))
     answers = read("answers")
     if answers is not None:
@@ -70,9 +74,11 @@ def lines() -> list[dict[str, str]]:
             ratio = ratios(answers, f"{kind}, generate", f"{kind}, one forward")
             more = f"{different[f'{kind}, one forward']:.0f} verdicts differ"
             found.append(line(what, "Hugging Face `generate`", ratio, asked, more))
-        ratio = ratios(answers, "sweep, naive", "sweep, ours")
         more = f"{different['sweep, ours']:.0f} accuracies differ"
-        found.append(line("K-sweep with 100 random controls", "the naive loop", ratio, "≥ 3 ×", more))
+        for naive, loop in (("", "the naive loop"), (" with stop strings", "the naive loop, given the stop strings")):
+            if f"sweep, naive{naive}" in set(answers.what):
+                ratio = ratios(answers, f"sweep, naive{naive}", "sweep, ours")
+                found.append(line("K-sweep with 100 random controls", loop, ratio, "≥ 3 ×", more))
     texts = read("texts")
     return found if texts is None else [*found, *written(texts)]
 
@@ -93,6 +99,18 @@ def written(texts: pd.DataFrame) -> list[dict[str, str]]:
         more = f"{different[f'{kind}, ours']:.0f} texts of the target differ"
         found.append(line(what, against, ratio, asked, more))
     return found
+
+
+def verdicts() -> str:
+    """Every verdict by one forward pass and by generate."""
+    rows = read("verdicts")
+    if rows is None:
+        return ""
+    said = "; ".join(f"{r.model} {100 * r.accuracy:.1f} % right, {r.different} differ" for r in rows.itertuples())
+    return (
+        f"Verdicts by one forward pass beside those by `generate`, {rows.questions.iloc[0]} questions of "
+        f"{rows['pair'].iloc[0]}: {said}."
+    )
 
 
 def memory() -> str:
@@ -123,9 +141,10 @@ def kills() -> str:
     shown = rows.rename(columns=lambda name: name.replace("_", " "))
     return f"""### Runs that are killed
 
-`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, up to 8 seconds
-after a new cell (one in four: while models are loaded), started again each time, beside the same run undisturbed on the
-serial engine.
+`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, at moments spread
+at random over all its cells, while models are loaded (one in four), and while tables and figures are written (the last
+two), started again each time, beside the same run undisturbed on the serial engine. Two starts in one folder and a full
+disk are tests (`tests/test_killed_runs.py`).
 
 {table(shown)}
 """
@@ -220,7 +239,8 @@ def cost() -> str:
 `python benchmarks/cost.py`: the whole pipeline on models of random weights, 64 tokens a prompt, batches of 16, in
 seconds a stage: shifts of all heads and MLPs (magnitude, distance, own), their test, the gradient screen of all, exact
 effects of the 16 highest, accuracy of target, source and graft, four random sets. Memory is that of a process of its
-own. The 2B and 9B pairs are measured on one GPU (`benchmarks/on_gpu.sh`), not extrapolated.
+own. The 2B and 9B pairs are measured on one GPU (`benchmarks/on_gpu.sh`), not extrapolated; of the shapes and prompts
+that are not in the table nothing was measured.
 
 ![Seconds against prompts, and memory, by shape](../figures/cost.png)
 

@@ -256,13 +256,15 @@ def speed() -> str:
     found = performance.lines()
     statistics = (RESULTS / "statistics_speed.md").read_text(encoding="utf-8").strip()
     measured = f"""
-`python benchmarks/speed.py`, `sweeps.py`, `answers.py`, `texts.py`: smollm2/generations, 8 × 64 tokens, float32, two threads of two shared
-cores; what is compared is interleaved in one process, ratios are taken repeat by repeat.
+`python benchmarks/speed.py`, `sweeps.py`, `answers.py`, `texts.py`: smollm2/generations, float32, two threads of two
+shared cores; what is compared is interleaved in one process, ratios are taken repeat by repeat. Batches of 8 prompts with
+64 tokens; generation writes 32 answers to the pair's own questions in batches of 16, and 16 texts of unequal lengths.
 
 {table(pd.DataFrame(found))}
 """
     parts = [
         measured.strip() if found else "",
+        performance.verdicts(),
         performance.memory(),
         statistics,
         performance.cost(),
@@ -413,7 +415,8 @@ def screens() -> str:
 
 `python benchmarks/screens.py`: how far the rules from gradients rank modules as the exact effect of grafting each alone
 (`single_swap`) does, on {" or ".join(str(n) for n in dict.fromkeys(rows.questions))} questions, and what both cost in process
-time on one thread.
+time on one thread. `activation_gradient` approximates another quantity, patches: how it ranks those is under *Speed and
+memory*.
 
 {table(grid)}
 """

@@ -139,6 +139,9 @@ def measured(pair: Pair, task: Task, modules: list[str]) -> dict[str, Callable[[
         "patches at the answer, sweep": lambda: (
             patch_effects(pair, task, modules, "answer", heads="z", batch_size=len(task))[1].log_probability
         ),
+        "patches at all positions, sweep": lambda: (
+            patch_effects(pair, task, modules, "all", batch_size=len(task))[1].log_probability
+        ),
         "gradient": lambda: screen("gradient"),
         "activation_gradient": lambda: screen("activation_gradient"),
     }
@@ -173,6 +176,9 @@ def main() -> None:
             values[name] = functions[name]()
             seconds = time.perf_counter() - started
             print(f"{repeat} {name}: {seconds:.2f} s", flush=True)
+            if name.startswith("patches at all") and "activation_gradient" not in values:
+                # not timed: what the screen is compared with
+                values["activation_gradient"] = functions["activation_gradient"]()
             row = {"pair": arguments.pair, "modules": len(modules), "repeat": repeat, "what": name}
             rows.append({**row, "seconds": round(seconds, 4), **compared(name, values)})
             np.savez(kept, **values)
@@ -182,13 +188,17 @@ def main() -> None:
 
 def compared(name: str, values: dict[str, np.ndarray]) -> dict[str, float]:
     """How far a row's values are from TransformerLens's, and how alike a screen ranks the modules."""
-    kind = "grafts" if "grafts" in name else "patches at the answer" if "patches" in name else None
+    kind = next((kind for kind in ("grafts", "patches at the answer") if kind in name), None)
     theirs = values.get(f"{kind}, TransformerLens")
     if theirs is not None:
         return {"largest_difference": float(np.abs(values[name] - theirs).max())}
-    exact = values.get("grafts, TransformerLens")
-    if name.endswith("gradient") and exact is not None:
-        return {"spearman": stats.spearmanr(values[name], exact.mean(1)).statistic}
+    # a screen beside what it approximates: weights moved, or activations at all positions
+    screen, exact = {
+        "gradient": ("gradient", "grafts, TransformerLens"),
+        "patches at all positions, sweep": ("activation_gradient", "patches at all positions, sweep"),
+    }.get(name, ("", ""))
+    if screen in values and exact in values:
+        return {"spearman": stats.spearmanr(values[screen], values[exact].mean(1)).statistic}
     return {}
 
 
