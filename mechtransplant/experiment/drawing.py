@@ -147,12 +147,15 @@ def _of_shifts(folder: Path) -> Iterator[Drawing]:
             title = f"{name}: task against control"
             yield Drawing(f"heatmap_{measure}_control", figures.shift_heatmap(rows, title=title)[0], rows)
     magnitude = table[(table.measure == "magnitude") & (table.test == "sign-flip")]
-    yield Drawing("volcano", figures.volcano(magnitude)[0], magnitude)
+    yield Drawing("volcano", figures.volcano(magnitude, title=name)[0], magnitude)
     alike = pd.read_csv(folder / "consistency.csv")
-    yield Drawing("consistency", figures.consistency_plot(alike)[0], alike)
+    yield Drawing("consistency", figures.consistency_plot(alike, title=name)[0], alike)
     curve = lorenz_curve(shifts, "own", seed=config["seed"])
-    yield Drawing("lorenz", figures.lorenz(curve, "own shift")[0], curve)
-    yield Drawing("own_against_inherited", figures.own_against_inherited(shifts, _planted_in(config["pair"]))[0])
+    yield Drawing("lorenz", figures.lorenz(curve, f"{name}: own shift")[0], curve)
+    means = shifts[shifts.measure.isin(["own", "inherited"])].groupby(["module", "measure"], sort=False, observed=True)
+    means = means["value"].mean().reset_index()
+    figure, _ = figures.own_against_inherited(means, _planted_in(config["pair"]), title=name)
+    yield Drawing("own_against_inherited", figure, means)
 
 
 def _of_effects(folder: Path) -> Iterator[Drawing]:

@@ -22,10 +22,14 @@ def k_curve(
     rule: str | None = None,
     title: str = "",
 ) -> tuple[Figure, Any]:
-    """Accuracy against the number of grafted modules, with the band of matched random sets and both baselines.
+    """Accuracy against the number of grafted modules, with random sets and both baselines.
+
+    The band is of random orders, as many sets at every K, where there are some, since a range grows with the number of
+    sets; sets matched to one K are a bar beside it.
 
     Args:
-        results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n.
+        results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n, and
+            set ("order…": of a random order along K) where random sets of both kinds are there.
         candidates: the number of all modules; adds an axis of shares.
         rule: whose grafts and random sets, where the results (column rule) hold several.
         title: said above the number of questions, for example the pair's name.
@@ -41,8 +45,9 @@ def k_curve(
             axes.axhline(100 * value, color=colour, linestyle=dashes, label=f"{role}, {100 * value:.1f} %")
         # one band, at the first strength of the sweep: bands on top of each other cannot be told apart
         random = rows[(rows.role == "random") & (rows.strength == graft.strength.iloc[0])]
-        if len(random):
-            bands = random.groupby("k").accuracy
+        along, alone = _orders(random)
+        if len(along):
+            bands = along.groupby("k").accuracy
             ks = np.array(list(bands.groups))
             axes.fill_between(
                 ks,
@@ -54,6 +59,18 @@ def k_curve(
                 label=f"random, range of {_counts(bands.size())}",
             )
             axes.plot(ks, 100 * bands.median(), color=GREY, linewidth=0.8, label="random, median")
+        for at, (k, found) in enumerate(alone.groupby("k").accuracy):
+            middle = 100 * found.median()
+            axes.errorbar(
+                [1.06 * k],
+                [middle],
+                [[middle - 100 * found.min()], [100 * found.max() - middle]],
+                color=BLACK,
+                marker="_",
+                markersize=4,
+                elinewidth=1.2,
+                label=None if at else f"matched, range of {_counts(alone.groupby('k').size())}",
+            )
         for index, strength in enumerate(sorted(graft.strength.unique())):
             line = graft[graft.strength == strength].sort_values("k")
             errors = 100 * np.array([line.accuracy - line.low, line.high - line.accuracy])
@@ -88,6 +105,16 @@ def k_curve(
     return figure, axes
 
 
+def _orders(random: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(random sets along K, as many at every K, those of one K)."""
+    ordered = random.k.notna()
+    if "set" in random and random["set"].astype(str).str.startswith("order").any():
+        ordered = random["set"].astype(str).str.startswith("order")
+    along, alone = random[ordered], random[~ordered]
+    # one K makes no band
+    return (along, alone) if along.k.nunique() > 1 else (along.iloc[:0], random)
+
+
 def _counts(sizes: Any) -> str:
     low, high = int(sizes.min()), int(sizes.max())
     return str(high) if low == high else f"{low}–{high}"
@@ -106,9 +133,10 @@ def _apart(sizes: Sequence[int]) -> list[int]:
 #: letters of a legend's longest label, of which two stand side by side in a column's width
 LEGEND = 28
 #: and so many letters in both
-BOTH = 46
-#: how many curves stay legible in one panel
+BOTH = 44
+#: how many curves stay legible in one panel, and what tells them apart in grey
 PANEL = 5
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 
 
 def rule_curves(
@@ -119,14 +147,15 @@ def rule_curves(
     outcome: str = "accuracy",
     title: str = "",
 ) -> tuple[Figure, Any]:
-    """K-curves of several rules on ``test``, a few a panel, each panel with the band of all random sets.
+    """K-curves of several rules on ``test``, a few a panel, each panel with the band of the random orders of all rules.
 
     Args:
         results: as for :func:`k_curve`, with the column rule, and for ``outcome="log_probability"`` that column (nats).
     """
     rows = results[(results.split == "test") & (results.budget == budget)]
     scale, unit = (100, "accuracy, %") if outcome == "accuracy" else (1, "log p(gold answer), nats")
-    random = rows[(rows.role == "random")].groupby("k")[outcome]
+    along, _ = _orders(rows[rows.role == "random"])
+    random = along.groupby("k")[outcome]
     groups = [list(rules[i : i + PANEL]) for i in range(0, len(rules), PANEL)]
     lines = -(-len(groups) // 2)
     ticks = _apart(sorted(rows[rows.role == "graft"].k.unique()))
@@ -148,7 +177,7 @@ def rule_curves(
                     color=GREY,
                     alpha=0.2,
                     linewidth=0,
-                    label="random sets",
+                    label="random orders",
                 )
             for index, name in enumerate(names):
                 line = rows[(rows.role == "graft") & (rows.rule == name)].sort_values("k")
@@ -160,6 +189,7 @@ def rule_curves(
                     marker="os^Dv"[index],
                     markersize=3,
                     linewidth=0.9,
+                    linestyle=DASHES[index],
                     label=name,
                 )
             panel.set_xscale("log", base=2)
@@ -172,8 +202,9 @@ def rule_curves(
             panel.set_ylabel(unit)
         said = f"{int(rows.n.iloc[0])} test questions; dashed: source, dotted: target"
         if len(random):
-            whose = rows[rows.role == "random"].rule.nunique()
-            said += f"; band: random sets of {whose} rule{'s' * (whose != 1)}, range"
+            whose = list(dict.fromkeys(along.rule))
+            named = " and ".join(whose) if len(whose) < 3 else f"{len(whose)} rules"
+            said += f"\nband: random orders matched to {named}, range"
         figure.suptitle(f"{title}\n{said}" if title else said)
     return figure, panels
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mechtransplant.figures.style import GREY
+from mechtransplant.figures.style import BLACK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,8 @@ _SIDES = [(1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
 _FAR = (3.0, 9.0, 16.0, 24.0, 34.0, 46.0)
 #: from here on a line leads from the name to its point
 _APART = 8.0
+#: so many pixels nearer to its own point than to any other, a name is surely its
+_CLEAR = 4.0
 
 
 class _Box(NamedTuple):
@@ -47,10 +49,12 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
         extent = measured.get_window_extent(renderer)
         measured.remove()
         places = [_place(points[at], extent.width, extent.height, side, far * pixels) for far, side in _TRIED]
-        costs = [_cost(box, far, taken, points, inside) for box, (far, _) in zip(places, _TRIED, strict=True)]
+        costs = [
+            _cost(box, far, taken, points, inside, points[at]) for box, (far, _) in zip(places, _TRIED, strict=True)
+        ]
         best = int(np.argmin(costs))
         (far, (right, up)), box = _TRIED[best], places[best]
-        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1.5}
+        line = {"arrowstyle": "-", "color": BLACK, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1.5}
         # from the corner or side that is nearest to the point
         line["relpos"] = ((1 - right) / 2, (1 - up) / 2)
         axes.annotate(
@@ -59,7 +63,9 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
             xytext=((box.x0 - points[at][0]) / pixels, (box.y0 - points[at][1]) / pixels),
             textcoords="offset points",
             fontsize=7,
-            arrowprops=line if far >= _APART else None,
+            arrowprops=line if far >= _APART or _may_be_anothers(box, points, points[at], 0) else None,
+            # lines under a name do not strike it out
+            bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.1},
         )
         taken.append(box)
 
@@ -77,10 +83,33 @@ def _place(point: Any, width: float, height: float, side: tuple[int, int], far: 
     return _Box(x0, y0, x0 + width, y0 + height)
 
 
-def _cost(box: _Box, far: float, taken: list[_Box], points: Any, inside: _Box) -> float:
-    """A name over another is worst, then one outside of the axes, then points under it, then the way to its point."""
+def _may_be_anothers(box: _Box, points: Any, point: Any, margin: float) -> bool:
+    """Whether another point is as near to a name as its own, or nearly so: a reader may take the name for its."""
+    across = np.maximum(np.maximum(box.x0 - points[:, 0], points[:, 0] - box.x1), 0)
+    along = np.maximum(np.maximum(box.y0 - points[:, 1], points[:, 1] - box.y1), 0)
+    away = np.hypot(across, along)
+    own = (points == point).all(1)
+    return bool((away[~own] < away[own].min() + margin).any())
+
+
+def _crosses(box: _Box, point: Any, other: _Box) -> bool:
+    """Whether the way from a name to its point leads over another name."""
+    start = np.clip(point, (box.x0, box.y0), (box.x1, box.y1))
+    on_the_way = start + np.linspace(0, 1, 25)[:, None] * (np.asarray(point) - start)
+    inside = (on_the_way > (other.x0, other.y0)) & (on_the_way < (other.x1, other.y1))
+    return bool(inside.all(1).any())
+
+
+def _cost(box: _Box, far: float, taken: list[_Box], points: Any, inside: _Box, point: Any) -> float:
+    """What speaks against a place for a point's name.
+
+    A name over another is worst, then one outside of the axes, then a way over another name, then points under it,
+    then another point that is nearer, then the way to its own.
+    """
     over = sum(box.covers(other) for other in taken)
+    crossed = sum(_crosses(box, point, other) for other in taken)
+    strange = _may_be_anothers(box, points, point, _CLEAR)
     outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
     under = (points[:, 0] > box.x0 - 2) & (points[:, 0] < box.x1 + 2) & (points[:, 1] > box.y0 - 2)
     hidden = int((under & (points[:, 1] < box.y1 + 2)).sum())
-    return 100.0 * over + 20.0 * outside + 1.0 * hidden + 0.04 * far
+    return 100.0 * over + 20.0 * outside + 3.0 * crossed + 1.0 * hidden + 0.5 * strange + 0.04 * far

@@ -1,6 +1,7 @@
 """What differs between two models: where, how surely, how consistently, how localised, and whose change it is.
 
-Sign: source minus target. Heads are circles and MLPs squares; significant modules are filled or marked.
+Sign: source minus target. Heads are circles and MLPs squares; significant modules are filled or marked. ``title`` is
+what a figure is of, for example the pair's name; it stands above what the figure says of itself.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def shift_heatmap(
     Args:
         table: from :func:`test_shifts`, one measure of heads (and MLPs); or any frame with ``module`` and ``value``.
         value: the column to draw. Signed values get a diverging scale around 0, others one that starts at 0.
-        alpha: cells with ``p_adjusted`` ≤ alpha get a dot.
+        alpha: cells with ``p_adjusted`` ≤ alpha get a mark: a triangle up or down by the sign, else a dot.
 
     Raises:
         UsageError: no heads and no MLPs, several measures, or no such column.
@@ -78,23 +79,26 @@ def shift_heatmap(
                 )
             if "p_adjusted" in rows.columns:
                 sure = rows[rows.p_adjusted <= alpha]
-                axes.plot(
-                    sure["head"].clip(lower=0) + left + 0.5,
-                    sure.layer + 0.5,
-                    linestyle="none",
-                    marker="o",
-                    markersize=2.6,
-                    color="white",
-                    markeredgecolor="black",
-                    markeredgewidth=0.5,
-                )
+                # both ends of a diverging scale are dark in grey
+                for marker, chosen in _marks(sure[value], signed):
+                    axes.plot(
+                        sure["head"][chosen].clip(lower=0) + left + 0.5,
+                        sure.layer[chosen] + 0.5,
+                        linestyle="none",
+                        marker=marker,
+                        markersize=2.9 if signed else 2.6,
+                        color="white",
+                        markeredgecolor="black",
+                        markeredgewidth=0.5,
+                    )
         step = max(1, heads // 12)
         ticks = [h + 0.5 for h in range(0, heads, step)] + ([heads + gap + 0.5] if has_mlp else [])
         axes.set_xticks(ticks, [str(h) for h in range(0, heads, step)] + (["MLP"] if has_mlp else []))
         every = max(1, layers // 10)
         axes.set_yticks(np.arange(0, layers, every) + 0.5, [str(v) for v in range(0, layers, every)])
         axes.set_xlim(0, heads + gap + has_mlp)
-        marks = f" (dots: adjusted p ≤ {alpha:g})" if "p_adjusted" in frame.columns else ""
+        shape = "△ above 0, ▽ below" if signed else "dots"
+        marks = f" ({shape}: adjusted p ≤ {alpha:g})" if "p_adjusted" in frame.columns else ""
         axes.set_xlabel(f"head{marks}")
         axes.set_ylabel("layer")
         axes.set_title(title)
@@ -105,6 +109,18 @@ def shift_heatmap(
         extend = ("both" if signed else "max") if clipped else "neither"
         figure.colorbar(matplotlib.cm.ScalarMappable(norm, colours), ax=axes, label=said, extend=extend)
     return figure, axes
+
+
+def _marks(values: pd.Series, signed: bool) -> list[tuple[str, Any]]:
+    """(marker, which cells have it)."""
+    if not signed:
+        return [("o", values.notna())]
+    return [("^", values > 0), ("v", values < 0), ("o", values == 0)]
+
+
+def _titled(title: str, said: str) -> str:
+    """What a figure is of, above what it says of itself."""
+    return f"{title}\n{said}" if title else said
 
 
 def _bound(sizes: np.ndarray) -> tuple[float, bool]:
@@ -161,7 +177,7 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
     """
     frame = _addressed(table, "effect_size", "p_adjusted")
     # what is off the scale stands at its end
-    bound, _ = _bound(np.abs(frame.effect_size.to_numpy(dtype=float)))
+    bound, clipped = _bound(np.abs(frame.effect_size.to_numpy(dtype=float)))
     frame = frame.assign(effect_size=frame.effect_size.clip(-1.05 * bound, 1.05 * bound))
     with style():
         figure, axes = new_figure(COLUMN, 2.6)
@@ -176,17 +192,20 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
             axes.axhline(np.log10(made + 1), color=GREY, linewidth=0.6, linestyle=":", label=floor)
         order = np.lexsort((-np.abs(frame.effect_size), frame.p_adjusted))
         against = "test" in frame.columns and frame.test.iloc[0] in ("control", "matched")
-        axes.set_xlabel("Cohen's d, task − control" if against else "Cohen's d over prompts, source − target")
+        signs = "task − control" if against else "over prompts, source − target"
+        axes.set_xlabel(f"Cohen's d {signs}" + (f"\n(at the edge: beyond ±{bound:.2g})" if clipped else ""))
         axes.set_ylabel("−log₁₀ adjusted p")
         # room for names above the highest points
         axes.set_ylim(-0.05, 1.15 * max(float(y.max()), -np.log10(alpha)))
-        axes.set_title(title or f"{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts")
+        measure = f"{frame.measure.iloc[0]}: " if "measure" in frame.columns else ""
+        said = f"{measure}{int(sure.sum())} of {len(frame)} modules, n = {int(frame.n.max())} prompts"
+        axes.set_title(_titled(title, said))
         figure.legend(loc="outside lower center", ncols=2)
         name_points(axes, frame, frame.effect_size, y, [i for i in order[:names] if sure[i]])
     return figure, axes
 
 
-def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "") -> tuple[Figure, Any]:
+def consistency_plot(consistency: pd.DataFrame, names: int = 4, title: str = "") -> tuple[Figure, Any]:
     """Consistency over prompts against the size of the shift, with intervals and the null's mean.
 
     Alignment where the frame has it, else the share of the more frequent sign; filled: p ≤ 0.05 (not adjusted).
@@ -207,12 +226,15 @@ def consistency_plot(consistency: pd.DataFrame, names: int = 6, title: str = "")
         axes.errorbar(x, frame[share], np.clip(errors, 0, None), fmt="none", ecolor=GREY, elinewidth=0.4, alpha=0.6)
         _scatter(axes, frame, x, frame[share], (frame[f"{what}_p"] <= 0.05).to_numpy())
         null = float(frame[f"{what}_null"].mean())
-        axes.axhline(null, color=ORANGE, linewidth=0.8, linestyle="--", label="null")
+        chance = "mean under random signs"
+        axes.axhline(null, color=ORANGE, linewidth=0.8, linestyle="--", label=chance)
         if (x > 0).any():
             axes.set_xscale("log")
-        axes.set_xlabel("size of the shift, |mean|")
+        measure = f" {frame.measure.iloc[0]}" if "measure" in frame.columns else ""
+        axes.set_xlabel(f"size of the shift, |mean{measure}|")
         axes.set_ylabel("alignment with other prompts" if what == "alignment" else "share of the more frequent sign")
-        axes.set_title(title or f"{len(frame)} modules, n = {int(frame.n.max())} prompts, 95 % intervals")
+        said = f"n = {int(frame.n.max())} prompts; filled: p ≤ 0.05, not adjusted"
+        axes.set_title(_titled(title, said))
         figure.legend(loc="outside lower center", ncols=3)
         name_points(axes, frame, x, frame[share], np.argsort(-x.to_numpy())[:names])
     return figure, axes
@@ -242,9 +264,9 @@ def lorenz(curve: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
             color=ORANGE,
             alpha=0.25,
             linewidth=0,
-            label="shares permuted within prompts",
+            label="permuted within prompts",
         )
-        axes.plot(x, from_zero("null"), color=ORANGE, linewidth=0.8, linestyle="--")
+        axes.plot(x, from_zero("null"), color=ORANGE, linewidth=0.8, linestyle="--", label="their mean")
         axes.plot(x, from_zero("cumulative"), color=BLUE, label="measured")
         axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.6, linestyle=":", label="equal shares")
         axes.set_xlabel(f"modules, largest first, % (of {modules})")
@@ -289,9 +311,9 @@ def own_against_inherited(
         axes.plot([0, top], [0, top], color=GREY, linewidth=0.6, linestyle=":")
         axes.set_xlim(-0.02 * top, top)
         axes.set_ylim(-0.02 * top, top)
-        axes.set_xlabel("inherited from changed inputs")
-        axes.set_ylabel("own: what its weights change")
-        axes.set_title(title or ("filled: " + ("marked modules" if given else "more own than inherited")))
+        axes.set_xlabel("inherited: from changed inputs, of the norm")
+        axes.set_ylabel("own: what its weights change, of the norm")
+        axes.set_title(_titled(title, "filled: " + ("marked modules" if given else "more own than inherited")))
         figure.legend(loc="outside lower center", ncols=3)
         name_points(axes, frame, frame.inherited, frame.own, np.argsort(-frame.own.to_numpy())[:names])
     return figure, axes
