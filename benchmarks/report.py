@@ -5,6 +5,7 @@ python benchmarks/report.py [--check]
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -453,6 +454,11 @@ def pictures() -> dict[str, tuple[Figure, pd.DataFrame]]:
     return {name: (draw(rows[name])[0], rows[name]) for name, (draw, _) in drawn.items()}
 
 
+def digest(rows: pd.DataFrame) -> str:
+    """What a benchmark's figure belongs to: its rows."""
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]
+
+
 def main() -> None:
     text, path = page(), HERE / "README.md"
     if "--check" in sys.argv:
@@ -460,7 +466,7 @@ def main() -> None:
         sys.exit(0 if same else "benchmarks/README.md is not what the results say: python benchmarks/report.py")
     path.write_text(text, encoding="utf-8")
     for name, (figure, rows) in pictures().items():
-        save_figure(figure, FIGURES, name, rows)
+        save_figure(figure, FIGURES, name, rows, run=f"of {name}.csv {digest(rows)}")
 
 
 if __name__ == "__main__":

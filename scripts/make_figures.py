@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from mechtransplant.experiment import beside_reported, runs_table
-from mechtransplant.experiment.drawing import draw, kind_of
+from mechtransplant.experiment.drawing import draw, fingerprint_of, kind_of
 from mechtransplant.figures import reported_rows, run_rows, save_figure
 from mechtransplant.ranking import get_rule
 
@@ -32,6 +32,9 @@ PUBLISHED = {
     "gain_against_kl": ("family-generations", "gain_against_kl"),
     "planted_benchmark": ("bench-planted", "planted_benchmark"),
     "shift_heatmap_smollm2": ("smollm2-shifts", "heatmap_magnitude"),
+    "volcano_smollm2": ("smollm2-shifts", "volcano"),
+    "consistency_smollm2": ("smollm2-shifts", "consistency"),
+    "lorenz_smollm2": ("smollm2-shifts", "lorenz"),
     "patch_versus_graft": ("family-effects", "patch_versus_graft"),
     "heads_against_mlps": ("family-heads-vs-mlps", "heads_against_mlps"),
     "strength_curve": ("family-strengths", "strength_curve"),
@@ -73,7 +76,8 @@ def draw_across(folder: Path) -> None:
     runs = [RUNS / name for name in BESIDE_THE_PAPER]
     rows = beside_reported(runs)
     title = "arXiv 2602.16189, as reported, and this project's runs"
-    save_figure(reported_rows(rows, title=title)[0], folder, "reported_rows", rows)
+    known = ", ".join(f"{run.name} {fingerprint_of(run)}" for run in runs)
+    save_figure(reported_rows(rows, title=title)[0], folder, "reported_rows", rows, run=known)
     table = runs_table(runs)
     table = table[table.random_n.notna()]
     # searches learned on the questions that chose K: a ceiling, and no rule that ranks beforehand
@@ -81,7 +85,8 @@ def draw_across(folder: Path) -> None:
     table["label"] = (
         table.run + ": " + table["rule"] + ", " + table.k.astype(str) + " of " + table.candidates.astype(str)
     )
-    save_figure(run_rows(table, title="Rules against their matched random sets, on test")[0], folder, "run_rows", table)
+    figure, _ = run_rows(table, title="Rules against their matched random sets, on test")
+    save_figure(figure, folder, "run_rows", table, run=known)
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-#: seconds that one cell may take
-LIMIT = 1800
+#: seconds that one cell may take, and all notebooks at small sizes together
+LIMIT, ALL = 1800, 600
 #: a progress bar, or another widget, which is dead in a file
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -55,8 +55,13 @@ def main() -> None:
     if not write:
         os.environ["MECHTRANSPLANT_SMOKE"] = "1"
     named = [Path(a).resolve() for a in sys.argv[1:] if not a.startswith("--")]
+    whole = 0.0
     for path in named or sorted(NOTEBOOKS.glob("*.ipynb")):
-        print(f"{path.name}: {run(path, write):.0f} s", flush=True)
+        seconds = run(path, write)
+        whole += seconds
+        print(f"{path.name}: {seconds:.0f} s", flush=True)
+    if not write and whole > ALL:
+        sys.exit(f"the notebooks took {whole:.0f} s at small sizes: {ALL} s at most")
 
 
 if __name__ == "__main__":

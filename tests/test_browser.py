@@ -96,6 +96,30 @@ def test_the_report(browser: Any, screenshot: Any, tmp_path: Path, width: int, s
     page.close()
 
 
+@pytest.mark.parametrize("run", ["smollm2-shifts", "family-effects", "family-heads-vs-mlps", "bench-planted"])
+def test_the_report_of_every_kind(browser: Any, screenshot: Any, tmp_path: Path, run: str) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    path = write_page(ROOT / "runs" / run, tmp_path / "report.html")
+    page.goto(path.as_uri())
+    assert said == [] and [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shown = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
+    assert len(shown) == len(list((ROOT / "runs" / run / "figures").glob("*.svg"))) and all(shown)
+    screenshot(page, f"report-{run}", full_page=True)
+    # on paper: black on white, and the tables whole
+    page.emulate_media(media="print", color_scheme="dark")
+    colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+    text, behind = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours)
+    assert text < 200 and (behind > 700 or behind == 0), colours
+    assert page.pdf(format="A4")[:4] == b"%PDF"
+    page.close()
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """JupyterLab over a copy of the notebooks: (its address, the folder)."""

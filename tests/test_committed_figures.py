@@ -119,7 +119,7 @@ def test_published_figures_are_the_runs_own(tmp_path: Path) -> None:
 
 def test_the_benchmarks_figures_are_what_their_results_give(tmp_path: Path) -> None:
     for name, (figure, rows) in benchmarks_report.pictures().items():
-        figures.save_figure(figure, tmp_path, name, rows)
+        figures.save_figure(figure, tmp_path, name, rows, run=f"of {name}.csv {benchmarks_report.digest(rows)}")
         check_same(tmp_path, ROOT / "figures", name)
         check_layout(figure)
     assert {p.stem for p in (ROOT / "figures").glob("*.png")} == {

@@ -245,6 +245,29 @@ def test_committed_notebooks_were_run_and_show_their_figures(path: Path) -> None
             assert any("image/png" in o.get("data", {}) for o in cell["outputs"]), "the figure is not in the notebook"
 
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
+def test_a_notebook_has_a_figure_and_ends_with_what_was_found(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    heads = [at for at, c in enumerate(cells) if "## What it says" in "".join(c["source"])]
+    (last,) = heads
+    said = "".join(
+        text for c in cells[last:] if c["cell_type"] == "code" for o in c["outputs"] for text in o.get("text", [])
+    )
+    assert re.search(r"\d", said) and len(said.split()) > 10, "the last cells print no finding"
+    assert any("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])), "no figure"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import mechtransplant as mt
+
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    named = {line.rsplit(".", 1)[1] for line in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    assert set(mt._HOME) <= named and {n for n in mt.figures.__all__ if n.islower()} <= named
+
+
 def test_the_configuration_page_names_every_key() -> None:
     import yaml
 

@@ -152,8 +152,8 @@ def _of_shifts(folder: Path) -> Iterator[Drawing]:
     yield Drawing("consistency", figures.consistency_plot(alike, title=name)[0], alike)
     curve = lorenz_curve(shifts, "own", seed=config["seed"])
     yield Drawing("lorenz", figures.lorenz(curve, f"{name}: own shift")[0], curve)
-    means = shifts[shifts.measure.isin(["own", "inherited"])].groupby(["module", "measure"], sort=False, observed=True)
-    means = means["value"].mean().reset_index()
+    both = shifts[shifts.measure.isin(["own", "inherited"])]
+    means = both.groupby(["module", "measure"], sort=False, observed=True)["value"].mean().reset_index()
     figure, _ = figures.own_against_inherited(means, _planted_in(config["pair"]), title=name)
     yield Drawing("own_against_inherited", figure, means)
 

@@ -62,7 +62,7 @@ def k_curve(
         for at, (k, found) in enumerate(alone.groupby("k").accuracy):
             middle = 100 * found.median()
             axes.errorbar(
-                [1.06 * k],
+                [1.06 * float(str(k))],
                 [middle],
                 [[middle - 100 * found.min()], [100 * found.max() - middle]],
                 color=BLACK,

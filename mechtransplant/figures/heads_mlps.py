@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mechtransplant.errors import UsageError
-from mechtransplant.figures.style import BLACK, BLUE, GREY, ORANGE, PAGE, PURPLE, new_figure, style
+from mechtransplant.figures.style import BLACK, BLUE, ORANGE, PAGE, PURPLE, new_figure, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +19,8 @@ _ARMS = {
     "mlp": ("MLPs", ORANGE, ""),
     "mixed": ("both, ranked together", PURPLE, "...."),
 }
+#: the range of random sets, on which the median's mark is to be seen
+PALE = "#BBBBBB"
 _ROWS = {"parameters": "equal parameters", "modules": "equal number"}
 _DEPTHS = ("early", "middle", "late")
 #: outcome → (columns of value and interval, prefix of the random columns, scale, axis label)
@@ -79,7 +81,7 @@ def heads_against_mlps_bars(
                 panel.set_title(f"{of}, {_ROWS[match]}")
             across[0].set_ylabel(label)
         if by == "count":
-            below = {"parameters": "parameters of so many MLPs", "modules": "modules in each set"}
+            below = {"parameters": "as many parameters as this many MLPs", "modules": "modules in each set"}
         else:
             here = f"{size} MLP" + "s" * (size != 1)
             below = {"parameters": f"third (parameters of {here})"}
@@ -127,7 +129,7 @@ def _bars(panel: Any, rows: pd.DataFrame, groups: list[Any], what: str, prefix: 
             middle, bottom, top = (scale * float(found[f"{random}{end}"].iloc[0]) for end in ("median", "low", "high"))
             if not np.isnan(middle):
                 right = left + 0.085
-                panel.fill_between([right - 0.03, right + 0.03], bottom, top, color=GREY, linewidth=0, zorder=2)
+                panel.fill_between([right - 0.03, right + 0.03], bottom, top, color=PALE, linewidth=0, zorder=2)
                 panel.plot(right, middle, marker="_", color=BLACK, markersize=4, markeredgewidth=1, zorder=4)
 
 
@@ -144,7 +146,7 @@ def _legend() -> list[Any]:
         Line2D(
             [],
             [],
-            color=GREY,
+            color=PALE,
             linewidth=3.5,
             marker="_",
             markeredgecolor=BLACK,
