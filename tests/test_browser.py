@@ -177,11 +177,10 @@ def test_jupyterlab_runs_notebook_01_to_its_end(browser: Any, screenshot: Any, l
     page.close()
 
 
-@pytest.mark.slow
-def test_the_explorer_answers_a_click_and_a_slider(browser: Any, screenshot: Any, lab: tuple[str, Path]) -> None:
+def explorer_of(run: Path, browser: Any, lab: tuple[str, Path]) -> tuple[Any, Any]:
+    """JupyterLab with the explorer of a run, and an empty cell below it."""
     import nbformat
 
-    run = ROOT / "runs" / "family-generations"
     cells = [
         nbformat.v4.new_code_cell(f"import mechtransplant as mt\nmt.explore({str(run)!r})"),
         nbformat.v4.new_code_cell(""),
@@ -194,21 +193,36 @@ def test_the_explorer_answers_a_click_and_a_slider(browser: Any, screenshot: Any
     page.evaluate(RUN_ALL)
     said = page.locator(".jupyter-widgets.widget-html-content, .widget-html").last
     said.wait_for(timeout=60_000)
+    return page, said
+
+
+def has_changed(page: Any, before: str) -> None:
+    page.wait_for_function("before => !document.querySelector('.jp-OutputArea').innerText.includes(before)", arg=before)
+
+
+@pytest.mark.slow
+def test_the_explorer_answers_a_click_and_sliders(browser: Any, screenshot: Any, lab: tuple[str, Path]) -> None:
+    page, said = explorer_of(ROOT / "runs" / "family-strengths", browser, lab)
     first = said.inner_text()
-    assert "highest by lae" in first
+    assert "highest by " in first
     buttons = page.locator("button.jupyter-button")
     assert buttons.count() == 28 and "score" in (buttons.first.get_attribute("title") or "")
     buttons.nth(3).click()
-    page.wait_for_function("before => !document.querySelector('.jp-OutputArea').innerText.includes(before)", arg=first)
+    has_changed(page, first)
     clicked = said.inner_text()
     assert "Your own" in clicked and "rank" in clicked
-    # one step along the slider of K
-    handle = page.locator(".widget-slider .noUi-handle, .ui-slider-handle").first
-    handle.focus()
+    # one step along the slider of K, and one along that of strength
+    handles = page.locator(".widget-slider .noUi-handle, .ui-slider-handle")
+    handles.nth(0).focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        "before => !document.querySelector('.jp-OutputArea').innerText.includes(before)", arg=clicked
-    )
-    assert "highest by lae" in said.inner_text()
+    has_changed(page, clicked)
+    moved = said.inner_text()
+    assert "highest by " in moved
+    handles.nth(1).focus()
+    page.keyboard.press("ArrowRight")
+    has_changed(page, moved)
+    stronger = said.inner_text()
+    strengths = [float(re.search(r"strength ([\d.]+)", text)[1]) for text in (moved, stronger)]  # type: ignore[index]
+    assert strengths[1] > strengths[0] and "accuracy on choose" in stronger
     screenshot(page, "explorer")
     page.close()

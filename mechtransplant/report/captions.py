@@ -19,12 +19,13 @@ _CAPTIONS: dict[str, Caption] = {
         "Result of",
         "Accuracy on the test questions against K, the number of grafted modules, with 95 % intervals. Dashed and "
         "dotted: source and target as they are. The band, where there is one, is the range of random "
-        "sets matched to the rule's own.",
+        "orders, as many at every K, and the bar that of the sets matched to the chosen K; both are matched to the rule's "
+        "own modules.",
     ),
     "rule_curves": Caption(
         "Rules",
         "Accuracy against K by every rule. Dashed and dotted: source and target as they are. The band, where there is "
-        "one, is the range of all random sets.",
+        "one, is the range of the random orders of every rule that has its own.",
     ),
     "budget_grid": Caption(
         "Token budgets",
