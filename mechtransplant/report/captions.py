@@ -19,8 +19,8 @@ _CAPTIONS: dict[str, Caption] = {
         "Result of",
         "Accuracy on the test questions against K, the number of grafted modules, with 95 % intervals. Dashed and "
         "dotted: source and target as they are. The band, where there is one, is the range of random "
-        "orders, as many at every K, and the bar that of the sets matched to the chosen K; both are matched to the rule's "
-        "own modules.",
+        "orders, as many at every K, and the bar that of the sets matched to the chosen K; both are matched to the "
+        "rule's own modules.",
     ),
     "rule_curves": Caption(
         "Rules",
