@@ -6,15 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.experiment.cells import write_atomically
+from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.ranking.steps import keeping
 from mechtransplant.selection import remembering
 from mechtransplant.tasks import Splits
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+#: the steps of the search that is going on
+STEPS = ".steps.jsonl"
 
 
 def options_of_rule(rule: str, given: dict[str, Any], batch_size: int, **own: Any) -> dict[str, Any]:
@@ -84,7 +89,20 @@ class Rankings:
         own = {"max_new_tokens": self.budget, "kv": config.kv}
         options = options_of_rule(rule, given, config.batch_size, **own) | more
         task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
-        return rank_modules(self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options)
+        named = {"rule": rule, "kinds": list(config.kinds), "seed": config.seed, "task": task.fingerprint, **options}
+        named |= {
+            role: model.fingerprint for role, model in (("source", self.pair.source), ("target", self.pair.target))
+        }
+        named |= {"dtype": config.dtype}
+        steps = CellStore(self.folder / STEPS)
+
+        def keep(what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            return steps.get({**named, **what}, compute)
+
+        with keeping(keep):
+            return rank_modules(
+                self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options
+            )
 
     def _kept(self, path: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         import pandas as pd
@@ -94,6 +112,8 @@ class Rankings:
                 path.parent.mkdir(exist_ok=True)
                 # 17 significant digits: the file gives back the very same numbers
                 write_atomically(path, compute().to_csv(index=False, float_format="%.17g"))
+                # a search that was ended goes on from them; the ranking has all that they led to
+                (self.folder / STEPS).unlink(missing_ok=True)
             frame = pd.read_csv(path)
             # a file forgets what selected: a run ranks on discover, or searches on choose, and picks K on choose
             seen = [*self.splits.discover.keys, *self.splits.choose.keys]

@@ -19,6 +19,7 @@ from mechtransplant.grafting import KV, Graft
 from mechtransplant.progress import track
 from mechtransplant.ranking.registry import CHOOSE, Kinds, Scores, register_rule
 from mechtransplant.ranking.sensitivity import WeightChanges, weight_effects
+from mechtransplant.ranking.steps import kept
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -93,14 +94,24 @@ class _Gates:
         return tuple(sorted(int(i) for i in np.argsort(-theta, kind="stable")[:size]))
 
     def gradient(self, chosen: tuple[int, ...], rows: list[int]) -> Floats:
-        with Graft([self.modules[i] for i in chosen], kv=self.kv).applied(self.pair):
-            return weight_effects(self.changes, self.task.subset(rows), self.batch_size)[0]
+        names = [self.modules[i] for i in chosen]
+
+        def now() -> Floats:
+            with Graft(names, kv=self.kv).applied(self.pair):
+                return weight_effects(self.changes, self.task.subset(rows), self.batch_size)[0]
+
+        return kept({"gradient at": names, "questions": rows}, now)
 
     def consider(self, chosen: tuple[int, ...]) -> bool:
         """Keep a set if it is the best so far."""
         if chosen not in self.known:
-            with Graft([self.modules[i] for i in chosen], kv=self.kv).applied(self.pair):
-                self.known[chosen] = float(gold_scores(self.pair.target, self.task, 4 * self.batch_size)[1].mean())
+            names = [self.modules[i] for i in chosen]
+
+            def now() -> Floats:
+                with Graft(names, kv=self.kv).applied(self.pair):
+                    return gold_scores(self.pair.target, self.task, 4 * self.batch_size)[1].mean(keepdims=True)
+
+            self.known[chosen] = float(kept({"worth of": names}, now)[0])
         if self.known[chosen] <= self.worth:
             return False
         self.best, self.worth = chosen, self.known[chosen]

@@ -17,10 +17,15 @@ from mechtransplant.progress import track
 from mechtransplant.ranking.gradients import GAIN
 from mechtransplant.ranking.registry import CHOOSE, Kinds, Scores, register_rule
 from mechtransplant.ranking.sensitivity import WeightChanges, weight_effects
+from mechtransplant.ranking.steps import kept
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
+
+
+#: modules that are tried before they are kept as one step
+STEP = 64
 
 
 @register_rule(
@@ -143,9 +148,42 @@ def _gains(
     progress: bool,
     order: Sequence[str] = (),
 ) -> NDArray[np.float64]:
-    """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place."""
+    """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place.
+
+    Layer by layer, a few layers a step; a layer's modules stay together, so that steps change no rounding.
+    """
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
+    gains = np.empty(len(modules))
+    for chosen in _by_layers(modules):
+        names = [modules[i] for i in chosen]
+        gains[chosen] = kept(
+            {"modules": names, "beside": list(order)},
+            lambda names=names: _gains_now(pair, task, names, kv, batch_size, progress, order),  # type: ignore[misc]
+        )
+    return gains
+
+
+def _by_layers(modules: Sequence[str]) -> list[list[int]]:
+    """The numbers of the modules of some layers together: enough that to begin anew costs little."""
+    layers = [parse_address(m).layer for m in modules]
+    parts: list[list[int]] = [[]]
+    for layer in sorted(set(layers)):
+        if len(parts[-1]) >= STEP:
+            parts.append([])
+        parts[-1] += [i for i, its in enumerate(layers) if its == layer]
+    return parts
+
+
+def _gains_now(
+    pair: Pair,
+    task: Task,
+    modules: Sequence[str],
+    kv: KV,
+    batch_size: int,
+    progress: bool,
+    order: Sequence[str],
+) -> NDArray[np.float64]:
     with _grafted(pair, order, kv):
         changes = []
         for module in modules:
