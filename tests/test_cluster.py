@@ -80,9 +80,14 @@ def test_every_job_is_done_once(two: Ray) -> None:
 def test_processes_are_kept_and_have_their_threads(two: Ray) -> None:
     seen: list[dict[str, Any]] = []
     slow = [{"number": i, "what": "sleep", "seconds": 0.3} for i in range(4)]
-    for _ in range(2):
+    # the first that runs begins, and the other joins it
+    for _ in range(40):
         two.run(slow, lambda at, result: seen.append(result))
+        if len({r["pid"] for r in seen}) == 2:
+            break
+    two.run(slow, lambda at, result: seen.append(result))
     assert len({r["pid"] for r in seen}) == 2 and os.getpid() not in {r["pid"] for r in seen}
+    assert {r["pid"] for r in seen[-4:]} == {r["pid"] for r in seen}
     assert {r["threads"] for r in seen} == {"1"}
     two.close()
     # a cluster that was there before is there afterwards
@@ -147,7 +152,7 @@ def test_fewer_processes_than_asked_for_do_all_the_jobs(two: Ray, monkeypatch: p
         three.run([{"number": i, "what": "sleep", "seconds": 0.5} for i in range(6)], found.__setitem__)
     assert {at: r["value"] for at, r in found.items()} == {i: i**2 for i in range(6)}
     assert len({r["pid"] for r in found.values()}) == 2
-    # the one without room is gone: another engine's process finds it
+    # nor does the one without room wait on when the engine is closed: another engine's processes find it
     three.close()
     two.run(numbers(2), found.__setitem__)
     two.close()

@@ -49,6 +49,9 @@ class Ray:
         self._ours = self._warned = False
         self._recipe: Any = None
         self._idle: list[Any] = []
+        #: what says that a process runs → the process; only one that runs gets a job, since one for which there is no
+        #: room would keep it for ever
+        self._starting: dict[Any, Any] = {}
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
@@ -60,9 +63,7 @@ class Ray:
         waiting = [(number, 1) for number in range(len(jobs))][::-1]
         #: what is awaited → (the process, job's number and tries)
         asked: dict[Any, tuple[Any, int, int]] = {}
-        # only a process that runs gets a job: one for which there is no room would keep it for ever
-        starting: dict[Any, Any] = {}
-        lost = 0
+        starting, lost = self._starting, 0
         try:
             while waiting or asked:
                 while waiting and self._idle:
@@ -96,13 +97,11 @@ class Ray:
                 self._idle.append(process)
                 done(number, answer["result"])
         except BaseException:
-            # nobody waits for what they are doing
-            for process in (*(process for process, _, _ in asked.values()), *starting.values()):
+            for process, _, _ in asked.values():
+                # nobody waits for what it is doing
                 ray.kill(process)
             self.close()
             raise
-        for process in starting.values():
-            ray.kill(process)
 
     def _first(self, awaited: list[Any], starting: int) -> Any:
         """The first answer of those awaited; says so once where processes find no room."""
@@ -126,9 +125,10 @@ class Ray:
 
         if not ray.is_initialized():
             return
-        for process in self._idle:
+        for process in (*self._idle, *self._starting.values()):
             ray.kill(process)
         self._idle, self._recipe = [], None
+        self._starting.clear()
         if self._ours:
             ray.shutdown()
             self._ours = False
