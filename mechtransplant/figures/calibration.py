@@ -30,7 +30,14 @@ def calibration_plot(rates: pd.DataFrame, correction: str = "max-t") -> tuple[Fi
         panels = figure.subplots(1, len(tests), sharey=True)
         for axes, test in zip(panels, tests, strict=True):
             here = rows[rows.test == test]
-            axes.axhspan(float(here.low.iloc[0]), float(here.high.iloc[0]), color=GREY, alpha=0.2, linewidth=0)
+            axes.axhspan(
+                float(here.low.iloc[0]),
+                float(here.high.iloc[0]),
+                color=GREY,
+                alpha=0.2,
+                linewidth=0,
+                label="99 % binomial interval of 0.05" if test == tests[0] else None,
+            )
             axes.axhline(0.05, color=GREY, linewidth=0.6)
             for shape, (colour, marker, dashes) in LOOKS.items():
                 line = here[here["shape"] == shape].sort_values("prompts")
@@ -52,7 +59,8 @@ def calibration_plot(rates: pd.DataFrame, correction: str = "max-t") -> tuple[Fi
             axes.set_xlabel("prompts")
         panels[0].set_ylabel("family-wise error at 0.05")
         panels[0].set_ylim(bottom=0)
-        figure.legend(loc="outside lower center", ncols=3)
+        hollow = "" if rows.valid.all() else "hollow: the test is not valid for this shape"
+        figure.legend(loc="outside lower center", ncols=4, title=hollow)
     return figure, panels
 
 
@@ -151,5 +159,7 @@ def interval_coverage(frame: pd.DataFrame) -> tuple[Figure, Any]:
         for name in RIVALS:
             label = "score, uncorrected" if name == "score" else name
             handles += panels[0, 0].plot([], [], **_rival(name), label=label)
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        label = "99 % binomial interval of 0.95"
+        handles.append(panels[0, 0].fill_between([], [], [], color=GREY, alpha=0.2, linewidth=0, label=label))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure, panels
