@@ -83,8 +83,14 @@ def disturbed(folder: Path, engine: str, kills: int, cells: int, rng: random.Ran
         before, target = finished(folder), targets[len(rows)]
         loading = target < cells and rng.random() < 0.25
         if not loading:
-            patience = time.monotonic() + 600
-            while len(finished(folder)) < target and process.poll() is None and time.monotonic() < patience:
+            patience, began = time.monotonic() + 600, time.time()
+            # what this start itself has done: a new cell, or, after the last one, the first table
+            while process.poll() is None and time.monotonic() < patience:
+                table = folder / "results.parquet"
+                if target == cells and table.exists() and table.stat().st_mtime > began:
+                    break
+                if target < cells and len(finished(folder)) > max(target, len(before)):
+                    break
                 time.sleep(0.02)
         time.sleep(rng.uniform(0, LOADING if loading else WRITING if target == cells else AFTER))
         over = process.poll() is not None

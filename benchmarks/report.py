@@ -416,8 +416,7 @@ def screens() -> str:
 
 `python benchmarks/screens.py`: how far the rules from gradients rank modules as the exact effect of grafting each alone
 (`single_swap`) does, on {" or ".join(str(n) for n in dict.fromkeys(rows.questions))} questions, and what both cost in process
-time on one thread. `activation_gradient` approximates another quantity, patches: how it ranks those is under *Speed and
-memory*.
+time on one thread. `activation_gradient` approximates another quantity, the effect of patches.
 
 {table(grid)}
 """

@@ -22,11 +22,17 @@ def one_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+class FolderError(UsageError):
+    """A folder that is another's, or cannot be written."""
+
+
 @contextmanager
 def wrong_in(where: object) -> Iterator[None]:
-    """Every UsageError inside says first where the fault lies: in which file."""
+    """Every UsageError inside, but for those about a folder, says first where the fault lies: in which file."""
     try:
         yield
+    except FolderError:
+        raise
     except UsageError as error:
         error.args = (f"{where}: {error}",)
         raise

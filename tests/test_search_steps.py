@@ -16,7 +16,13 @@ from mechtransplant.ranking import swaps
 from mechtransplant.ranking.steps import keeping, kept
 from mechtransplant.tasks import Splits, load_task
 
-OPTIONS = {"greedy": {"stop": 4}, "mask": {"steps": 12, "swaps": 4}, "single_swap": {}, "screened_swap": {"confirm": 9}}
+WEIGHTS = {"source": "first", "target": "second"}
+OPTIONS = {
+    "greedy": {"stop": 5, "pool": 6},
+    "mask": {"steps": 12, "swaps": 4},
+    "single_swap": {},
+    "screened_swap": {"confirm": 9},
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +33,9 @@ def splits() -> Splits:
 def ranked(rule: str, pair: Pair, splits: Splits, folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
     given: dict[str, Any] = {"rule": rule, "rule_options": OPTIONS[rule], "kind": ["head", "mlp"], "k": [4]}
-    return Rankings(parse_config({"pair": "family/generations", **given}), pair, splits, 8, folder, False).frame(
-        rule, 4
-    )
+    return Rankings(
+        parse_config({"pair": "family/generations", **given}), pair, splits, 8, folder, False, WEIGHTS
+    ).frame(rule, 4)
 
 
 @pytest.mark.parametrize("rule", OPTIONS)
@@ -81,7 +87,7 @@ def test_steps_of_another_search_are_not_taken(
     monkeypatch.setattr(of_runs.CellStore, "put", noted)
     for seed in (0, 1, 1):
         given = {"pair": "family/generations", "rule": "single_swap", "kind": "head", "k": [2], "seed": seed}
-        Rankings(parse_config(given), generations, splits, 8, tmp_path, False)._rank("single_swap", splits)
+        Rankings(parse_config(given), generations, splits, 8, tmp_path, False, WEIGHTS)._rank("single_swap", splits)
     # the third finds all of the second's
     assert len(stored) == len(set(stored)) == 2
 

@@ -29,7 +29,8 @@ def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | N
 
     config = on_device(read_config(config_path), device)
     folder = out or Path("runs") / config.name
-    _say_unused(config.device if config.device_map is None else "")
+    if device is None and config.device_map is None:
+        _say_unused(config.device)
     choice = EngineChoice(engine["engine"], engine["workers"], engine["address"])
     with wrong_in(config_path):
         made = Run(config, folder, engine=choice)
@@ -178,6 +179,8 @@ def screen(
     from mechtransplant.experiment import read_screen, report_screen
 
     wanted = read_screen(config)
+    if device is None:
+        _say_unused(wanted.device)
     folder = out or Path("runs") / wanted.name
     with wrong_in(config):
         said = report_screen(wanted, folder, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from mechtransplant import __version__
 from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, WorkerError, answer_to, checked, died
 from mechtransplant.errors import UsageError, check_count, one_line
 
-#: seconds without an answer after which it is said that processes find no room
+#: seconds after which it is said that processes have not started
 PATIENCE = 60.0
 
 
@@ -46,12 +47,12 @@ class Ray:
             raise UsageError("the engine ray needs Ray: pip install 'mechtransplant[ray]'") from error
         self.recipe, self.workers, self.address, self.gpus = recipe, workers, address, gpus
         self._asked, self.threads = threads, threads or 1
-        self._ours = self._warned = False
+        self._ours = self._warned = self._local = False
         self._recipe: Any = None
         self._idle: list[Any] = []
-        #: what says that a process runs → the process; only one that runs gets a job, since one for which there is no
-        #: room would keep it for ever
-        self._starting: dict[Any, Any] = {}
+        #: what says that a process runs → the process, and when it was asked for; only one that runs gets a job, since
+        #: one for which there is no room would keep it for ever
+        self._starting: dict[Any, tuple[Any, float]] = {}
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
@@ -63,6 +64,7 @@ class Ray:
         waiting = [(number, 1) for number in range(len(jobs))][::-1]
         #: what is awaited → (the process, job's number and tries)
         asked: dict[Any, tuple[Any, int, int]] = {}
+        self._drop_the_dead()
         starting, lost = self._starting, 0
         try:
             while waiting or asked:
@@ -70,18 +72,23 @@ class Ray:
                     number, tries = waiting.pop()
                     process = self._idle.pop()
                     asked[process.do.remote(jobs[number])] = process, number, tries
-                for _ in range(min(self.workers - len(asked), len(waiting)) - len(starting)):
+                wanted = min(self.workers - len(asked), len(waiting)) - len(starting)
+                # where processes end as they start, those that run do the work
+                for _ in range(wanted if lost < TRIES else 0):
                     process = self._start()
-                    starting[process.here.remote()] = process
-                ready = self._first([*asked, *starting], len(starting))
+                    starting[process.here.remote()] = process, time.monotonic()
+                ready = self._first([*asked, *starting], bool(waiting))
                 if ready in starting:
-                    process = starting.pop(ready)
+                    process, _ = starting.pop(ready)
                     try:
                         ray.get(ready)
-                    except ray.exceptions.RayActorError as end:
+                    except ray.exceptions.RayError as end:
                         lost += 1
-                        if lost >= TRIES:
-                            raise WorkerError(f"{lost} processes of Ray's ended as they started ({end})") from end
+                        said = f"{lost} processes of Ray's ended as they started ({one_line(end)})"
+                        if lost >= TRIES and not (asked or starting or self._idle):
+                            raise WorkerError(said) from end
+                        if lost == TRIES:
+                            warnings.warn(f"{said}: no more are started for now", stacklevel=2)
                         continue
                     lost = 0
                     self._idle.append(process)
@@ -103,21 +110,36 @@ class Ray:
             self.close()
             raise
 
-    def _first(self, awaited: list[Any], starting: int) -> Any:
-        """The first answer of those awaited; says so once where processes find no room."""
+    def _first(self, awaited: list[Any], jobs_wait: bool) -> Any:
+        """The first answer of those awaited; says so once where processes that jobs wait for have not started."""
         import ray
 
-        ready, _ = ray.wait(awaited, timeout=PATIENCE)
-        while not ready:
-            if starting and not self._warned:
+        while True:
+            ready, _ = ray.wait(awaited, timeout=PATIENCE)
+            since = min((asked for _, asked in self._starting.values()), default=float("inf"))
+            if jobs_wait and not self._warned and time.monotonic() - since >= PATIENCE:
                 self._warned = True
                 warnings.warn(
-                    f"Ray has no room for {starting} of {self.workers} processes with {self._needs()} each: waiting, "
-                    "with those that run (see `ray status`)",
+                    f"{len(self._starting)} of {self.workers} processes with {self._needs()} each have not started "
+                    f"after {PATIENCE:g} s: Ray may have no room (see `ray status`). Those that run do the work",
                     stacklevel=3,
                 )
-            ready, _ = ray.wait(awaited, timeout=PATIENCE)
-        return ready[0]
+            if ready:
+                return ready[0]
+
+    def _drop_the_dead(self) -> None:
+        """Forget kept processes that have ended since: a job is not to be counted as tried in them."""
+        import ray
+
+        asked = [(process, process.here.remote()) for process in self._idle]
+        self._idle = []
+        for process, answer in asked:
+            try:
+                ray.get(answer, timeout=PATIENCE)
+            except ray.exceptions.RayError:
+                ray.kill(process)
+                continue
+            self._idle.append(process)
 
     def close(self) -> None:
         """End the processes, and Ray where it was started here."""
@@ -125,7 +147,7 @@ class Ray:
 
         if not ray.is_initialized():
             return
-        for process in (*self._idle, *self._starting.values()):
+        for process in (*self._idle, *(process for process, _ in self._starting.values())):
             ray.kill(process)
         self._idle, self._recipe = [], None
         self._starting.clear()
@@ -136,11 +158,13 @@ class Ray:
     def _connect(self) -> None:
         import ray
 
+        local = self._local
         if not ray.is_initialized():
             # no report about its use leaves this machine
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-            if self.address is None:
+            self._local = local = self.address is None
+            if local:
                 # the cores are this machine's to share: it is asked for so many processes
                 cores = os.cpu_count() or 1
                 self.threads = self._asked or max(1, cores // self.workers)
@@ -157,7 +181,8 @@ class Ray:
                 ) from error
             self._ours = True
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if self._asked is None and self.address is not None:
+        # once: processes of one run have as many threads, whatever nodes come and go
+        if self._asked is None and self._recipe is None and not local:
             self.threads = most_threads(nodes, self.workers, self.gpus)
         if not any(places(node, self.threads, self.gpus) for node in nodes):
             largest: Mapping[str, float] = max(
@@ -191,9 +216,10 @@ def places(node: Mapping[str, float], threads: int, gpus: float) -> int:
 
 
 def most_threads(nodes: Sequence[Mapping[str, float]], workers: int, gpus: float) -> int:
-    """The most cores for each of so many processes with which all find room; 1 where they never do."""
+    """The most cores for each of so many processes with which as many find room as ever do; at least 1."""
     most = int(max((node.get("CPU", 0) for node in nodes), default=1))
-    fitting = (t for t in range(most, 1, -1) if sum(places(node, t, gpus) for node in nodes) >= workers)
+    goal = max(1, min(workers, sum(places(node, 1, gpus) for node in nodes)))
+    fitting = (t for t in range(most, 1, -1) if sum(places(node, t, gpus) for node in nodes) >= goal)
     return next(fitting, 1)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring a folder's names to the disk; only POSIX systems open folders."""
+    """Bring a folder's names to the disk, where the system and the file system do that (POSIX, most of them)."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import FolderError, UsageError
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
 
@@ -40,11 +40,11 @@ def locked(folder: Path) -> Iterator[None]:
                     lock.unlink(missing_ok=True)
                 raise
     except Timeout as error:
-        raise UsageError(f"another process is running in {folder}: wait for it, or {ELSEWHERE}") from error
+        raise FolderError(f"another process is running in {folder}: wait for it, or {ELSEWHERE}") from error
     except OSError as error:
         if not _is_about(folder, error):
             raise
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}; {ELSEWHERE}") from error
+        raise FolderError(f"cannot write to {folder}: {error.strerror or error}; {ELSEWHERE}") from error
 
 
 def _is_about(folder: Path, error: OSError) -> bool:
@@ -75,7 +75,7 @@ def write_compatibility(folder: Path, pair: Pair) -> None:
 def check_begun(folder: Path, began: dict[str, Any]) -> None:
     """Refuse a folder that :func:`begin` would refuse; writes nothing."""
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: {ELSEWHERE}")
+        raise FolderError(f"{folder} is a file: {ELSEWHERE}")
     if folder.exists():
         check_ours(folder, "analysis")
         _earlier_starts(folder, began, tuple(began))
@@ -94,7 +94,7 @@ def check_ours(folder: Path, name: str, **wanted: str) -> None:
         except (ValueError, AttributeError):
             ours = False
     if not ours:
-        raise UsageError(f"{folder} is not empty and holds no such {name}: {ELSEWHERE}")
+        raise FolderError(f"{folder} is not empty and holds no such {name}: {ELSEWHERE}")
 
 
 def write_starts(
@@ -127,9 +127,9 @@ def _earlier_starts(
         changed = [what for what in wanted if saved.get(what) != began[what]]
         starts = list(saved["starts"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
+        raise FolderError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
     if changed:
-        raise UsageError(
+        raise FolderError(
             f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, or remove it"
         )
     return starts

@@ -43,7 +43,9 @@ class LowerLayers:
             self.missed[role] = self.missed.get(role, 0.0) + self._read(split) * lowest / target.layout.layers
             if self.missed[role] < 1:
                 return nothing, 0
-            self.passes = {role: self._remember(split) if self._bytes(split) <= LIMIT else nothing}
+            # the other split's first: not both at once
+            self.passes.clear()
+            self.passes[role] = self._remember(split) if self._bytes(split) <= LIMIT else nothing
         return self.passes[role], lowest
 
     def forget(self) -> None:
@@ -69,11 +71,13 @@ class LowerLayers:
         target = self.setup.pair.target
         encoded, layout = encode(split, target.tokenizer), target.layout
         width = target.hf.config.get_text_config().hidden_size
-        lengths = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
+        gold = [len(p) + len(c) for p, c in zip(encoded.prompts, encoded.completions, strict=True)]
+        parts = [(gold, width)]
         if not is_short(target, split):
-            # a text that is written needs its prompt's keys and values too
-            lengths = [len(p) for p in encoded.prompts]
-            width += 2 * layout.kv_heads * layout.d_head
-        batches = length_sorted(lengths, self.setup.config.batch_size)
-        tokens = sum(len(rows) * (lengths[rows[0]] - len(encoded.prefix)) for rows in batches)
-        return int(tokens * width * target.hf.dtype.itemsize * layout.layers)
+            # besides the gold answer's pass the prompt's, whose keys and values a text that is written needs
+            parts.append(([len(p) for p in encoded.prompts], width + 2 * layout.kv_heads * layout.d_head))
+        numbers = 0
+        for lengths, each in parts:
+            batches = length_sorted(lengths, self.setup.config.batch_size)
+            numbers += each * sum(len(rows) * (lengths[rows[0]] - len(encoded.prefix)) for rows in batches)
+        return int(numbers * target.hf.dtype.itemsize * layout.layers)

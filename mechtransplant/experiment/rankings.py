@@ -50,8 +50,16 @@ class Rankings:
     """Rankings by rule, and by K for rules that are learned for one K."""
 
     def __init__(
-        self, config: RunConfig, pair: Pair, splits: Splits, budget: int, folder: Path, progress: bool
+        self,
+        config: RunConfig,
+        pair: Pair,
+        splits: Splits,
+        budget: int,
+        folder: Path,
+        progress: bool,
+        fingerprints: dict[str, str],
     ) -> None:
+        self.fingerprints = fingerprints
         self.config, self.pair, self.splits, self.budget = config, pair, splits, budget
         self.folder, self.progress = folder, progress
         self.known: dict[Path, pd.DataFrame] = {}
@@ -90,10 +98,7 @@ class Rankings:
         options = options_of_rule(rule, given, config.batch_size, **own) | more
         task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
         named = {"rule": rule, "kinds": list(config.kinds), "seed": config.seed, "task": task.fingerprint, **options}
-        named |= {
-            role: model.fingerprint for role, model in (("source", self.pair.source), ("target", self.pair.target))
-        }
-        named |= {"dtype": config.dtype}
+        named |= {"dtype": config.dtype, **self.fingerprints}
         steps = CellStore(self.folder / STEPS)
 
         def keep(what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

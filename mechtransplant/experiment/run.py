@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, random_matched, random_orders
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import FolderError, UsageError
 from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.config import RunConfig, on_device, read_config
@@ -22,7 +22,7 @@ from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
-from mechtransplant.experiment.rankings import Rankings
+from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.setup import Setup
@@ -82,9 +82,12 @@ class Run(Setup):
         write_compatibility(self.folder, self.pair)
         self.engine = self.where.make(self, self.elsewhere)
         try:
-            return self._steps()
+            result = self._steps()
         finally:
             self.engine.close()
+        # all rankings are there: of a start that was killed between a ranking and this some may be left
+        (self.folder / STEPS).unlink(missing_ok=True)
+        return result
 
     def estimate(self) -> Estimate:
         """What is left to be computed, and how long it takes here; writes nothing."""
@@ -94,7 +97,9 @@ class Run(Setup):
     def _steps(self) -> RunResult:
         if self.progress:
             announce(lambda: str(self.estimate()))
-        self.rankings = Rankings(self.config, self.pair, self.splits, self.budget, self.folder, self.progress)
+        self.rankings = Rankings(
+            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints
+        )
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
         self._baselines(choose)
@@ -335,18 +340,18 @@ def depends_on(run: Run) -> dict[str, Any]:
 def check_folder(config: RunConfig, folder: Path) -> None:
     """Refuse a folder that holds another run, or anything else; writes nothing."""
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file: choose another --out folder")
+        raise FolderError(f"{folder} is a file: choose another --out folder")
     path = folder / "config.yaml"
     if path.exists():
         # parsed, so that a run from before a key existed has that key's default; another device rounds otherwise,
         # as another processor does, and may go on
         if on_device(read_config(path), config.device) != config:
-            raise UsageError(
+            raise FolderError(
                 f"{folder} holds another run (its config.yaml differs): choose another --out folder, or remove it"
             )
         return
     if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and holds no run: choose another --out folder")
+        raise FolderError(f"{folder} is not empty and holds no run: choose another --out folder")
 
 
 def run_experiment(

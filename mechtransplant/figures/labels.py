@@ -41,16 +41,18 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
     figure.draw_without_rendering()
     renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72
     points = axes.transData.transform(np.column_stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)]))
+    known = np.isfinite(points).all(1)
     inside = _Box(axes.bbox.x0, axes.bbox.y0, axes.bbox.x1, axes.bbox.y1)
     taken: list[_Box] = []
-    for at in which:
+    for at in (at for at in which if known[at]):
         name = str(rows.module.iloc[at])
         measured = axes.text(0, 0, name, fontsize=7)
         extent = measured.get_window_extent(renderer)
         measured.remove()
         places = [_place(points[at], extent.width, extent.height, side, far * pixels) for far, side in _TRIED]
         costs = [
-            _cost(box, far, taken, points, inside, points[at]) for box, (far, _) in zip(places, _TRIED, strict=True)
+            _cost(box, far, taken, points[known], inside, points[at])
+            for box, (far, _) in zip(places, _TRIED, strict=True)
         ]
         best = int(np.argmin(costs))
         (far, (right, up)), box = _TRIED[best], places[best]
@@ -63,7 +65,7 @@ def name_points(axes: Any, rows: pd.DataFrame, x: Any, y: Any, which: Iterable[i
             xytext=((box.x0 - points[at][0]) / pixels, (box.y0 - points[at][1]) / pixels),
             textcoords="offset points",
             fontsize=7,
-            arrowprops=line if far >= _APART or _may_be_anothers(box, points, points[at], 0) else None,
+            arrowprops=line if far >= _APART or _may_be_anothers(box, points[known], points[at], 0) else None,
             # lines under a name do not strike it out
             bbox={"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 0.1},
         )

@@ -8,6 +8,7 @@ pairs at its boundary are exchanged as long as that helps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,8 +124,7 @@ class _Gates:
         starts = [self.gradient((), everything)]
         path = np.zeros(len(self.modules))
         for point in range(points):
-            with Graft(self.modules, (point + 0.5) / points, kv=self.kv).applied(self.pair):
-                path += weight_effects(self.changes, self.task, self.batch_size)[0] / points
+            path += kept({"path at": point}, partial(self._along, (point + 0.5) / points)) / points
         starts.append(path)
         chosen = starts[-1]
         if k is not None:
@@ -132,6 +132,11 @@ class _Gates:
                 if self.consider(self.largest(effect, k)):
                     chosen = effect
         return np.asarray(chosen / max(float(np.abs(chosen).max()), 1e-12))
+
+    def _along(self, strength: float) -> Floats:
+        """The gradient with every module at a strength."""
+        with Graft(self.modules, strength, kv=self.kv).applied(self.pair):
+            return weight_effects(self.changes, self.task, self.batch_size)[0]
 
     def exchange(self, tries: int) -> None:
         """Exchange a module inside the best set for one outside while that helps, the most promising pairs first."""

@@ -32,7 +32,7 @@ STEP = 64
     "single_swap",
     "s(m) = L(target with m grafted) − L(target), L the mean log-probability of the gold answer",
     needs="gold answers",
-    cost="1 forward pass, and N from the module's layer on",
+    cost="1 forward pass for every 64 modules, and N from the module's layer on",
     sign=GAIN + ", exactly",
 )
 def single_swap(
@@ -74,7 +74,10 @@ def screened_swap(
     """
     check_count("confirm", confirm)
     modules = pair.modules(kind)
-    scores = weight_effects(WeightChanges(pair, modules, kv), task, batch_size, progress)[0]
+    scores = kept(
+        {"gradient of": modules},
+        lambda: weight_effects(WeightChanges(pair, modules, kv), task, batch_size, progress)[0],
+    )
     exact: set[int] = set()
     while True:
         highest = np.argsort(-scores, kind="stable")[:confirm]
@@ -134,8 +137,12 @@ def _steepest(
     pair: Pair, task: Task, order: Sequence[str], modules: Sequence[str], kv: KV, batch_size: int
 ) -> list[str]:
     """Modules by the gradient with those of ``order`` grafted, largest first."""
-    with _grafted(pair, order, kv):
-        effects, _ = weight_effects(WeightChanges(pair, modules, kv), task, min(batch_size, 16))
+
+    def now() -> NDArray[np.float64]:
+        with _grafted(pair, order, kv):
+            return weight_effects(WeightChanges(pair, modules, kv), task, min(batch_size, 16))[0]
+
+    effects = kept({"gradient of": list(modules), "beside": list(order)}, now)
     return [modules[i] for i in np.argsort(-effects, kind="stable")]
 
 

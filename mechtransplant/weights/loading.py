@@ -115,7 +115,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    device = chosen_device(device)
+    device = "cpu" if device == "auto" and device_map is not None else chosen_device(device)
     if device == "meta":
         raise UsageError("device meta holds no numbers: expected cpu, cuda, cuda:0, mps, …")
     if device_map is not None and device != "cpu":
