@@ -50,6 +50,13 @@ def test_an_interrupt_says_what_is_left(command: Run, monkeypatch: pytest.Monkey
     assert code == 130 and "interrupted; nothing half-written is left" in error and "goes on" in error
 
 
+def test_the_demo_runs(command: Run, tmp_path: Path) -> None:
+    code, out, error = command("demo", "--out", str(tmp_path / "demo"))
+    assert code == 0, error
+    assert "**Verdict.**" in out and "Next: mechtransplant report" in out
+    assert (tmp_path / "demo" / "figures" / "k_curve.png").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -21,7 +21,15 @@ def _say_unused(device: str) -> None:
         typer.echo(f"{torch.cuda.get_device_name()} is here and is not used: --device auto uses it", err=True)
 
 
-def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | None = None, **engine: Any) -> None:
+def _run(
+    config_path: Path,
+    out: Path | None,
+    dry: bool = False,
+    device: str | None = None,
+    engine: Any = "serial",
+    workers: int | None = None,
+    address: str | None = None,
+) -> None:
     from mechtransplant.errors import wrong_in
     from mechtransplant.experiment import Run
     from mechtransplant.experiment.config import on_device, read_config
@@ -31,7 +39,7 @@ def _run(config_path: Path, out: Path | None, dry: bool = False, device: str | N
     folder = out or Path("runs") / config.name
     if device is None and config.device_map is None:
         _say_unused(config.device)
-    choice = EngineChoice(engine["engine"], engine["workers"], engine["address"])
+    choice = EngineChoice(engine, workers, address)
     with wrong_in(config_path):
         made = Run(config, folder, engine=choice)
     if dry:
@@ -58,7 +66,7 @@ def run(
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out, dry_run, device, engine=engine, workers=workers, address=address)
+    _run(config, out, dry_run, device, engine, workers, address)
 
 
 @app.command()
