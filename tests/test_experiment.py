@@ -42,8 +42,17 @@ def instruct_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run_experiment(small, tmp_path_factory.mktemp("runs") / "instruct", progress=False)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"random_sets": 20},
+        # answers that are written: the prompt's pass alone begins there
+        {"random_sets": 12, "pair": "family/instruct", "task": "boxed", "controls": ["bottom"], "curve_sets": 0},
+    ],
+    ids=["short", "written"],
+)
 def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[int] = []
 
@@ -52,32 +61,10 @@ def test_grafts_begin_at_their_lowest_layer_with_the_bits_of_whole_passes(
         return resuming(model, memory, layer)
 
     monkeypatch.setattr(evaluator, "resuming", counted)
-    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 20, "side_effects": None}
+    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "side_effects": None}
     cells = []
     for folder in ("resumed", "whole"):
-        run_experiment(config(**sizes), tmp_path / folder / "small", progress=False)
-        cells.append(CellStore(tmp_path / folder / "small" / "cells.jsonl").cells)
-        assert any(begun) == (folder == "resumed")
-        begun.clear()
-        monkeypatch.setattr(lower_layers, "LIMIT", 0)
-    assert cells[0] == cells[1]
-
-
-def test_written_answers_are_the_same_where_prompts_begin_at_the_grafts_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[int] = []
-
-    def counted(model: Any, memory: Any, layer: int) -> Any:
-        begun.append(layer if memory.usable else 0)
-        return resuming(model, memory, layer)
-
-    monkeypatch.setattr(evaluator, "resuming", counted)
-    sizes: dict[str, Any] = {"rule": "weight_delta", "k": [1, 2], "random_sets": 12, "side_effects": None}
-    boxed: dict[str, Any] = {"pair": "family/instruct", "task": "boxed", "controls": ["bottom"], "curve_sets": 0}
-    cells = []
-    for folder in ("resumed", "whole"):
-        run_experiment(config(**sizes | boxed), tmp_path / folder / "small", progress=False)
+        run_experiment(config(**sizes | changes), tmp_path / folder / "small", progress=False)
         cells.append(CellStore(tmp_path / folder / "small" / "cells.jsonl").cells)
         assert any(begun) == (folder == "resumed")
         begun.clear()

@@ -73,8 +73,8 @@ class Ray:
                     process = self._idle.pop()
                     asked[process.do.remote(jobs[number])] = process, number, tries
                 wanted = min(self.workers - len(asked), len(waiting)) - len(starting)
-                # where processes end as they start, those that run do the work
-                for _ in range(wanted if lost < TRIES else 0):
+                # where processes end as they start, those that run do the work; without any another one is tried
+                for _ in range(wanted if lost < TRIES or not (asked or starting) else 0):
                     process = self._start()
                     starting[process.here.remote()] = process, time.monotonic()
                 ready = self._first([*asked, *starting], bool(waiting))

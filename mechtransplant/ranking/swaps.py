@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -161,13 +162,22 @@ def _gains(
     """
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
+
+    def now(names: Sequence[str]) -> NDArray[np.float64]:
+        with _grafted(pair, order, kv):
+            changes = []
+            for module in names:
+                layer = parse_address(module).layer
+                # a set may move more than its members one by one (kv="whole-group"), all of it in their layer
+                beside = [m for m in order if parse_address(m).layer == layer]
+                changes.append(Change(layer, Graft([*beside, module], kv=kv).applied(pair)))
+            before, after = sweep(pair.target, task, changes, batch_size, progress=progress, what="grafts")
+        return np.asarray(after.log_probability.mean(1) - before.log_probability.mean())
+
     gains = np.empty(len(modules))
     for chosen in _by_layers(modules):
         names = [modules[i] for i in chosen]
-        gains[chosen] = kept(
-            {"modules": names, "beside": list(order)},
-            lambda names=names: _gains_now(pair, task, names, kv, batch_size, progress, order),  # type: ignore[misc]
-        )
+        gains[chosen] = kept({"modules": names, "beside": list(order)}, partial(now, names))
     return gains
 
 
@@ -180,26 +190,6 @@ def _by_layers(modules: Sequence[str]) -> list[list[int]]:
             parts.append([])
         parts[-1] += [i for i, its in enumerate(layers) if its == layer]
     return parts
-
-
-def _gains_now(
-    pair: Pair,
-    task: Task,
-    modules: Sequence[str],
-    kv: KV,
-    batch_size: int,
-    progress: bool,
-    order: Sequence[str],
-) -> NDArray[np.float64]:
-    with _grafted(pair, order, kv):
-        changes = []
-        for module in modules:
-            layer = parse_address(module).layer
-            # a set may move more than its members one by one (kv="whole-group"), all of it in their layer
-            beside = [m for m in order if parse_address(m).layer == layer]
-            changes.append(Change(layer, Graft([*beside, module], kv=kv).applied(pair)))
-        before, after = sweep(pair.target, task, changes, batch_size, progress=progress, what="grafts")
-    return np.asarray(after.log_probability.mean(1) - before.log_probability.mean())
 
 
 def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:
