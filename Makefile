@@ -41,23 +41,26 @@ docs: install  ## the documentation as a site, in site/
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict --quiet
 
-benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about eight hours
-	$(BIN)/python benchmarks/calibration.py
-	$(BIN)/python benchmarks/coverage.py
-	$(BIN)/python benchmarks/real_null.py
-	$(BIN)/python benchmarks/power.py
-	$(BIN)/python benchmarks/screens.py
-	$(BIN)/python benchmarks/speed.py
-	$(BIN)/python benchmarks/sweeps.py
-	$(BIN)/python benchmarks/answers.py
-	$(BIN)/python benchmarks/texts.py
-	$(BIN)/python benchmarks/cost.py
-	$(BIN)/python benchmarks/kills.py
-	$(BIN)/python benchmarks/engines.py
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/grafting_speed.py
-	$(BIN)/python benchmarks/operators.py
-	$(BIN)/python benchmarks/report.py
+# finished rows are not measured again: name a new folder to measure all of it
+RESULTS ?= benchmarks/results
+
+benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about ten hours; RESULTS=a new folder: keeps what is committed
+	$(BIN)/python benchmarks/calibration.py --out $(RESULTS)
+	$(BIN)/python benchmarks/coverage.py --out $(RESULTS)
+	$(BIN)/python benchmarks/real_null.py --out $(RESULTS)
+	$(BIN)/python benchmarks/power.py --out $(RESULTS)
+	$(BIN)/python benchmarks/screens.py --out $(RESULTS)
+	$(BIN)/python benchmarks/speed.py --out $(RESULTS)
+	$(BIN)/python benchmarks/sweeps.py --out $(RESULTS)
+	$(BIN)/python benchmarks/answers.py --out $(RESULTS)
+	$(BIN)/python benchmarks/texts.py --out $(RESULTS)
+	$(BIN)/python benchmarks/cost.py --out $(RESULTS)
+	$(BIN)/python benchmarks/kills.py --out $(RESULTS)
+	$(BIN)/python benchmarks/engines.py --out $(RESULTS)
+	$(BIN)/python benchmarks/peers.py --out $(RESULTS)
+	$(BIN)/python benchmarks/grafting_speed.py --out $(RESULTS)
+	$(BIN)/python benchmarks/operators.py --out $(RESULTS)
+	$(BIN)/python benchmarks/report.py --results $(RESULTS)
 
 lab: install  ## open the notebooks
 	$(BIN)/mechtransplant lab

@@ -8,9 +8,9 @@ the weights back. Float32, two threads; rows are interleaved in one process; eve
 
 Short answers are sums, eight prompts of 64 tokens, right where the whole text is the answer: once after worked
 examples, which all prompts share, up to the end of the line, and once as sums of many numbers that share nothing;
-budget 16 tokens (a task's default). The sweep asks the former, and the loop of the other side once is told the stop
-strings and once not; ``generate`` stops where every row has ended. Verdicts are also compared on 128 questions of the
-pair's own, of which target, graft and source have different shares right: untimed, in ``verdicts.csv``.
+budget 16 tokens (a task's default). The sweep asks the former. In ``sweep_stops.csv`` ours is beside the loop that also
+gives ``generate`` the stop strings (it stops where every row has ended). Verdicts are also compared on 128 questions
+of the pair's own, of which target, graft and source have different shares right: untimed, in ``verdicts.csv``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sweeps import TOKENS, sums
-from tables import in_turns
+from tables import in_turns, save
 
 from mechtransplant.controls import random_matched
 from mechtransplant.evaluation import evaluate
@@ -39,6 +39,7 @@ from mechtransplant.tasks import Example, PromptFormat, Task, load_task
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, KS, RANDOM, BUDGET = 16, (4, 8, 16, 32), 100, 16
+PARTS = ("verdicts", "stops", "answers")
 
 
 def worked(pair: Pair, questions: int = 8) -> Task:
@@ -132,8 +133,7 @@ def verdicts(pair: Pair, modules: Sequence[str], path: Path, questions: int = 12
         rows.append({"pair": pair.name, "model": what, "questions": len(task), "accuracy": ours.accuracy})
         rows[-1] |= {"different": different}
         print(rows[-1], flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, index=False, float_format="%.5g")
+    save(pd.DataFrame(rows), path, "%.5g")
 
 
 def main() -> None:
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--pair", default="smollm2/generations")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--random", type=int, default=RANDOM, help="random sets in the sweep")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -160,7 +161,13 @@ def main() -> None:
         return np.array(found)
 
     told = HuggingFace(pair, shared, BUDGET, stops=True)
-    verdicts(pair, ranking[:32], arguments.out / "verdicts.csv")
+    if "verdicts" in arguments.only:
+        verdicts(pair, ranking[:32], arguments.out / "verdicts.csv")
+    if "stops" in arguments.only:
+        beside = {"sweep, naive": lambda: naive(pair, told, sets), "sweep, ours": ours}
+        in_turns(arguments.out / "sweep_stops.csv", arguments.repeats, beside, arguments.pair, described)
+    if "answers" not in arguments.only:
+        return
     functions: dict[str, Any] = {
         "short answers, generate": few.verdicts,
         "short answers, one forward": lambda: evaluate(pair.target, shared, max_new_tokens=BUDGET).correct,
@@ -169,7 +176,6 @@ def main() -> None:
             lambda: evaluate(pair.target, alone, max_new_tokens=BUDGET).correct
         ),
         "sweep, naive": lambda: naive(pair, few, sets),
-        "sweep, naive with stop strings": lambda: naive(pair, told, sets),
         "sweep, ours": ours,
     }
     in_turns(arguments.out / "answers.csv", arguments.repeats, functions, arguments.pair, described)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tables import save
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, TOP, RANDOM = 16, 16, 4
@@ -200,7 +201,7 @@ def main() -> None:
             continue
         rows.append(asked | json.loads(done.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
-        pd.DataFrame(rows).to_csv(path, index=False)
+        save(pd.DataFrame(rows), path)
 
 
 if __name__ == "__main__":

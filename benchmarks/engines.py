@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from kills import TABLES, finished
+from tables import save
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
@@ -80,7 +81,7 @@ def main() -> None:
                         same = all((folder / t).read_bytes() == (first / t).read_bytes() for t in USED)
                 rows.append({**known, **measured, "tables_equal": same})
                 print(rows[-1], flush=True)
-                pd.DataFrame(rows).to_csv(path, index=False)
+                save(pd.DataFrame(rows), path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from speed import GIVE_BACK, ROOT, _status
+from tables import save
 
 BATCH, LENGTH = 8, 64
 #: what is grafted → strengths
@@ -137,7 +138,7 @@ def main() -> None:
     rows = seconds(arguments.pair, arguments.repeats)
     held = [memory(arguments.pair, r.graft, r.strength) for r in rows.itertuples()]
     rows = pd.concat([rows, pd.DataFrame(held)], axis=1)
-    rows.to_csv(arguments.out / "grafting_speed.csv", index=False, float_format="%.5g")
+    save(rows, arguments.out / "grafting_speed.csv", "%.5g")
     print(rows.to_string(index=False))
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from tables import save
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG: dict[str, Any] = {
@@ -156,9 +157,8 @@ def main() -> None:
                 }
             )
             print(verdicts[-1], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(arguments.out / "kills.csv", index=False)
-    pd.DataFrame(verdicts).to_csv(arguments.out / "kills_verdicts.csv", index=False)
+    save(pd.DataFrame(rows), arguments.out / "kills.csv")
+    save(pd.DataFrame(verdicts), arguments.out / "kills_verdicts.csv")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sweeps import TransformerLens, sums
+from tables import save
 
 from mechtransplant.activations import Reading
 from mechtransplant.pair import LanguageModel, Pair, copy_without_hooks, load_pair
@@ -214,7 +215,7 @@ def measure(name: str, repeats: int, out: Path) -> None:
             # the first round is not counted
             if repeat >= 0:
                 rows.append(row)
-        pd.DataFrame(rows).to_csv(out / "peers.csv", index=False, float_format="%.6g")
+        save(pd.DataFrame(rows), out / "peers.csv", "%.6g")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
-from tables import table
+from tables import MADE, table
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -76,10 +77,13 @@ def lines() -> list[dict[str, str]]:
             more = f"{different[f'{kind}, one forward']:.0f} verdicts differ"
             found.append(line(what, "Hugging Face `generate`", ratio, asked, more))
         more = f"{different['sweep, ours']:.0f} accuracies differ"
-        for naive, loop in (("", "the naive loop"), (" with stop strings", "the naive loop, given the stop strings")):
-            if f"sweep, naive{naive}" in set(answers.what):
-                ratio = ratios(answers, f"sweep, naive{naive}", "sweep, ours")
-                found.append(line("K-sweep with 100 random controls", loop, ratio, "≥ 3 ×", more))
+        ratio = ratios(answers, "sweep, naive", "sweep, ours")
+        found.append(line("K-sweep with 100 random controls", "the naive loop", ratio, "≥ 3 ×", more))
+    told = read("sweep_stops")
+    if told is not None:
+        ratio = ratios(told, "sweep, naive", "sweep, ours")
+        more = f"{told.different.sum():.0f} accuracies differ"
+        found.append(line("the same", "the naive loop, given the stop strings", ratio, "–", more))
     texts = read("texts")
     return found if texts is None else [*found, *written(texts)]
 
@@ -112,6 +116,29 @@ def verdicts() -> str:
         f"Verdicts by one forward pass beside those by `generate`, {rows.questions.iloc[0]} questions of "
         f"{rows['pair'].iloc[0]}: {said}."
     )
+
+
+def made() -> str:
+    """When, of which commit and where the last rows of each file were measured, of those that note it."""
+    path = RESULTS / MADE
+    if not path.exists():
+        return ""
+    rows = [
+        {
+            "file": f"`{name}`",
+            "day": of["date"],
+            "commit": of["commit"],
+            "on": ", ".join([f"{of['processor']}, {of['cores']} cores", *([of["gpu"]] if "gpu" in of else [])]),
+            "torch, transformers": f"{of['torch'].partition('+')[0]}, {of['transformers']}",
+        }
+        for name, of in json.loads(path.read_text(encoding="utf-8")).items()
+    ]
+    return f"""### Where these numbers come from
+
+The last rows of each file in `benchmarks/results/`; files that are not named here are older than this note.
+
+{table(pd.DataFrame(rows))}
+"""
 
 
 def memory() -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tables import save
 
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.shifts import measure_shifts, shift_vectors
@@ -112,7 +113,7 @@ def main() -> None:
         rows += powers_of(name, arguments.repeats)
         print(name, flush=True)
     frame = pd.DataFrame(rows)
-    frame.to_csv(path, index=False, float_format="%.4g")
+    save(frame, path, "%.4g")
     print(frame.to_string(index=False))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tables import save
 
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.shifts import measure_shifts, shift_vectors
@@ -113,7 +114,7 @@ def main() -> None:
         if name not in set(kept.pair):
             rows = pd.DataFrame(nulls_of(name, arguments.repeats))
             kept = pd.concat([kept, rows], ignore_index=True) if len(kept) else rows
-            kept.to_csv(path, index=False, float_format="%.6g")
+            save(kept, path, "%.6g")
     print(kept.drop(columns=["swap_deviation"]).to_string(index=False))
 
 

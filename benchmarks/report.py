@@ -1,10 +1,13 @@
 """Write benchmarks/README.md and the benchmarks' figures from benchmarks/results/, and from nothing else.
 
-python benchmarks/report.py [--check]
+    python benchmarks/report.py [--check] [--results FOLDER]
+
+Of another folder, the page and the figures lie in it.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -273,6 +276,7 @@ shared cores; what is compared is interleaved in one process, ratios are taken r
         performance.peers(),
         performance.engines(),
         performance.kills(),
+        performance.made(),
     ]
     return "## Speed and memory\n\n" + "\n\n".join(part for part in parts if part)
 
@@ -459,13 +463,23 @@ def digest(rows: pd.DataFrame) -> str:
 
 
 def main() -> None:
-    text, path = page(), HERE / "README.md"
-    if "--check" in sys.argv:
+    global RESULTS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is what the results say")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    ours = arguments.results.resolve() == RESULTS
+    RESULTS = performance.RESULTS = arguments.results
+    text, path, figures = page(), HERE / "README.md", FIGURES
+    if not ours:
+        text, path, figures = text.replace("](../figures/", "](figures/"), RESULTS / "README.md", RESULTS / "figures"
+    if arguments.check:
         same = path.exists() and path.read_text(encoding="utf-8") == text
-        sys.exit(0 if same else "benchmarks/README.md is not what the results say: python benchmarks/report.py")
+        sys.exit(0 if same else f"{path.name} is not what the results say: python benchmarks/report.py")
     path.write_text(text, encoding="utf-8")
     for name, (figure, rows) in pictures().items():
-        save_figure(figure, FIGURES, name, rows, run=f"of {name}.csv {digest(rows)}")
+        save_figure(figure, figures, name, rows, run=f"of {name}.csv {digest(rows)}")
+    print(f"{path}, and figures in {figures}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from tables import save
 
 from mechtransplant.pair import load_pair
 from mechtransplant.ranking import rank_modules
@@ -91,7 +92,7 @@ def main() -> None:
             done = done[(done.pair != name) | (done.kinds != "+".join(kinds))]
         done = pd.concat([done, rows], ignore_index=True)
         # after every problem: a run that is cut short keeps what it has
-        done.to_csv(path, index=False, float_format="%.6g")
+        save(done, path, "%.6g")
 
 
 if __name__ == "__main__":

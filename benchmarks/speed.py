@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tables import save
 
 #: glibc keeps freed memory of many sizes: with these it is given back, and the peak is what was held at once
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -230,7 +231,7 @@ def memory(pair_name: str, path: Path) -> None:
             continue
         rows.append({"pair": pair_name, "what": what, "prompts": prompts, "peak_mib": peak(pair_name, what, prompts)})
         print(rows[-1], flush=True)
-        pd.DataFrame(rows).to_csv(path, index=False, float_format="%.4g")
+        save(pd.DataFrame(rows), path, "%.4g")
 
 
 def main() -> None:
@@ -254,10 +255,10 @@ def main() -> None:
         print(text)
     if "shifts" in wanted:
         rows = forwards(arguments.pair, arguments.repeats)
-        rows.to_csv(arguments.out / "shifts_speed.csv", index=False, float_format="%.5g")
+        save(rows, arguments.out / "shifts_speed.csv", "%.5g")
         print(rows.groupby("what", sort=False).seconds.describe())
     if "residence" in wanted:
-        residence(arguments.pair).to_csv(arguments.out / "residence.csv", index=False, float_format="%.4g")
+        save(residence(arguments.pair), arguments.out / "residence.csv", "%.4g")
     if "memory" in wanted:
         memory(arguments.pair, arguments.out / "shifts_memory.csv")
 

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from tables import save
 
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.evaluation.sweeps import Change, sweep
@@ -182,7 +183,7 @@ def main() -> None:
             row = {"pair": arguments.pair, "modules": len(modules), "repeat": repeat, "what": name}
             rows.append({**row, "seconds": round(seconds, 4), **compared(name, values)})
             np.savez(kept, **values)
-            pd.DataFrame(rows).to_csv(path, index=False, float_format="%.6g")
+            save(pd.DataFrame(rows), path, "%.6g")
     kept.unlink(missing_ok=True)
 
 

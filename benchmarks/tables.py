@@ -1,13 +1,51 @@
-"""The benchmarks' rows: measured in turns, kept in a CSV file, and written as Markdown tables."""
+"""The benchmarks' rows: measured in turns, kept in CSV files, noted where they come from, written as tables."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+#: beside the results: from when, of which commit and from which machine each file's last rows are
+MADE = "made.json"
+
+
+def save(rows: pd.DataFrame, path: Path, float_format: str | None = None) -> None:
+    """Write results, and note in the folder's made.json when, with which code and where they were measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(path, index=False, float_format=float_format)
+    notes = path.parent / MADE
+    made = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+    made[path.name] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **machine()}
+    notes.write_text(json.dumps(dict(sorted(made.items())), indent=2) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """The commit of the code that runs, with + where files of it are changed."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
+    )
+    return asked.stdout.strip() if asked.returncode == 0 else "no repository"
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores, and the libraries that a benchmark's seconds depend on most."""
+    import torch
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), **gpu, **versions}
 
 
 def in_turns(
@@ -22,7 +60,6 @@ def in_turns(
     ``described`` gets a function's name, its seconds, and what this repeat's functions have returned so far by their
     names; what it returns joins the row. Repeats that the file has are not measured again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
     for repeat in range(len({row["repeat"] for row in rows}), repeats):
         found: dict[str, Any] = {}
@@ -35,7 +72,7 @@ def in_turns(
             new.append({**row, **described(name, seconds, found)})
             print(new[-1], flush=True)
         rows += new
-        pd.DataFrame(rows).to_csv(path, index=False)
+        save(pd.DataFrame(rows), path)
 
 
 def table(frame: pd.DataFrame) -> str:

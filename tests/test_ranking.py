@@ -24,9 +24,11 @@ from mechtransplant.tasks import Task, load_task
 
 REQUIRED = [
     "lae", "lae_relative", "distance", "own", "own_over_inherited", "significant", "weight_delta", "gradient",
-    "activation_gradient", "single_swap", "screened_swap", "greedy", "mask", "random", "random_matched", "bottom",
-    "depth",
+    "activation_gradient", "single_swap", "screened_swap", "single_patch", "screened_patch", "greedy", "mask", "random",
+    "random_matched", "bottom", "depth",
 ]  # fmt: skip
+#: these rank no linear layers
+PATCHES = ("single_patch", "screened_patch")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,11 @@ def test_every_rule_says_what_it_is() -> None:
     assert "choose" in list_rules()["greedy"] and table.split["greedy"] == "choose"
 
 
-@pytest.mark.parametrize("kind", ["linear", "head", "mlp", ("head", "mlp")])
-@pytest.mark.parametrize("rule", REQUIRED)
+@pytest.mark.parametrize(
+    ("rule", "kind"),
+    # patches of single linear layers are not made: a test of its own
+    [(r, k) for r in REQUIRED for k in ("linear", "head", "mlp", ("head", "mlp")) if k != "linear" or r not in PATCHES],
+)
 def test_every_rule_ranks_every_kind_and_leaves_the_models_alone(
     unchanged: Pair, splits: Any, rule: str, kind: Any
 ) -> None:
@@ -77,7 +82,7 @@ def test_every_rule_ranks_every_kind_and_leaves_the_models_alone(
 @pytest.mark.parametrize("kind", [("head", "mlp"), ("mlp", "head")])
 def test_kinds_ranked_together_have_the_scores_that_they_have_alone(drifted: Pair, kind: Any) -> None:
     task = _task(drifted)
-    for rule in ("own", "gradient", "weight_delta", "activation_gradient", "lae"):
+    for rule in ("own", "gradient", "weight_delta", "activation_gradient", "lae", "single_patch"):
         both = scores(drifted, task, rule, kind)
         apart = pd.concat([scores(drifted, task, rule, k) for k in kind])
         pd.testing.assert_series_equal(both, apart, rtol=1e-5, check_index_type=False)
@@ -257,7 +262,7 @@ def test_searches_beat_training_free_rules_on_choose(generations: Pair, addition
     rules within 0.002 nats of the source) the last digits are another set's.
     """
     splits = addition.split(32, 32, 32)
-    free = [r for r in REQUIRED if r not in ("greedy", "mask", "bottom", "random_matched")]
+    free = [r for r in REQUIRED if r not in ("greedy", "mask", "bottom", "random_matched", *PATCHES)]
     rankings = {r: rank_modules(generations, splits.discover, r) for r in free}
     greedy = rank_modules(generations, splits.choose, "greedy")
 
@@ -567,30 +572,57 @@ def test_generated_answers_have_continuous_outcomes_too(instruct: Pair) -> None:
     assert evaluate(instruct.source, task, gold=False).log_probability is None
 
 
-def test_a_screen_is_confirmed_from_above(drifted: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mechtransplant.ranking import swaps
+@pytest.mark.parametrize(
+    ("first_order", "of_one", "screened", "most"),
+    # patches of the first layers are far from linear: more of them have to be tried
+    [
+        ("gradient", "single_swap", "screened_swap", 1 / 2),
+        ("activation_gradient", "single_patch", "screened_patch", 2 / 3),
+    ],
+)
+def test_a_screen_is_confirmed_from_above(
+    first_order: str, of_one: str, screened: str, most: float, drifted: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechtransplant.ranking import patches, swaps
 
     task, kinds = load_task("addition").split(32, 8, 8).discover, ("head", "mlp")
     tried: list[str] = []
-    gains = swaps._gains
+    made: Any = swaps if of_one == "single_swap" else patches
+    gains = made._gains
 
     def counted(pair: Pair, task: Task, modules: Any, *more: Any) -> Any:
         tried.extend(modules)
         return gains(pair, task, modules, *more)
 
-    first, exact = (scores(drifted, task, r, kinds) for r in ("gradient", "single_swap"))
-    monkeypatch.setattr(swaps, "_gains", counted)
-    found = scores(drifted, task, "screened_swap", kinds, confirm=6)
+    first, exact = (scores(drifted, task, r, kinds) for r in (first_order, of_one))
+    monkeypatch.setattr(made, "_gains", counted)
+    found = scores(drifted, task, screened, kinds, confirm=6)
     # each once, and few
-    assert 6 <= len(tried) == len(set(tried)) < len(exact) / 2
+    assert 6 <= len(tried) == len(set(tried)) < len(exact) * most
     others = [m for m in found.index if m not in tried]
     np.testing.assert_allclose(found[tried], exact[tried], atol=1e-4)
     np.testing.assert_allclose(found[others], first[others], atol=1e-6)
     # none of the highest is an approximation
     assert set(found.sort_values(ascending=False).index[:6]) <= set(tried)
     assert found.idxmax() == exact.idxmax()
-    whole = scores(drifted, task, "screened_swap", kinds, confirm=len(exact))
+    whole = scores(drifted, task, screened, kinds, confirm=len(exact))
     np.testing.assert_allclose(whole, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["result", "z"])
+def test_single_patch_is_what_a_patch_of_one_module_gains(drifted: Pair, heads: Any) -> None:
+    task = _task(drifted, 12)
+    found = scores(drifted, task, "single_patch", ("head", "mlp", "attn"), heads=heads)
+    before = _mean(drifted, task)
+    for module in ("L0H1", "L3H6", "L2.mlp", "L1.attn"):
+        with Patch([module], heads=heads).applied(drifted):
+            assert found[module] == pytest.approx(_mean(drifted, task) - before, abs=1e-4), module
+
+
+def test_rules_of_patches_have_no_linear_layers(generations: Pair, splits: Any) -> None:
+    for rule in PATCHES:
+        with pytest.raises(UsageError, match="scores kind head or mlp or attn, not 'linear'"):
+            rank_modules(generations, splits.discover, rule, "linear")
 
 
 def test_gradient_against_single_swap(drifted: Pair) -> None:

@@ -12,7 +12,6 @@ from mechtransplant.experiment import rankings as of_runs
 from mechtransplant.experiment.config import parse_config
 from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.pair import Pair
-from mechtransplant.ranking import swaps
 from mechtransplant.ranking.steps import keeping, kept
 from mechtransplant.tasks import Splits, load_task
 
@@ -22,6 +21,8 @@ OPTIONS = {
     "mask": {"steps": 12, "swaps": 4},
     "single_swap": {},
     "screened_swap": {"confirm": 9},
+    "single_patch": {},
+    "screened_patch": {"confirm": 9},
 }
 
 
@@ -43,7 +44,7 @@ def test_a_search_goes_on_where_it_was(
     rule: str, generations: Pair, splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # small steps: layer by layer
-    monkeypatch.setattr(swaps, "STEP", 1)
+    monkeypatch.setattr("mechtransplant.ranking.steps.STEP", 1)
     computed: list[Any] = []
     limit = [10**9]
 
@@ -56,7 +57,7 @@ def test_a_search_goes_on_where_it_was(
 
         return kept(what, now)
 
-    for module in ("swaps", "mask"):
+    for module in ("steps", "swaps", "patches", "mask"):
         monkeypatch.setattr(f"mechtransplant.ranking.{module}.kept", counted)
     whole = ranked(rule, generations, splits, tmp_path / "whole")
     steps = len(computed)

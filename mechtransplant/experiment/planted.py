@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KINDS: tuple[Kind, ...] = ("head", "mlp")
 #: rules that are made of another one answer no question of their own
-DERIVED = ("bottom", "random_matched", "screened_swap")
+DERIVED = ("bottom", "random_matched", "screened_swap", "screened_patch")
 
 
 def planted_pairs() -> list[str]:

@@ -1,6 +1,14 @@
 """Which modules to graft, by which rule: ``registry``, and the rules by what they look at."""
 
-from mechtransplant.ranking import data_free, from_shifts, gradients, mask, matched, swaps  # noqa: F401 (they register)
+from mechtransplant.ranking import (  # noqa: F401 (they register)
+    data_free,
+    from_shifts,
+    gradients,
+    mask,
+    matched,
+    patches,
+    swaps,
+)
 from mechtransplant.ranking.registry import (
     RULES,
     Rule,

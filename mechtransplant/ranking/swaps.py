@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,16 +16,13 @@ from mechtransplant.modules import parse_address
 from mechtransplant.progress import track
 from mechtransplant.ranking.gradients import GAIN
 from mechtransplant.ranking.registry import CHOOSE, Kinds, Scores, register_rule
+from mechtransplant.ranking.screening import confirmed
 from mechtransplant.ranking.sensitivity import WeightChanges, weight_effects
-from mechtransplant.ranking.steps import kept
+from mechtransplant.ranking.steps import kept, layer_by_layer
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
-
-
-#: modules that are tried before they are kept as one step
-STEP = 64
 
 
 @register_rule(
@@ -68,25 +64,14 @@ def screened_swap(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """All modules by `gradient`, and the highest of them again by `single_swap`, until the highest are all exact.
-
-    A module whose exact effect is below a first-order one lets the next be tried, so that nothing stands among the
-    ``confirm`` highest by an approximation alone.
-    """
+    """All modules by `gradient`, and the highest of them again by `single_swap`, until the highest are all exact."""
     check_count("confirm", confirm)
     modules = pair.modules(kind)
     scores = kept(
         {"gradient of": modules},
         lambda: weight_effects(WeightChanges(pair, modules, kv), task, batch_size, progress)[0],
     )
-    exact: set[int] = set()
-    while True:
-        highest = np.argsort(-scores, kind="stable")[:confirm]
-        new = [int(i) for i in highest if int(i) not in exact]
-        if not new:
-            return scores
-        scores[new] = _gains(pair, task, [modules[i] for i in new], kv, batch_size, progress)
-        exact.update(new)
+    return confirmed(modules, scores, confirm, lambda names: _gains(pair, task, names, kv, batch_size, progress))
 
 
 @register_rule(
@@ -156,10 +141,7 @@ def _gains(
     progress: bool,
     order: Sequence[str] = (),
 ) -> NDArray[np.float64]:
-    """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place.
-
-    Layer by layer, a few layers a step; a layer's modules stay together, so that steps change no rounding.
-    """
+    """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place."""
     if not modules:
         raise UsageError("there is no module to try: name a kind that the models have")
 
@@ -174,22 +156,7 @@ def _gains(
             before, after = sweep(pair.target, task, changes, batch_size, progress=progress, what="grafts")
         return np.asarray(after.log_probability.mean(1) - before.log_probability.mean())
 
-    gains = np.empty(len(modules))
-    for chosen in _by_layers(modules):
-        names = [modules[i] for i in chosen]
-        gains[chosen] = kept({"modules": names, "beside": list(order)}, partial(now, names))
-    return gains
-
-
-def _by_layers(modules: Sequence[str]) -> list[list[int]]:
-    """The numbers of the modules of some layers together: enough that to begin anew costs little."""
-    layers = [parse_address(m).layer for m in modules]
-    parts: list[list[int]] = [[]]
-    for layer in sorted(set(layers)):
-        if len(parts[-1]) >= STEP:
-            parts.append([])
-        parts[-1] += [i for i, its in enumerate(layers) if its == layer]
-    return parts
+    return layer_by_layer(modules, {"beside": list(order)}, now)
 
 
 def _grafted(pair: Pair, modules: Sequence[str], kv: KV) -> AbstractContextManager[object]:
