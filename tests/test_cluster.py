@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,23 @@ def test_a_process_that_is_killed_is_replaced(two: Ray, tmp_path: Path) -> None:
     assert {at: r["value"] for at, r in found.items()} == {i: -(i**3) for i in range(6)}
 
 
+def test_a_job_that_fails_is_tried_again_in_another_process(
+    two: Ray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs = numbers(6)
+    jobs[2] = {"number": 2, "what": "error once", "mark": str(tmp_path / "mark")}
+    found: dict[int, dict[str, Any]] = {}
+    again = r"failed \(MemoryError: nothing is left here\) and is tried again in another process"
+    with caplog.at_level("INFO", logger="mechtransplant"), pytest.warns(UserWarning, match=again):
+        two.run(jobs, found.__setitem__)
+    assert {at: r["value"] for at, r in found.items()} == {i: i**3 for i in range(6)}
+    assert found[2]["pid"] != int((tmp_path / "mark").read_text())
+    assert caplog.messages[-1] == f"jobs done by node: {socket.gethostname()} 6"
+    again = "failed .ZeroDivisionError: in the worker. and is tried again"
+    with pytest.raises(WorkerError, match="ZeroDivisionError: in the worker"), pytest.warns(UserWarning, match=again):
+        two.run([{"number": 1, "what": "error"}], found.__setitem__)
+
+
 def test_a_job_that_kills_every_process_ends_the_run(two: Ray, tmp_path: Path) -> None:
     job = {"number": 1, "what": "die", "always": True, "mark": str(tmp_path / "mark")}
     with pytest.raises(WorkerError, match="died 3 times on one job"):
@@ -134,7 +153,7 @@ def test_recipes_ship_what_is_large_and_say_what_fails(two: Ray) -> None:
         ("refuse", UsageError, "no worker can be made here"),
         ("nothing", WorkerError, "AttributeError"),
     ):
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message), warnings.catch_warnings(record=True):
             Ray(Recipe(f"toy_workers:{name}"), 1).run(numbers(3), lambda at, result: None)
     with pytest.raises(UsageError, match=r"asks its node for 64 CPU, and the largest has 2 CPU and 0 GPU: use fewer"):
         Ray(Recipe("toy_workers:make"), 1, threads=64).run(numbers(1), lambda at, result: None)

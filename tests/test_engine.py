@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,17 @@ def test_a_worker_that_is_killed_is_replaced(two: Processes, tmp_path: Path) -> 
     two.close()
 
 
+def test_a_job_that_fails_is_tried_again_in_another_process(two: Processes, tmp_path: Path) -> None:
+    jobs = numbers(6)
+    jobs[2] = {"number": 2, "what": "error once", "mark": str(tmp_path / "mark")}
+    found: dict[int, dict[str, Any]] = {}
+    with pytest.warns(UserWarning, match=r"failed \(MemoryError: nothing is left here\) and is tried again in another"):
+        two.run(jobs, found.__setitem__)
+    assert {at: r["value"] for at, r in found.items()} == {i: i**3 for i in range(6)}
+    failed = int((tmp_path / "mark").read_text())
+    assert found[2]["pid"] != failed and not alive(failed)
+
+
 def test_a_job_that_kills_every_worker_ends_the_run(two: Processes, tmp_path: Path) -> None:
     job = {"number": 1, "what": "die", "always": True, "mark": str(tmp_path / "mark")}
     with pytest.raises(WorkerError, match="died 3 times on one job"):
@@ -91,8 +103,10 @@ def test_a_jobs_own_error_is_raised_here(two: Processes, what: str, error: Any, 
     found: list[int] = []
     jobs = [{"number": 1}, {"number": 2, "what": what}, {"number": 3, "what": "sleep", "seconds": 30}]
     started = time.monotonic()
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message), warnings.catch_warnings(record=True) as said:
         two.run(jobs, lambda at, result: found.append(at))
+    # what is wrong with the input is not tried twice
+    assert len(said) == (what == "error")
     assert time.monotonic() - started < 20, "it waited for a job whose result nobody wants"
     assert set(found) <= {0} and not two._started
     two.run(numbers(2), lambda at, result: found.append(at))
@@ -114,7 +128,7 @@ def test_a_recipe_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         (Recipe("toy_workers:nothing"), WorkerError, "AttributeError"),
     ):
         engine = Processes(recipe, 2, threads=1)
-        with pytest.raises(error, match=message):
+        with pytest.raises(error, match=message), warnings.catch_warnings(record=True):
             engine.run(numbers(3), lambda at, result: None)
         assert not engine._started
     with pytest.raises(UsageError, match="workers must be a whole number of at least 1"):

@@ -22,6 +22,11 @@ def make(power: int = 2) -> Any:
             raise UsageError("the job is wrong: make another")
         if what == "error":
             raise ZeroDivisionError("in the worker")
+        if what == "error once":
+            mark = Path(job["mark"])
+            if not mark.exists():
+                mark.write_text(str(os.getpid()))
+                raise MemoryError("nothing is left here")
         if what == "die":
             # once: the file says that it has been here
             mark = Path(job["mark"])

@@ -10,13 +10,15 @@ import os
 import socket
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from mechtransplant import __version__
-from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, WorkerError, answer_to, checked, died
+from mechtransplant.engine.jobs import ATTEMPTS, TRIES, Done, Job, Recipe, WorkerError, again, answer_to, checked, died
 from mechtransplant.errors import UsageError, check_count, one_line
+from mechtransplant.progress import EVERY, LOG
 
 #: seconds after which it is said that processes have not started
 PATIENCE = 60.0
@@ -65,7 +67,7 @@ class Ray:
         #: what is awaited → (the process, job's number and tries)
         asked: dict[Any, tuple[Any, int, int]] = {}
         self._drop_the_dead()
-        starting, lost = self._starting, 0
+        starting, lost, nodes = self._starting, 0, _Nodes()
         try:
             while waiting or asked:
                 while waiting and self._idle:
@@ -101,7 +103,16 @@ class Ray:
                         raise died(tries, one_line(end)) from end
                     waiting.append((number, tries + 1))
                     continue
+                except WorkerError as error:
+                    if tries >= ATTEMPTS:
+                        raise
+                    # memory or a device may be spent there: another process takes the job up
+                    warnings.warn(again(error), stacklevel=2)
+                    ray.kill(process)
+                    waiting.append((number, tries + 1))
+                    continue
                 self._idle.append(process)
+                nodes.count(answer["node"])
                 done(number, answer["result"])
         except BaseException:
             for process, _, _ in asked.values():
@@ -109,6 +120,7 @@ class Ray:
                 ray.kill(process)
             self.close()
             raise
+        nodes.end()
 
     def _first(self, awaited: list[Any], jobs_wait: bool) -> Any:
         """The first answer of those awaited; says so once where processes that jobs wait for have not started."""
@@ -231,6 +243,30 @@ def _knock(address: str) -> None:
     socket.create_connection((place.hostname, place.port), timeout=10).close()
 
 
+class _Nodes:
+    """The log's lines about which node has done how many jobs: a node's first, one a minute, and the last."""
+
+    def __init__(self) -> None:
+        self.jobs: Counter[str] = Counter()
+        self.last = time.monotonic()
+
+    def count(self, node: str) -> None:
+        """One more."""
+        self.jobs[node] += 1
+        now = time.monotonic()
+        if self.jobs[node] == 1 or now - self.last >= EVERY:
+            self.last = now
+            self._say()
+
+    def end(self) -> None:
+        """All are done."""
+        if self.jobs:
+            self._say()
+
+    def _say(self) -> None:
+        LOG.info("jobs done by node: %s", ", ".join(f"{node} {done:,}" for node, done in self.jobs.items()))
+
+
 class _Process:
     """One worker, in a process of Ray's."""
 
@@ -243,7 +279,7 @@ class _Process:
 
     def do(self, job: Job) -> dict[str, Any]:
         """The job's result, or in words why there is none (see ``answer_to``)."""
-        return answer_to(lambda: {"result": self._worker()(job)})
+        return answer_to(lambda: {"result": self._worker()(job), "node": socket.gethostname()})
 
     def _worker(self) -> Any:
         if self.worker is None:

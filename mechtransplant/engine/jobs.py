@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import UsageError, one_line
 
 #: whatever JSON holds
 Job = dict[str, Any]
@@ -40,8 +40,8 @@ class WorkerError(RuntimeError):
     """A job failed in a worker's process; the message has what was raised there, and where."""
 
 
-#: how often a job is tried whose process dies
-TRIES = 3
+#: how often a job is tried whose process dies, and one that raises an error which no user has made
+TRIES, ATTEMPTS = 3, 2
 
 
 def answer_to(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -61,6 +61,11 @@ def checked(answer: dict[str, Any]) -> dict[str, Any]:
     if "error" in answer:
         raise WorkerError(f"{answer['error']}\n{answer['traceback']}")
     return answer
+
+
+def again(error: WorkerError) -> str:
+    """That a job which has failed is tried again."""
+    return f"a job failed ({one_line(error)}) and is tried again in another process"
 
 
 def died(tries: int, how: object) -> WorkerError:

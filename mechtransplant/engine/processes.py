@@ -1,4 +1,4 @@
-"""Jobs in processes of their own on this machine; a process that dies is replaced, and its job done again."""
+"""Jobs in processes of their own on this machine; one that dies, or fails, is replaced, and its job done again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import queue
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from mechtransplant.engine.jobs import TRIES, Done, Job, Recipe, checked, died
+from mechtransplant.engine.jobs import ATTEMPTS, TRIES, Done, Job, Recipe, WorkerError, again, checked, died
 from mechtransplant.errors import check_count
 
 
@@ -47,8 +48,13 @@ class Processes:
         for thread in threads:
             thread.start()
         try:
-            for _ in range(len(jobs)):
+            left = len(jobs)
+            while left:
                 number, answer = answers.get()
+                if isinstance(answer, Warning):
+                    warnings.warn(str(answer), stacklevel=2)
+                    continue
+                left -= 1
                 if isinstance(answer, BaseException):
                     raise answer
                 done(number, answer)
@@ -94,6 +100,16 @@ class Processes:
                     waiting.put((number, tries + 1))
                 else:
                     answers.put((number, died(tries, end)))
+            except WorkerError as error:
+                if tries >= ATTEMPTS:
+                    answers.put((number, error))
+                    break
+                # memory or a device may be spent there: another process takes the job up
+                answers.put((number, Warning(again(error))))
+                if process is not None:
+                    process.end()
+                process = None
+                waiting.put((number, tries + 1))
             except Exception as error:
                 answers.put((number, error))
                 break
