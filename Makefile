@@ -41,10 +41,10 @@ docs: install  ## the documentation as a site, in site/
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict --quiet
 
-# finished rows are not measured again: name a new folder to measure all of it
+# rows that are in the tables are kept: name a new folder to measure all of them
 RESULTS ?= benchmarks/results
 
-benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about ten hours; RESULTS=a new folder: keeps what is committed
+benchmarks: install  ## error rates, power, speed, and cost, and operators beside mergekit (fetched): about ten hours; RESULTS=FOLDER: elsewhere
 	$(BIN)/python benchmarks/calibration.py --out $(RESULTS)
 	$(BIN)/python benchmarks/coverage.py --out $(RESULTS)
 	$(BIN)/python benchmarks/real_null.py --out $(RESULTS)

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tables import note
 
 from mechtransplant.localization import concentration, consistency, effective_number, gini, top_share
 from mechtransplant.shifts.vectors import halves, projected
@@ -254,6 +255,7 @@ def _resume(path: Path, jobs: list, keys: tuple[str, ...], sets: int, compute: C
         print(*job, flush=True)
         rows = pd.DataFrame(compute(*job))
         rows.to_csv(path, mode="a", header=not path.exists(), index=False, float_format="%.6g")
+        note(path)
 
 
 def summary(rates: pd.DataFrame, covered: pd.DataFrame) -> str:

@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pandas as pd
 from scipy import stats
+from tables import save
 
 from mechtransplant.significance.paired import (
     AFTER,
@@ -340,9 +341,9 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def write(rows: pd.DataFrame, sets: int, out: Path) -> pd.DataFrame:
     """The summary of every method, the settings of the chosen ones, and how they were made."""
     found = summary(rows)
-    found.to_csv(out / "coverage.csv", index=False, float_format="%.4g")
+    save(found, out / "coverage.csv", "%.4g")
     chosen = rows[rows.method == rows.quantity.map(CHOSEN)]
-    chosen.to_csv(out / "coverage_settings.csv", index=False, float_format="%.4g")
+    save(chosen, out / "coverage_settings.csv", "%.4g")
     about = {
         "command": "python benchmarks/coverage.py",
         "sets": sets,

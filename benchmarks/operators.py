@@ -436,13 +436,14 @@ def main() -> None:
     parser.add_argument("--only-accuracy", action="store_true")
     arguments = parser.parse_args()
     import pandas as pd
+    from tables import save
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.skip_accuracy:
         table = pd.DataFrame(
             [row for name, counts in BUDGETS.items() for count in counts for row in accuracies(name, count)]
         )
-        table.to_csv(arguments.out / "operators_accuracy.csv", index=False, float_format="%.6g")
+        save(table, arguments.out / "operators_accuracy.csv", "%.6g")
     if arguments.only_accuracy:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -452,7 +453,7 @@ def main() -> None:
             for row in rows_of(name, mergekit, arguments.repeats):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-        pd.DataFrame(rows).to_csv(arguments.out / "operators.csv", index=False, float_format="%.6g")
+        save(pd.DataFrame(rows), arguments.out / "operators.csv", "%.6g")
         about = {
             "command": "python benchmarks/operators.py", "pairs": arguments.pairs, "repeats": arguments.repeats,
             "dtype": "float32", "threads": 1, "ancestors": ANCESTORS, **versions(mergekit),

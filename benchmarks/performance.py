@@ -135,7 +135,8 @@ def made() -> str:
     ]
     return f"""### Where these numbers come from
 
-The last rows of each file in `benchmarks/results/`; files that are not named here are older than this note.
+The last rows of each file in `benchmarks/results/`; + where the code was changed beside its commit. Files that are not
+named here were measured before this was noted.
 
 {table(pd.DataFrame(rows))}
 """
@@ -267,18 +268,35 @@ def cost() -> str:
             "peak, GiB": [f"{p / 1024:.1f}" for p in rows.peak_mib],
         }
     )
+    further = extrapolated(rows)
+    beyond = f"\n\n**Extrapolated, not measured:** {further}." if further else ""
     return f"""### Cost against size
 
 `python benchmarks/cost.py`: the whole pipeline on models of random weights, 64 tokens a prompt, batches of 16, in
 seconds a stage: shifts of all heads and MLPs (magnitude, distance, own), their test, the gradient screen of all, exact
 effects of the 16 highest, accuracy of target, source and graft, four random sets. Memory is that of a process of its
-own. The 2B and 9B pairs are measured on one GPU (`benchmarks/on_gpu.sh`), not extrapolated; of the shapes and prompts
-that are not in the table nothing was measured.
+own. The 2B and 9B pairs' rows were measured on one GPU (`benchmarks/on_gpu.sh`).
 
 ![Seconds against prompts, and memory, by shape](../figures/cost.png)
 
-{table(shown)}
+{table(shown)}{beyond}
 """
+
+
+def extrapolated(rows: pd.DataFrame) -> str:
+    """The total at the most prompts, for shapes that stop before: each prompt more costs what the last ones did."""
+    most, found = rows.prompts.max(), []
+    for (shape, device, dtype), here in rows.groupby(["shape", "device", "dtype"], sort=False):
+        here = here.sort_values("prompts")
+        if len(here) < 2 or here.prompts.iloc[-1] == most:
+            continue
+        (n, a), (m, b) = here[["prompts", "total"]].iloc[-2:].to_numpy()
+        total = b + (most - m) * (b - a) / (m - n)
+        found.append(
+            f"{shape} ({device}, {dtype}) with {most:,} prompts about {total:.0f} s, each prompt beyond {m:.0f} at the "
+            f"cost of those between {n:.0f} and {m:.0f}"
+        )
+    return "; ".join(found)
 
 
 def residence() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -472,14 +473,17 @@ def main() -> None:
     RESULTS = performance.RESULTS = arguments.results
     text, path, figures = page(), HERE / "README.md", FIGURES
     if not ours:
-        text, path, figures = text.replace("](../figures/", "](figures/"), RESULTS / "README.md", RESULTS / "figures"
+        path, figures = RESULTS / "README.md", RESULTS / "figures"
+        text = text.replace("](../figures/", "](figures/").replace("`benchmarks/results/`", "this folder")
+        text = re.sub(r"\[([^]]*)\]\(\.\./docs/[^)]*\)", r"\1", text)
     if arguments.check:
         same = path.exists() and path.read_text(encoding="utf-8") == text
         sys.exit(0 if same else f"{path.name} is not what the results say: python benchmarks/report.py")
     path.write_text(text, encoding="utf-8")
     for name, (figure, rows) in pictures().items():
         save_figure(figure, figures, name, rows, run=f"of {name}.csv {digest(rows)}")
-    print(f"{path}, and figures in {figures}")
+    print(text)
+    print(f"Written to {path}, figures to {figures}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tables import save
+from tables import note, save
 
 #: glibc keeps freed memory of many sizes: with these it is given back, and the peak is what was held at once
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -252,6 +252,7 @@ def main() -> None:
     if "statistics" in wanted:
         text = "\n\n".join(statistics(arguments.repeats)) + "\n"
         (arguments.out / "statistics_speed.md").write_text(text, encoding="utf-8")
+        note(arguments.out / "statistics_speed.md")
         print(text)
     if "shifts" in wanted:
         rows = forwards(arguments.pair, arguments.repeats)

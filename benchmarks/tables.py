@@ -18,22 +18,40 @@ ROOT = Path(__file__).resolve().parent.parent
 MADE = "made.json"
 
 
+def commit() -> str:
+    """The commit of the code, with + where it is changed (results do not count)."""
+    found = []
+    for command in (
+        ["rev-parse", "--short=7", "HEAD"],
+        ["status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md"],
+    ):
+        try:
+            asked = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return "no git"
+        if asked.returncode:
+            return "no repository"
+        found.append(asked.stdout.strip())
+    return found[0] + "+" * bool(found[1])
+
+
+#: as the code was read, not as it is when a benchmark ends
+COMMIT = commit()
+
+
 def save(rows: pd.DataFrame, path: Path, float_format: str | None = None) -> None:
-    """Write results, and note in the folder's made.json when, with which code and where they were measured."""
+    """Write results, and note where they come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False, float_format=float_format)
+    note(path)
+
+
+def note(path: Path) -> None:
+    """Note in the folder's made.json when, with which code and where a file of results was measured."""
     notes = path.parent / MADE
     made = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    made[path.name] = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), **machine()}
+    made[path.name] = {"date": time.strftime("%Y-%m-%d"), "commit": COMMIT, **machine()}
     notes.write_text(json.dumps(dict(sorted(made.items())), indent=2) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """The commit of the code that runs, with + where files of it are changed."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=ROOT, capture_output=True, text=True
-    )
-    return asked.stdout.strip() if asked.returncode == 0 else "no repository"
 
 
 def machine() -> dict[str, Any]:

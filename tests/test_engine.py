@@ -135,6 +135,26 @@ def test_a_recipe_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         Processes(RECIPE, 0)
 
 
+def test_a_process_that_cannot_make_its_worker_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    engine = Processes(Recipe("toy_workers:full_once", {"mark": str(tmp_path / "mark")}), 1, threads=1)
+    found: list[dict[str, Any]] = []
+    with pytest.warns(UserWarning, match="failed .MemoryError: too large. and is tried again"):
+        engine.run(numbers(2), lambda at, result: found.append(result))
+    failed = int((tmp_path / "mark").read_text())
+    assert [r["value"] for r in found] == [0, 1] and not alive(failed)
+    engine.close()
+
+
+def test_deaths_and_failures_are_counted_apart(two: Processes, tmp_path: Path) -> None:
+    """A job that ends its process, and then fails, is tried a third time."""
+    marks = [str(tmp_path / name) for name in ("died", "failed")]
+    found: list[int] = []
+    with pytest.warns(UserWarning, match="tried again"):
+        two.run([{"number": 2, "what": "both", "marks": marks}], lambda at, result: found.append(result["value"]))
+    assert found == [8]
+
+
 def test_no_worker_outlives_the_process_that_asked(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"

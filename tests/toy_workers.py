@@ -14,6 +14,9 @@ from mechtransplant.errors import UsageError
 def make(power: int = 2) -> Any:
     def work(job: dict[str, Any]) -> dict[str, Any]:
         what = job.get("what")
+        if what == "both":
+            what = "error once" if Path(job["marks"][0]).exists() else "die"
+            job = {**job, "mark": job["marks"][what == "error once"]}
         if what == "print":
             print("noise on the standard output")
         if what == "sleep":
@@ -33,6 +36,14 @@ def make(power: int = 2) -> Any:
             if job.get("always") or not mark.exists():
                 mark.write_text("x")
                 os.kill(os.getpid(), signal.SIGKILL)
+        if job.get("node"):
+            import ray
+
+            return {
+                "value": job["number"] ** power,
+                "pid": os.getpid(),
+                "node": ray.get_runtime_context().get_node_id(),
+            }
         return {"value": job["number"] ** power, "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
     return work
@@ -40,6 +51,13 @@ def make(power: int = 2) -> Any:
 
 def refuse() -> Any:
     raise UsageError("no worker can be made here")
+
+
+def full_once(mark: str) -> Any:
+    if not Path(mark).exists():
+        Path(mark).write_text(str(os.getpid()))
+        raise MemoryError("too large")
+    return make(1)
 
 
 def adding(factor: int, shipped: Any) -> Any:

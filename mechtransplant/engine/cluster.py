@@ -12,11 +12,24 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from mechtransplant import __version__
-from mechtransplant.engine.jobs import ATTEMPTS, TRIES, Done, Job, Recipe, WorkerError, again, answer_to, checked, died
+from mechtransplant.engine.jobs import (
+    ATTEMPTS,
+    TRIES,
+    Done,
+    Job,
+    Recipe,
+    Try,
+    WorkerError,
+    again,
+    answer_to,
+    checked,
+    died,
+)
 from mechtransplant.errors import UsageError, check_count, one_line
 from mechtransplant.progress import EVERY, LOG
 
@@ -55,6 +68,7 @@ class Ray:
         #: what says that a process runs → the process, and when it was asked for; only one that runs gets a job, since
         #: one for which there is no room would keep it for ever
         self._starting: dict[Any, tuple[Any, float]] = {}
+        self._nodes = _Nodes()
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
@@ -63,17 +77,17 @@ class Ray:
         if not jobs:
             return
         self._connect()
-        waiting = [(number, 1) for number in range(len(jobs))][::-1]
-        #: what is awaited → (the process, job's number and tries)
-        asked: dict[Any, tuple[Any, int, int]] = {}
+        waiting = [Try(number) for number in range(len(jobs))][::-1]
+        #: what is awaited → (the process, the job)
+        asked: dict[Any, tuple[Any, Try]] = {}
         self._drop_the_dead()
-        starting, lost, nodes = self._starting, 0, _Nodes()
+        starting, lost = self._starting, 0
         try:
             while waiting or asked:
                 while waiting and self._idle:
-                    number, tries = waiting.pop()
+                    this = waiting.pop()
                     process = self._idle.pop()
-                    asked[process.do.remote(jobs[number])] = process, number, tries
+                    asked[process.do.remote(jobs[this.number])] = process, this
                 wanted = min(self.workers - len(asked), len(waiting)) - len(starting)
                 # where processes end as they start, those that run do the work; without any another one is tried
                 for _ in range(wanted if lost < TRIES or not (asked or starting) else 0):
@@ -95,32 +109,34 @@ class Ray:
                     lost = 0
                     self._idle.append(process)
                     continue
-                process, number, tries = asked.pop(ready)
+                process, this = asked.pop(ready)
                 try:
                     answer = checked(ray.get(ready))
-                except ray.exceptions.RayActorError as end:
-                    if tries >= TRIES:
-                        raise died(tries, one_line(end)) from end
-                    waiting.append((number, tries + 1))
+                except ray.exceptions.RayError as end:
+                    # its process or its node has died, or Ray has ended it for its memory
+                    ray.kill(process)
+                    if this.deaths + 1 >= TRIES:
+                        raise died(TRIES, one_line(end)) from end
+                    waiting.append(replace(this, deaths=this.deaths + 1))
                     continue
                 except WorkerError as error:
-                    if tries >= ATTEMPTS:
-                        raise
                     # memory or a device may be spent there: another process takes the job up
-                    warnings.warn(again(error), stacklevel=2)
                     ray.kill(process)
-                    waiting.append((number, tries + 1))
+                    if this.failures + 1 >= ATTEMPTS:
+                        raise
+                    warnings.warn(again(error), stacklevel=2)
+                    waiting.append(replace(this, failures=this.failures + 1))
                     continue
                 self._idle.append(process)
-                nodes.count(answer["node"])
-                done(number, answer["result"])
+                self._nodes.count(answer["node"])
+                done(this.number, answer["result"])
         except BaseException:
-            for process, _, _ in asked.values():
+            for process, _ in asked.values():
                 # nobody waits for what it is doing
                 ray.kill(process)
             self.close()
             raise
-        nodes.end()
+        self._nodes.say()
 
     def _first(self, awaited: list[Any], jobs_wait: bool) -> Any:
         """The first answer of those awaited; says so once where processes that jobs wait for have not started."""
@@ -244,7 +260,7 @@ def _knock(address: str) -> None:
 
 
 class _Nodes:
-    """The log's lines about which node has done how many jobs: a node's first, one a minute, and the last."""
+    """The log's lines about which node has done how many jobs so far: at a node's first, and once a minute."""
 
     def __init__(self) -> None:
         self.jobs: Counter[str] = Counter()
@@ -256,14 +272,10 @@ class _Nodes:
         now = time.monotonic()
         if self.jobs[node] == 1 or now - self.last >= EVERY:
             self.last = now
-            self._say()
+            self.say()
 
-    def end(self) -> None:
-        """All are done."""
-        if self.jobs:
-            self._say()
-
-    def _say(self) -> None:
+    def say(self) -> None:
+        """A line now."""
         LOG.info("jobs done by node: %s", ", ".join(f"{node} {done:,}" for node, done in self.jobs.items()))
 
 

@@ -44,6 +44,15 @@ class WorkerError(RuntimeError):
 TRIES, ATTEMPTS = 3, 2
 
 
+@dataclass(frozen=True)
+class Try:
+    """A job's number, and how often its process has died, and it has failed, so far."""
+
+    number: int
+    deaths: int = 0
+    failures: int = 0
+
+
 def answer_to(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What a worker's process says: what the question gives, or in words why there is no answer."""
     try:

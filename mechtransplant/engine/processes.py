@@ -11,9 +11,10 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from mechtransplant.engine.jobs import ATTEMPTS, TRIES, Done, Job, Recipe, WorkerError, again, checked, died
+from mechtransplant.engine.jobs import ATTEMPTS, TRIES, Done, Job, Recipe, Try, WorkerError, again, checked, died
 from mechtransplant.errors import check_count
 
 
@@ -36,9 +37,9 @@ class Processes:
 
     def run(self, jobs: Sequence[Job], done: Done) -> None:
         """Do the jobs, the first ones first; raises UsageError and WorkerError for a job's own errors."""
-        waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[Try] = queue.SimpleQueue()
         for number in range(len(jobs)):
-            waiting.put((number, 1))
+            waiting.put(Try(number))
         answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         stop = threading.Event()
         threads = [
@@ -51,8 +52,8 @@ class Processes:
             left = len(jobs)
             while left:
                 number, answer = answers.get()
-                if isinstance(answer, Warning):
-                    warnings.warn(str(answer), stacklevel=2)
+                if isinstance(answer, _Again):
+                    warnings.warn(again(answer.error), stacklevel=2)
                     continue
                 left -= 1
                 if isinstance(answer, BaseException):
@@ -76,7 +77,7 @@ class Processes:
     def _serve(
         self,
         jobs: Sequence[Job],
-        waiting: queue.SimpleQueue[tuple[int, int]],
+        waiting: queue.SimpleQueue[Try],
         answers: queue.SimpleQueue[tuple[int, Any]],
         stop: threading.Event,
     ) -> None:
@@ -84,7 +85,7 @@ class Processes:
         process: _Process | None = None
         while not stop.is_set():
             try:
-                number, tries = waiting.get_nowait()
+                this = waiting.get_nowait()
             except queue.Empty:
                 break
             try:
@@ -93,25 +94,25 @@ class Processes:
                     if stop.is_set():
                         process.end()
                         break
-                answers.put((number, process.do(jobs[number])))
+                answers.put((this.number, process.do(jobs[this.number])))
             except EOFError as end:
                 process = None
-                if tries < TRIES:
-                    waiting.put((number, tries + 1))
+                if this.deaths + 1 < TRIES:
+                    waiting.put(replace(this, deaths=this.deaths + 1))
                 else:
-                    answers.put((number, died(tries, end)))
+                    answers.put((this.number, died(TRIES, end)))
             except WorkerError as error:
-                if tries >= ATTEMPTS:
-                    answers.put((number, error))
+                if this.failures + 1 >= ATTEMPTS:
+                    answers.put((this.number, error))
                     break
                 # memory or a device may be spent there: another process takes the job up
-                answers.put((number, Warning(again(error))))
+                answers.put((this.number, _Again(error)))
                 if process is not None:
                     process.end()
                 process = None
-                waiting.put((number, tries + 1))
+                waiting.put(replace(this, failures=this.failures + 1))
             except Exception as error:
-                answers.put((number, error))
+                answers.put((this.number, error))
                 break
         if process is not None and not stop.is_set():
             self._idle.put(process)
@@ -125,8 +126,20 @@ class Processes:
     def _start(self) -> _Process:
         process = _Process(self.threads)
         self._started.append(process)
-        process.ask({"function": self.recipe.function, "arguments": self.recipe.arguments})
+        try:
+            process.ask({"function": self.recipe.function, "arguments": self.recipe.arguments})
+        except BaseException:
+            # what it has loaded so far would stay beside that of the next
+            process.end()
+            raise
         return process
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Says that a job has failed and is tried again."""
+
+    error: WorkerError
 
 
 class _Process:

@@ -53,7 +53,8 @@ def single_patch(
     "below them",
     needs="gradients",
     kinds=KINDS,
-    cost="2 forward passes and 1 backward pass, then `confirm` or more passes from the modules' layers on",
+    cost="2 forward passes and 1 backward pass; then, once or more, 2 forward passes and `confirm` from the modules' "
+    "layers on",
     sign=GAIN + ", exactly for the `confirm` highest",
 )
 def screened_patch(
