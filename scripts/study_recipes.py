@@ -3,7 +3,8 @@
     python scripts/study_recipes.py
 
 ``best`` has the highest log-probability of the gold answers to `choose`, ``gentle`` the highest among those that raise
-perplexity by at most 1 %. What only a run has is added: no random orders along K (there is one K), the limit of 15 %.
+perplexity by at most 1 %. What only a run has is added: no random orders along K (there is one K), the limit of 15 %,
+side effects of random sets on the first split alone.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def main() -> None:
             stem = path.stem.replace("screen", what)
             content = yaml.safe_load(run_config(config, table.loc[at]))
             content |= {"name": f"study-{stem}", "parameters": max(config.shares), "curve_sets": 0}
+            if config.split.seed:
+                # what random sets do elsewhere is measured on the first split
+                content["side_effects"] = {"random": 0}
             head = f"# {said} in {path.relative_to(ROOT)}, on `choose`; no `test` question was asked for it\n"
             (path.parent / f"{stem}.yaml").write_text(head + yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
             print(f"configs/study/{stem}.yaml")
