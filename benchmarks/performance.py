@@ -275,8 +275,8 @@ def cost() -> str:
 `python benchmarks/cost.py`: the whole pipeline on models of random weights, 64 tokens a prompt, batches of 16, in
 seconds a stage: shifts of all heads and MLPs (magnitude, distance, own), their test, the gradient screen of all, exact
 effects of the 16 highest, accuracy of target, source and graft, four random sets. Memory is that of a process of its
-own. The 2B and 9B pairs' rows were measured on one GPU (`benchmarks/on_gpu.sh`). The CPU's rows are of several days, and
-its cores are shared: some ran when it was half as fast, so stages compare within a row.
+own. The 2B and 9B pairs' rows were measured on one GPU (`benchmarks/on_gpu.sh`). The CPU's rows are of several days,
+and its cores are shared: some ran when it was half as fast, so stages compare within a row.
 
 ![Seconds against prompts, and memory, by shape](../figures/cost.png)
 
