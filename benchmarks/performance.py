@@ -168,17 +168,12 @@ def kills() -> str:
     if rows is None:
         return ""
     shown = rows.rename(columns=lambda name: name.replace("_", " "))
-    each = read("kills")
-    last = 0 if each is None else int(each.cells_finished.max())
-    when = "up to 8 seconds after a new cell"
-    if each is not None and "when" in each:
-        when = "at moments spread at random over all its cells, while tables and figures are written (the last two)"
     return f"""### Runs that are killed
 
-`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, {when},
-or while models are loaded (one in four), started again each time, beside the same run undisturbed on the serial engine.
-The last kill came when {last:,} cells were finished. Two starts in one folder and a full disk are tests
-(`tests/test_killed_runs.py`).
+`python benchmarks/kills.py`: a small run, `kill -9` of the run with its processes, or of one worker, at moments spread
+at random over all its cells, while models are loaded (one in four), and while tables and figures are written (the last
+two), started again each time, beside the same run undisturbed on the serial engine. Two starts in one folder and a full
+disk are tests (`tests/test_killed_runs.py`).
 
 {table(shown)}
 """

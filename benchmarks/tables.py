@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,12 @@ def note(path: Path) -> None:
 
 def machine() -> dict[str, Any]:
     """The processor, its cores, and the libraries that a benchmark's seconds depend on most."""
-    import torch
-    import transformers
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    # what does not use them need not load them
+    torch = sys.modules.get("torch")
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch is not None and torch.cuda.is_available() else {}
+    versions = {name: version(name) for name in ("torch", "transformers")}
     return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(), **gpu, **versions}
 
 

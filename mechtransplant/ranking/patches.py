@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from mechtransplant.errors import UsageError, check_count
+from mechtransplant.errors import check_count
 from mechtransplant.patching.patch import HeadPoint
 from mechtransplant.patching.sweeps import patch_effects
 from mechtransplant.ranking.registry import Kinds, Scores, kinds_of, register_rule
@@ -81,8 +81,6 @@ def screened_patch(
 
 def _gains(pair: Pair, task: Task, modules: Sequence[str], heads: HeadPoint, batch_size: int, progress: bool) -> Floats:
     """What every module, patched in turn, adds to the mean log-probability."""
-    if not modules:
-        raise UsageError("there is no module to try: name a kind that the models have")
 
     def now(names: Sequence[str]) -> Floats:
         before, after = patch_effects(pair, task, names, heads=heads, batch_size=batch_size, progress=progress)

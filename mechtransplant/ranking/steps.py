@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mechtransplant.errors import UsageError
 from mechtransplant.modules import parse_address
 
 Floats = NDArray[np.float64]
@@ -50,8 +51,10 @@ def kept(what: dict[str, Any], compute: Callable[[], Floats]) -> Floats:
 def layer_by_layer(modules: Sequence[str], what: dict[str, Any], compute: Callable[[list[str]], Floats]) -> Floats:
     """One number a module, in their order, where a few layers are a step; ``what`` tells this search from others.
 
-    A layer's modules stay together, so that steps change no rounding.
+    A layer's modules stay together, so that steps change no rounding. Raises UsageError where there is no module.
     """
+    if not modules:
+        raise UsageError("there is no module to try: name a kind that the models have")
     found = np.empty(len(modules))
     for chosen in _by_layers(modules):
         names = [modules[i] for i in chosen]

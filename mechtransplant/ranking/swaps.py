@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mechtransplant.errors import UsageError, check_count
+from mechtransplant.errors import check_count
 from mechtransplant.evaluation.sweeps import Change, sweep
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import parse_address
@@ -142,8 +142,6 @@ def _gains(
     order: Sequence[str] = (),
 ) -> NDArray[np.float64]:
     """What every module, grafted in turn, adds to the mean log-probability with those of ``order`` in place."""
-    if not modules:
-        raise UsageError("there is no module to try: name a kind that the models have")
 
     def now(names: Sequence[str]) -> NDArray[np.float64]:
         with _grafted(pair, order, kv):
