@@ -125,13 +125,25 @@ class SideEffectSpec(Strict):
     random: int = Field(default=10, ge=0)
 
 
+class GateSpec(Strict):
+    """Grafts are in place only for questions that a gate lets through (see ``grafting.fit_gate``)."""
+
+    #: whose residual stream is read; the middle one by default
+    layer: int | None = Field(default=None, ge=0)
+    #: how many neutral texts it is fitted to be closed for, and how long
+    texts: int = Field(default=64, ge=2)
+    tokens: int = Field(default=64, ge=2)
+    #: names of other tasks that it is fitted to be closed for
+    tasks: tuple[str, ...] = ()
+
+
 class RunConfig(Strict):
     """One run: a pair, a task, rules, a sweep over K and strength, and its controls.
 
     ``k`` holds numbers of modules (whole) or shares of all candidates (up to 1.0); ``budgets`` token budgets, of which
     the largest decides the choice. ``random_sets`` is how many matched sets the reported K is compared with,
     ``curve_sets`` how many random orders the other K are; both for every rule, or for the ``controlled`` ones.
-    ``kv`` and ``operator`` are a graft's (see ``grafting``).
+    ``kv`` and ``operator`` are a graft's (see ``grafting``); with a ``gate`` every graft of the run is conditional.
     """
 
     name: str = "run"
@@ -149,6 +161,7 @@ class RunConfig(Strict):
     parameters: float | None = Field(default=None, gt=0, le=1)
     kv: Literal["never", "group", "whole-group"] = "never"
     operator: str | dict[str, Any] = "replace"
+    gate: GateSpec | None = None
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=100, ge=0)
     curve_sets: int = Field(default=20, ge=0)
@@ -324,4 +337,5 @@ _INSIDE: dict[str, type[BaseModel]] = {
     "format": FormatSpec,
     "split": SplitSpec,
     "side_effects": SideEffectSpec,
+    "gate": GateSpec,
 }

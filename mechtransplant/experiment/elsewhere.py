@@ -10,7 +10,7 @@ from mechtransplant.evaluation import compare
 from mechtransplant.experiment.config import SideEffectSpec
 from mechtransplant.experiment.evaluator import unpacked_budgets
 from mechtransplant.experiment.setup import Setup
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.side_effects import (
     Baseline,
     NeutralText,
@@ -93,8 +93,16 @@ class Elsewhere:
             "modules": sorted(modules),
             "strength": strength,
             "test": run.splits.test.fingerprint,
+            **({} if run.gating is None else {"gate": self._gate()}),
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},
         }
+
+    def _gate(self) -> dict[str, Any]:
+        """All that decides a gate."""
+        run, spec = self.run, self.run.config.gate
+        assert spec is not None
+        fitted = [run.splits.discover.fingerprint, *(t.fingerprint for t in run.shut)]
+        return {**spec.model_dump(mode="json"), "fitted on": fitted}
 
     def job(
         self, role: str, modules: tuple[str, ...], strength: float, evaluations: dict[str, dict[str, Any]]
@@ -106,7 +114,8 @@ class Elsewhere:
     def compute(self, job: dict[str, Any]) -> dict[str, Any]:
         """{"row": gain against harm, "effects": one record a task and text measure} of one graft."""
         run, modules = self.run, tuple(job["modules"])
-        graft = Graft(modules, job["strength"], kv=run.config.kv, operator=run.config.operator)
+        plain = Graft(modules, job["strength"], kv=run.config.kv, operator=run.config.operator)
+        graft = plain if run.gating is None else ConditionalGraft(plain, accepts=run.gating.gate)
         found = measure_side_effects(run.pair, graft, before=self.baseline, seed=run.config.seed)
         cells = job["evaluations"]
         target, source, after = (
@@ -160,7 +169,7 @@ def _asked(run: Setup, name: str, spec: SideEffectSpec) -> Task:
     task = load_task(name, max(1024, spec.questions + 128)) if name in list_tasks() else load_task(name)
     if task.name == run.task.name:
         raise UsageError(f"side_effects.tasks: {name!r} is the run's own task, whose effect is the gain: leave it out")
-    known = {q for split in run.splits for q in split.keys}
+    known = {q for split in (*run.splits, *run.shut) for q in split.keys}
     first_of = {key: i for i, key in reversed(list(enumerate(task.keys))) if key not in known}
     n = min(spec.questions, len(first_of) - 2)
     if n < 1:

@@ -15,7 +15,7 @@ from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.lower_layers import LowerLayers
 from mechtransplant.experiment.setup import Setup
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Task
 
@@ -89,14 +89,29 @@ class Evaluator:
         }
         if cell.body == "self":
             content["beside"] = "target"
+        closed = self._closed(cell)
+        if closed:
+            content["closed"] = sorted(closed)
         return content
+
+    def _closed(self, cell: Cell) -> tuple[str, ...]:
+        """Keys of the questions that a cell's graft is not in place for."""
+        gating = self.setup.gating
+        return () if gating is None or not cell.modules else gating.closed(self.splits[cell.split])
+
+    def _in_place(self, cell: Cell) -> Graft | ConditionalGraft:
+        """A cell's graft; behind the run's gate where that is closed for any of its questions."""
+        plain, gating = self.graft(cell.modules, cell.strength), self.setup.gating
+        return plain if gating is None or not self._closed(cell) else ConditionalGraft(plain, accepts=gating.gate)
 
     def compute(self, cell: Cell) -> dict[str, Any]:
         """A cell's values, as JSON."""
         pair, split = self.pairs[cell.body], self.splits[cell.split]
         model = pair.source if cell.body == "source" else pair.target
-        memory, lowest = self.lower.under(split, cell.modules if cell.body == "graft" else ())
-        with self.graft(cell.modules, cell.strength).applied(pair), resuming(model, memory, lowest):
+        graft = self._in_place(cell)
+        remembered = cell.body == "graft" and isinstance(graft, Graft)
+        memory, lowest = self.lower.under(split, cell.modules if remembered else ())
+        with graft.applied(pair), resuming(model, memory, lowest):
             found = self._evaluate(model, split)
         # another processor rounds differently, and the target's own cell may be from another start: bits are
         # compared within one process

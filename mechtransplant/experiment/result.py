@@ -70,7 +70,9 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     write_atomically(run.folder / "rules.csv", findings.table.to_csv(index=False, float_format="%.8g"))
     headline = run.config.rules[0]
     grafts, outcomes = findings.grafts[headline], findings.outcomes[headline]
-    content = {str(budget): _saved(graft, outcomes[budget]) for budget, graft in grafts.items()}
+    gating = run.gating
+    gate = {} if gating is None else {"gate": {"layer": gating.gate.layer, "open": gating.open}}
+    content = {str(budget): {**_saved(graft, outcomes[budget]), **gate} for budget, graft in grafts.items()}
     write_atomically(
         run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.evaluation.batches import check_lengths, encode
 from mechtransplant.experiment.config import RunConfig, TaskSpec
+from mechtransplant.experiment.gating import Gating, shut_out
 from mechtransplant.grafting import get_operator
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.tasks import Splits, Task, list_tasks, load_task
@@ -80,13 +81,17 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task, explore: Task | No
 
 @dataclass(frozen=True)
 class Parts:
-    """What a setup is made of: the pair, turned or not, the task, the unrelated one, and the one that explores."""
+    """What a setup is made of: the pair, turned or not, the task, the unrelated one, and the one that explores.
+
+    ``shut``: questions that a gate is closed for.
+    """
 
     pair: Pair
     turned: bool
     task: Task
     other: Task | None
     explore: Task | None = None
+    shut: tuple[Task, ...] = ()
 
 
 class Setup:
@@ -104,7 +109,7 @@ class Setup:
             torch.set_num_threads(config.threads)
         made = self._made() if parts is None else parts
         self.pair, self.turned, self.task, self.other = made.pair, made.turned, made.task, made.other
-        self.explore = made.explore
+        self.explore, self.shut = made.explore, made.shut
         self.splits: Splits = self.task.split(**config.split.model_dump(), explore=made.explore)
         self.candidates = self.pair.modules(config.kinds)
         self.counts = config.counts(len(self.candidates))
@@ -113,6 +118,7 @@ class Setup:
         prompts = [p for split in self.splits for p in encode(split, self.pair.target.tokenizer).prompts]
         check_lengths(self.pair.target.hf, max(map(len, prompts)) + max(self.budgets))
         self.fingerprints = {"source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint}
+        self.gating = self._gating()
 
     def _made(self) -> Parts:
         """The parts that the config names."""
@@ -120,7 +126,14 @@ class Setup:
         pair = pair_of(self.config)
         task, explore = build_task(self.config, pair), exploring_task(self.config)
         other = unrelated_task(self.config, pair, task, explore) if "unrelated" in self.config.controls else None
-        return Parts(pair, False, task, other, explore)
+        shut = () if self.config.gate is None else shut_out(self.config.gate, task, explore)
+        return Parts(pair, False, task, other, explore, shut)
+
+    def _gating(self) -> Gating | None:
+        config = self.config
+        if config.gate is None:
+            return None
+        return Gating(config.gate, self.pair, self.splits, self.shut, config.seed, config.batch_size)
 
     @property
     def budget(self) -> int:
@@ -136,3 +149,4 @@ class Setup:
         """Exchange source and target."""
         self.pair, self.turned = self.pair.reversed(), not self.turned
         self.fingerprints = {"source": self.fingerprints["target"], "target": self.fingerprints["source"]}
+        self.gating = self._gating()

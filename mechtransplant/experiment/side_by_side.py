@@ -27,10 +27,10 @@ def runs_table(folders: Sequence[str | Path]) -> pd.DataFrame:
 
     Returns:
         a row a run and rule, in the order given: ``run``, ``pair``, ``seed`` (of the split), ``kind``, ``operator``,
-        ``budget`` (tokens), the columns of ``rules.csv`` about one K (accuracies, differences and ``parameter_share``
-        are shares, ``recovery`` is in per cent), ``candidates``, ``after_low``, ``after_high`` (Wilson's 95 %), and
-        with side effects ``perplexity_change``, ``kl`` with ``_low`` and ``_high``, and ``worst_task``,
-        ``worst_change`` with its ends.
+        ``gate`` (whether grafts are conditional), ``budget`` (tokens), the columns of ``rules.csv`` about one K
+        (accuracies, differences and ``parameter_share`` are shares, ``recovery`` is in per cent), ``candidates``,
+        ``after_low``, ``after_high`` (Wilson's 95 %), and with side effects ``perplexity_change``, ``kl`` with ``_low``
+        and ``_high``, and ``worst_task``, ``worst_change`` with its ends.
 
     Raises:
         UsageError: a folder that holds no finished run.
@@ -66,6 +66,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             "seed": config.split.seed,
             "kind": "+".join(config.kinds),
             "operator": config.operator if isinstance(config.operator, str) else config.operator["name"],
+            "gate": config.gate is not None,
             "budget": int(budget),
             "candidates": int(everything.k.iloc[0]) if len(everything) else None,
             **{key: rule[key] for key in _FROM_RULES},

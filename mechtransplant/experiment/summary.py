@@ -55,6 +55,7 @@ def summarise(
         f"**Verdict.** {verdict(run, headline, findings)}{_against_lowest(run, results, findings)}",
         "",
         *_starts(run),
+        *_gate(run),
         *_result(run, results, findings),
         *_controls(run, results, findings),
     ]
@@ -133,6 +134,20 @@ def _starts(run: Run) -> list[str]:
             said = f"Cells of this run were computed by {what} {' and '.join(sorted(used))}: where the two compute"
             lines += [f"{said} otherwise, they do not belong together (see environment.json).", ""]
     return lines
+
+
+def _gate(run: Run) -> list[str]:
+    """What the gate of conditional grafts was fitted on, and how many questions it lets through."""
+    if run.gating is None:
+        return []
+    gate, spec, n = run.gating.gate, run.gating.spec, len(run.splits.test)
+    against = [f"{spec.texts} neutral texts", *(f"{len(t)} questions of {t.name}" for t in run.gating.others)]
+    said = (
+        f"**Conditional.** Every graft is in place only for questions that a gate lets through: {run.gating.open} of "
+        f"the {n} `test` questions. It reads the target's residual stream after layer {gate.layer}, and was fitted on "
+        f"the `discover` questions against {' and '.join(against)}."
+    )
+    return [said, ""]
 
 
 def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:

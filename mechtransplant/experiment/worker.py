@@ -114,6 +114,7 @@ class Shipped:
     other: Task | None
     explore: Task | None
     elsewhere: tuple[tuple[Task, ...], NeutralText | None]
+    shut: tuple[Task, ...] = ()
 
     @classmethod
     def of(cls, setup: Setup, elsewhere: Elsewhere) -> Shipped:
@@ -122,7 +123,8 @@ class Shipped:
         named = {name: getattr(pair, name) for name in ("name", "default_task", "planted", "tasks")}
         base = None if pair.base is None else ship(pair.base)
         found = elsewhere.tasks, elsewhere.file
-        return cls(ship(pair.source), ship(pair.target), base, named, setup.task, setup.other, setup.explore, found)
+        asked = setup.task, setup.other, setup.explore
+        return cls(ship(pair.source), ship(pair.target), base, named, *asked, found, setup.shut)
 
     def parts(self, turned: bool, device: str, one_at_a_time: bool) -> Parts:
         """Models and questions again."""
@@ -138,7 +140,7 @@ class Shipped:
         for name, value in self.pair.items():
             setattr(pair, name, value)
         pair.base = None if self.base is None else unpacked(self.base)
-        return Parts(pair, turned, self.task, self.other, self.explore)
+        return Parts(pair, turned, self.task, self.other, self.explore, self.shut)
 
 
 def shipped_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, str], shipped: Shipped) -> CellWorker:

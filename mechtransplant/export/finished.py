@@ -31,7 +31,8 @@ class FinishedRun:
 def finished_run(folder: str | Path) -> FinishedRun:
     """The result of a folder that ``mechtransplant run`` has finished, with its two models loaded.
 
-    Raises UsageError for a folder that holds no finished run, and for weights that are not those of the run.
+    Raises UsageError for a folder that holds no finished run, or one of conditional grafts, and for weights that are
+    not those of the run.
     """
     import yaml
 
@@ -57,6 +58,11 @@ def finished_run(folder: str | Path) -> FinishedRun:
         raise UsageError(f"{folder} holds no finished run ({missing} is missing): finish it, then export") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UsageError(f"{folder} holds no finished run that can be read ({error!r}): run it again") from error
+    if config.get("gate") is not None:
+        raise UsageError(
+            f"the graft of {folder} is in place for some questions alone (gate), which no one set of weights is: "
+            "export a run without a gate"
+        )
     pair = load_pair(named, dtype=dtype) if isinstance(named, str) else load_pair(**named, dtype=dtype)
     now = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
     if now == {"source": weights.get("target"), "target": weights.get("source")} and now != weights:

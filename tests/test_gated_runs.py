@@ -1,0 +1,123 @@
+"""A run whose grafts stand behind a gate: what it closes is the target's own, and all else is the plain run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_runs import small
+
+from mechtransplant.errors import UnknownNameError, UsageError
+from mechtransplant.experiment import run_experiment, runs_table
+from mechtransplant.experiment.config import RunConfig, parse_config
+from mechtransplant.experiment.evaluator import Cell, Evaluator
+from mechtransplant.experiment.run import Run
+from mechtransplant.export import finished_run
+
+GATE = {"texts": 16, "tokens": 12, "tasks": ["sort"]}
+
+
+def config(**changes: Any) -> RunConfig:
+    lean = {"rule": "weight_delta", "k": [3, 8], "random_sets": 2, "curve_sets": 0}
+    return parse_config(small(**{**lean, **changes}))
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run_experiment(config(gate=GATE), tmp_path_factory.mktemp("gated") / "run", progress=False)
+
+
+def bits(table: Any, **where: Any) -> Any:
+    """Verdicts of the first row with these labels."""
+    for key, value in where.items():
+        table = table[table[key] == value]
+    return np.array([c == "1" for c in table.correct.iloc[0]])
+
+
+def test_what_it_closes_is_the_targets(gated: Any, tmp_path: Path) -> None:
+    plain = run_experiment(config(), tmp_path / "plain", progress=False)
+    gating = Run(config(gate=GATE), tmp_path / "other", progress=False).gating
+    assert gating is not None
+    test = gating.splits.test
+    shut = np.array([key in gating.closed(test) for key in test.keys])
+    # this small model fills neutral texts with sums, so some questions are taken for such texts
+    assert 0 < shut.sum() < len(test) and gating.open == (~shut).sum()
+    target = bits(plain.results, split="test", role="target")
+    differ = 0
+    for role, k in (("graft", 3), ("graft", 8), ("random", len(gated.graft)), ("bottom", len(gated.graft))):
+        where = {"split": "test", "role": role, "k": k}
+        ours, theirs = bits(gated.results, **where), bits(plain.results, **where)
+        assert (ours == np.where(shut, target, theirs)).all(), role
+        differ += int((ours != theirs).sum())
+    assert differ, "the gate changed nothing, so this shows nothing"
+    assert f"{gating.open} of the {len(test)} `test` questions" in gated.summary
+    assert "**Conditional.**" in gated.summary and "**Conditional.**" not in plain.summary
+    written = json.loads((gated.folder / "outcome.json").read_text())
+    assert all(o["gate"] == {"layer": gating.gate.layer, "open": gating.open} for o in written.values())
+    assert list(runs_table([gated.folder, plain.folder]).gate) == [True, False]
+
+
+def test_side_effects_stand_behind_it_too(gated: Any, tmp_path: Path) -> None:
+    notes = [note for line in (gated.folder / "cells.jsonl").read_text().splitlines() for note in notes_of(line)]
+    assert any(note.startswith("the gate is open for") for note in notes)
+    run = Run(config(gate=GATE), tmp_path / "run", progress=False)
+    asked = {key for task in run.elsewhere.tasks for key in task.keys}
+    assert [t.name for t in run.shut] == ["sort"] and len(run.shut[0]) == 16
+    assert asked and not asked & set(run.shut[0].keys), "the gate was fitted on questions that measure it"
+
+
+def notes_of(line: str) -> list[str]:
+    return list(json.loads(line).get("notes", []))
+
+
+def test_a_process_of_its_own_makes_the_same_gate(gated: Any, tmp_path: Path) -> None:
+    other = run_experiment(config(gate=GATE), tmp_path / "run", progress=False, engine="processes", workers=2)
+    assert list(other.results.correct) == list(gated.results.correct)
+
+
+def test_where_it_lets_all_through_cells_are_those_of_the_plain_run(tmp_path: Path) -> None:
+    behind = Run(config(gate=GATE), tmp_path / "a", progress=False)
+    plain = Run(config(), tmp_path / "b", progress=False)
+    cell = Cell("test", "graft", ("L0.q_proj", "L1.up_proj"))
+    key = [Evaluator(run).content(cell) for run in (behind, plain)]
+    assert key[0] != key[1] and "closed" in key[0]
+    assert behind.gating is not None
+    behind.gating.shut[behind.splits.test.fingerprint] = ()
+    assert Evaluator(behind).content(cell) == key[1]
+    # nothing is grafted into these
+    for role in ("target", "source"):
+        body: Any = "source" if role == "source" else "graft"
+        assert Evaluator(behind).content(Cell("choose", role, body=body)) == Evaluator(plain).content(
+            Cell("choose", role, body=body)
+        )
+
+
+@pytest.mark.parametrize(
+    ("gate", "error", "said"),
+    [
+        ({"layer": 99}, UsageError, r"gate\.layer: no layer 99 in .*: give one from 0 to 3"),
+        ({"tasks": ["addition"]}, UsageError, r"gate\.tasks: 'addition' is the run's own task"),
+        ({"tasks": ["sorting"]}, UnknownNameError, "sort"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused_before_anything_is_written(
+    gate: dict[str, Any], error: type[Exception], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=said):
+        run_experiment(config(gate=gate), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_for_a_wrong_key() -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'gate\.layers': did you mean layer\?"):
+        config(gate={"layers": 2})
+    with pytest.raises(UsageError, match=r"gate\.texts: .*greater than or equal to 2"):
+        config(gate={"texts": 1})
+
+
+def test_its_graft_is_no_one_set_of_weights(gated: Any) -> None:
+    with pytest.raises(UsageError, match=r"in place for some questions alone \(gate\)"):
+        finished_run(gated.folder)
