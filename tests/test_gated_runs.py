@@ -12,6 +12,7 @@ from small_runs import small
 
 from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.experiment import run_experiment, runs_table
+from mechtransplant.experiment.cells import finished_cells
 from mechtransplant.experiment.config import RunConfig, parse_config
 from mechtransplant.experiment.evaluator import Cell, Evaluator
 from mechtransplant.experiment.run import Run
@@ -121,3 +122,33 @@ def test_words_for_a_wrong_key() -> None:
 def test_its_graft_is_no_one_set_of_weights(gated: Any) -> None:
     with pytest.raises(UsageError, match=r"in place for some questions alone \(gate\)"):
         finished_run(gated.folder)
+
+
+# --- cells of another run ---------------------------------------------------------------------------------------------
+
+
+def test_cells_of_another_run_are_taken(gated: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    run_experiment(config(), other, progress=False)
+    # as while that run is going on: a line is being written
+    with (other / "cells.jsonl").open("a") as file:
+        file.write('{"key": "abc')
+    before = (other / "cells.jsonl").read_bytes()
+    more = Run(config(k=[3, 5, 8], gate=GATE), tmp_path / "more", progress=False, reuse=gated.folder)
+    again = more.execute()
+    plain = Run(config(k=[3, 5, 8]), tmp_path / "plain", progress=False, reuse=other)
+    plain.execute()
+    for run, folder in ((more, gated.folder), (plain, other)):
+        taken = finished_cells(folder / "cells.jsonl").keys() & run.store.cells.keys()
+        assert len(taken) > 10 and 0 < run.store.computed == len(run.store.cells) - len(taken)
+    assert (other / "cells.jsonl").read_bytes() == before, "another run's folder is only read"
+    ours = again.results.query("split == 'choose' and role == 'graft' and k == 3").correct.iloc[0]
+    assert ours == gated.results.query("split == 'choose' and role == 'graft' and k == 3").correct.iloc[0]
+    starts = json.loads((tmp_path / "more" / "environment.json").read_text())["starts"]
+    assert [start.get("reused") for start in starts] == ["run", None]
+
+
+def test_what_is_no_run_gives_no_cells(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"holds no run whose cells could be used again"):
+        run_experiment(config(), tmp_path / "run", progress=False, reuse=tmp_path / "nothing")
+    assert not (tmp_path / "run").exists()

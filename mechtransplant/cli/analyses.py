@@ -29,6 +29,7 @@ def _run(
     engine: Any = "serial",
     workers: int | None = None,
     address: str | None = None,
+    reuse: Path | None = None,
 ) -> None:
     from mechtransplant.errors import wrong_in
     from mechtransplant.experiment import Run
@@ -41,7 +42,7 @@ def _run(
         _say_unused(config.device)
     choice = EngineChoice(engine, workers, address)
     with wrong_in(config_path):
-        made = Run(config, folder, engine=choice)
+        made = Run(config, folder, engine=choice, reuse=reuse)
     if dry:
         typer.echo(f"{folder}: {made.estimate()}")
         return
@@ -64,9 +65,12 @@ def run(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what it would cost.")] = False,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Another run's folder: cells that are the same there are taken from it.")
+    ] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""
-    _run(config, out, dry_run, device, engine, workers, address)
+    _run(config, out, dry_run, device, engine, workers, address, reuse)
 
 
 @app.command()

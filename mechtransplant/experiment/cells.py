@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ def cell_key(content: dict[str, Any]) -> str:
 
 
 class CellStore:
-    """An append-only file of finished cells; open it only while the run's lock is held."""
+    """An append-only file of finished cells; open it only while the run's lock is held.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: dict[str, dict[str, Any]] = {}
+    ``others``: finished cells of another run, by key, which are taken instead of being computed again.
+    """
+
+    def __init__(self, path: Path, others: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.path, self.others = path, others or {}
         self.computed = 0
         if path.exists():
             whole = path.read_bytes()
@@ -36,33 +38,51 @@ class CellStore:
             if intact != whole:
                 with path.open("r+b") as file:
                     file.truncate(len(intact))
-            for at, line in enumerate(intact.splitlines(), 1):
-                try:
-                    cell = json.loads(line)
-                    self.cells[cell["key"]] = cell
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UsageError(
-                        f"{path} line {at} is no finished cell ({error}): remove that line, and it is computed again"
-                    ) from error
+        self.cells = finished_cells(path)
+
+    def has(self, key: str) -> bool:
+        """Whether a cell is there; where another run has it, it is now."""
+        if key not in self.cells and key in self.others:
+            self._append(self.others[key])
+        return key in self.cells
 
     def get(self, content: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The cell's values: stored ones, or computed now and stored."""
         key = cell_key(content)
-        if key not in self.cells:
+        if not self.has(key):
             self.put(key, compute())
         return self.cells[key]
 
     def put(self, key: str, values: dict[str, Any]) -> None:
-        """Store a cell that was computed: appended, and on the disk before this returns."""
-        cell, begins = {"key": key, **values}, not self.path.exists()
+        """Store a cell that was computed."""
+        self._append({"key": key, **values})
+        self.computed += 1
+
+    def _append(self, cell: dict[str, Any]) -> None:
+        """Write a cell; it is on the disk before this returns."""
+        begins = not self.path.exists()
         with self.path.open("ab") as file:
             file.write((json.dumps(cell) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         if begins:
             _sync_names(self.path.parent)
-        self.cells[key] = cell
-        self.computed += 1
+        self.cells[cell["key"]] = cell
+
+
+def finished_cells(path: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a file that may be growing, by key; raises UsageError for a whole line that is none."""
+    found = {}
+    whole = path.read_bytes() if path.exists() else b""
+    for at, line in enumerate(whole[: whole.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            cell = json.loads(line)
+            found[cell["key"]] = cell
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path} line {at} is no finished cell ({error}): remove that line, and it is computed again"
+            ) from error
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -103,14 +103,18 @@ def write_starts(
     compared: Sequence[str],
     added: Sequence[str] = (),
     start: Mapping[str, Any] | None = None,
+    others: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``environment.json``: what was begun, and the versions of every start, with what ``start`` adds.
+
+    ``others``: starts of another folder, whose results are part of this one's.
 
     ``compared``: the entries in which an earlier start must agree; ``added``: those that a folder may lack, since they
     were not always noted. Raises UsageError where one differs, and for a file that cannot be read.
     """
     now, starts = {**versions(), **(start or {})}, _earlier_starts(folder, began, compared, added)
-    starts += [now] * (now not in starts)
+    for one in (*others, now):
+        starts += [one] * (one not in starts)
     write_atomically(folder / "environment.json", json.dumps({**began, "starts": starts}, indent=1) + "\n")
 
 

@@ -24,6 +24,7 @@ from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
 from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.experiment.result import RunResult, write_report
+from mechtransplant.experiment.reused import Reused
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
@@ -37,7 +38,8 @@ Job = tuple[str, str, tuple[str, ...], float, dict[str, Any]]
 class Run(Setup):
     """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds.
 
-    ``engine``: where its cells are computed.
+    ``engine``: where its cells are computed. ``reuse``: the folder of another run; cells that this one shares with it
+    (the same graft of the same weights, asked the same questions in the same way) are taken from there.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Run(Setup):
         folder: Path,
         progress: bool = True,
         engine: EngineChoice | None = None,
+        reuse: Path | None = None,
     ) -> None:
         # of the process that ranks alone: a worker may not know a user's own rule
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
         # before any weights are loaded
         check_folder(config, folder)
+        self.reused = Reused.of(reuse)
         super().__init__(config)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere = Elsewhere(self)
@@ -70,7 +74,7 @@ class Run(Setup):
             # again under the lock: another start may have come first
             check_folder(self.config, self.folder)
             write_atomically(self.folder / "config.yaml", self._config_text)
-            self.store = CellStore(self.folder / "cells.jsonl")
+            self.store = CellStore(self.folder / "cells.jsonl", self.reused.cells)
             return self._execute()
 
     def _execute(self) -> RunResult:
@@ -78,7 +82,10 @@ class Run(Setup):
         if self.config.direction == "better":
             self._turn_to_better()
         start = self.where.start | ({} if self.config.device == "cpu" else {"device": self.config.device})
-        write_starts(self.folder, depends_on(self), ("weights", "splits"), added=("elsewhere", "pair"), start=start)
+        added = ("elsewhere", "pair")
+        write_starts(
+            self.folder, depends_on(self), ("weights", "splits"), added, start=start, others=self.reused.starts
+        )
         write_compatibility(self.folder, self.pair)
         self.engine = self.where.make(self, self.elsewhere)
         try:
@@ -236,7 +243,7 @@ class Run(Setup):
 
     def _run_jobs(self, wanted: dict[str, dict[str, Any]], what: str) -> None:
         """Jobs by the key of the cell that each makes; cells that are there are not computed again."""
-        missing = [key for key in wanted if key not in self.store.cells]
+        missing = [key for key in wanted if not self.store.has(key)]
         if not missing:
             return
         with bar(len(missing), what, self.progress) as advance:
@@ -362,11 +369,14 @@ def run_experiment(
     engine: EngineName = "serial",
     workers: int | None = None,
     address: str | None = None,
+    reuse: str | Path | None = None,
 ) -> RunResult:
     """Run a config in a folder; started again, it continues where it was.
 
     Args:
+        reuse: the folder of another run; cells that are the same there are taken, not computed again.
         engine: "serial", or "processes" or "ray": cells are computed by so many ``workers`` (2), processes of their
             own on this machine, or on the nodes of the Ray cluster at ``address``.
     """
-    return Run(config, Path(folder), progress, EngineChoice(engine, workers, address)).execute()
+    choice = EngineChoice(engine, workers, address)
+    return Run(config, Path(folder), progress, choice, None if reuse is None else Path(reuse)).execute()
