@@ -54,6 +54,7 @@ _HOME = {
     "smallest_effect": "significance",
     "mcnemar_power": "significance",
     "effective_tests": "significance",
+    "fit_strengths": "ranking",
     "consistency": "localization",
     "concentration": "localization",
     "lorenz_curve": "localization",

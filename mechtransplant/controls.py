@@ -79,6 +79,21 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
     return RandomSets(list(found.values()), DEPTH_LEVELS[parts])
 
 
+def deal(pair: Pair, modules: Sequence[str], strengths: Sequence[float], drawn: Sequence[str]) -> tuple[float, ...]:
+    """Strengths for a set that is matched to ``modules``: theirs, each to a module of the same class, in order.
+
+    Raises UsageError for a set that is not matched.
+    """
+    group = _strictest(pair, pair.modules(kinds_among(pair, modules)), list(map(str, modules)))[1]
+    hands: dict[Class, list[float]] = {}
+    for module, strength in zip(modules, strengths, strict=True):
+        hands.setdefault(group[str(module)], []).append(strength)
+    decks = {its: iter(hand) for its, hand in hands.items()}
+    if Counter(group[str(m)] for m in drawn) != Counter({its: len(hand) for its, hand in hands.items()}):
+        raise UsageError("strengths are dealt to a set that is matched to theirs: draw it by random_matched")
+    return tuple(next(decks[group[str(m)]]) for m in drawn)
+
+
 def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0) -> RandomOrders:
     """``n`` random orders matched to a ranking of all candidates; depth as strictly as random sets of ``k`` would be.
 

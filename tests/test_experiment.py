@@ -233,7 +233,8 @@ def test_several_rules_in_one_run(several: Any) -> None:
     assert "`weight_delta` has no random sets of its own" in several.summary
     assert "3 rules are compared" in several.summary
     names = {p.name for p in (several.folder / "rankings").iterdir()}
-    assert {"weight_delta.csv", "mask.csv", "mask-2.csv", "mask-6.csv", "gradient-unrelated.csv"} <= names
+    assert {"weight_delta.csv", "mask-2.csv", "mask-6.csv", "gradient-unrelated.csv"} <= names
+    assert "mask.csv" not in names, "a search for all sizes at once that nothing asked for"
     assert (several.folder / "figures" / "rule_curves.png").exists()
     at = several.results[(several.results.split == "test") & (several.results.role == "graft")]
     assert set(zip(at.rule, at.k, strict=True)) == {(r, k) for r in several.rules.rule for k in (2, 6)}

@@ -25,7 +25,7 @@ from mechtransplant.tasks import Task, load_task
 REQUIRED = [
     "lae", "lae_relative", "distance", "own", "own_over_inherited", "significant", "weight_delta", "gradient",
     "activation_gradient", "single_swap", "screened_swap", "single_patch", "screened_patch", "greedy", "mask", "random",
-    "random_matched", "bottom", "depth",
+    "random_matched", "bottom", "depth", "per_parameter", "pruned",
 ]  # fmt: skip
 #: these rank no linear layers
 PATCHES = ("single_patch", "screened_patch")
@@ -262,7 +262,7 @@ def test_searches_beat_training_free_rules_on_choose(generations: Pair, addition
     rules within 0.002 nats of the source) the last digits are another set's.
     """
     splits = addition.split(32, 32, 32)
-    free = [r for r in REQUIRED if r not in ("greedy", "mask", "bottom", "random_matched", *PATCHES)]
+    free = [r for r in REQUIRED if r not in ("greedy", "mask", "pruned", "bottom", "random_matched", *PATCHES)]
     rankings = {r: rank_modules(generations, splits.discover, r) for r in free}
     greedy = rank_modules(generations, splits.choose, "greedy")
 

@@ -165,6 +165,8 @@ class RunConfig(Strict):
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=100, ge=0)
     curve_sets: int = Field(default=20, ge=0)
+    #: of a rule that fits strengths: how many random sets have strengths fitted to them too
+    refitted_sets: int = Field(default=0, ge=0)
     controlled: tuple[str, ...] | None = None
     controls: tuple[Control, ...] = ("bottom", "all", "reverse", "unrelated", "self")
     #: the task whose ranking is the unrelated control; the pair's first other one by default

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import compare
 from mechtransplant.experiment.config import SideEffectSpec
-from mechtransplant.experiment.evaluator import unpacked_budgets
+from mechtransplant.experiment.evaluator import Cell, graft_of, unpacked_budgets
 from mechtransplant.experiment.setup import Setup
-from mechtransplant.grafting import ConditionalGraft, Graft
+from mechtransplant.grafting import ConditionalGraft
 from mechtransplant.side_effects import (
     Baseline,
     NeutralText,
@@ -79,10 +79,13 @@ class Elsewhere:
             run.pair, tasks=self.tasks, text=text, seed=run.config.seed, batch_size=run.config.batch_size
         )
 
-    def content(self, modules: tuple[str, ...], strength: float) -> dict[str, Any]:
-        """All that decides the side effects of a graft."""
+    def content(self, cell: Cell) -> dict[str, Any]:
+        """All that decides the side effects of a cell's graft."""
         run, spec = self.run, self.spec
         assert spec is not None
+        fitted = (
+            {"strengths": sorted(zip(map(str, cell.modules), cell.strengths, strict=True))} if cell.strengths else {}
+        )
         return {
             "what": SIDE_EFFECTS,
             **run.fingerprints,
@@ -90,8 +93,9 @@ class Elsewhere:
             **self.fingerprints,
             **run.ancestor,
             "seed": run.config.seed,
-            "modules": sorted(modules),
-            "strength": strength,
+            "modules": sorted(cell.modules),
+            "strength": cell.strength,
+            **fitted,
             "test": run.splits.test.fingerprint,
             **({} if run.gating is None else {"gate": self._gate()}),
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},
@@ -104,17 +108,15 @@ class Elsewhere:
         fitted = [run.splits.discover.fingerprint, *(t.fingerprint for t in run.shut)]
         return {**spec.model_dump(mode="json"), "fitted on": fitted}
 
-    def job(
-        self, role: str, modules: tuple[str, ...], strength: float, evaluations: dict[str, dict[str, Any]]
-    ) -> dict[str, Any]:
+    def job(self, cell: Cell, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """What an engine is told; ``evaluations`` are the finished cells of target, source, and the graft on `test`."""
-        named = {"role": role, "modules": list(map(str, modules)), "strength": strength}
-        return {"what": SIDE_EFFECTS, **named, "evaluations": evaluations}
+        named = {"role": cell.role, "modules": list(map(str, cell.modules)), "strength": cell.strength}
+        return {"what": SIDE_EFFECTS, **named, "strengths": list(cell.strengths), "evaluations": evaluations}
 
     def compute(self, job: dict[str, Any]) -> dict[str, Any]:
         """{"row": gain against harm, "effects": one record a task and text measure} of one graft."""
         run, modules = self.run, tuple(job["modules"])
-        plain = Graft(modules, job["strength"], kv=run.config.kv, operator=run.config.operator)
+        plain = graft_of(run.config, modules, job["strength"], job["strengths"])
         graft = plain if run.gating is None else ConditionalGraft(plain, accepts=run.gating.gate)
         found = measure_side_effects(run.pair, graft, before=self.baseline, seed=run.config.seed)
         cells = job["evaluations"]

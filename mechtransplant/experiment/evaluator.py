@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mechtransplant.evaluation import Evaluation, evaluate_budgets
 from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment.cells import CellStore
+from mechtransplant.experiment.config import RunConfig
 from mechtransplant.experiment.lower_layers import LowerLayers
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import ConditionalGraft, Graft
@@ -32,6 +33,7 @@ class Cell:
     """One evaluation: ``role`` is what the result's row is called.
 
     ``whole``: keep every question's log-probability; of a random set, whose mean is enough, the verdicts alone.
+    ``strengths``: the modules' own, which ``strength`` multiplies; () for 1.
     """
 
     split: str
@@ -40,6 +42,7 @@ class Cell:
     strength: float = 1.0
     body: Body = "graft"
     whole: bool = True
+    strengths: tuple[float, ...] = ()
 
     def job(self) -> dict[str, Any]:
         """As JSON, for an engine."""
@@ -49,7 +52,13 @@ class Cell:
     def of(cls, job: dict[str, Any]) -> Cell:
         """The opposite of :meth:`job`."""
         named = {key: value for key, value in job.items() if key != "what"}
-        return cls(**{**named, "modules": tuple(job["modules"])})
+        return cls(**{**named, "modules": tuple(job["modules"]), "strengths": tuple(job["strengths"])})
+
+
+def graft_of(config: RunConfig, modules: Sequence[str], strength: float, strengths: Sequence[float] = ()) -> Graft:
+    """A graft as a config makes them; ``strengths`` are the modules' own, which ``strength`` multiplies."""
+    each: Any = [strength * own for own in strengths] if strengths else strength
+    return Graft(modules, each, kv=config.kv, operator=config.operator)
 
 
 class Evaluator:
@@ -68,9 +77,9 @@ class Evaluator:
         self.splits = {str(split.role): split for split in setup.splits}
         self.lower = LowerLayers(setup)
 
-    def graft(self, modules: Sequence[str], strength: float) -> Graft:
-        """A graft of the run's kind."""
-        return Graft(modules, strength, kv=self.config.kv, operator=self.config.operator)
+    def graft(self, modules: Sequence[str], strength: float, strengths: Sequence[float] = ()) -> Graft:
+        """A graft of the run's kind; ``strengths`` are the modules' own, which ``strength`` multiplies."""
+        return graft_of(self.config, modules, strength, strengths)
 
     def content(self, cell: Cell) -> dict[str, Any]:
         """All that decides a cell's value."""
@@ -89,6 +98,8 @@ class Evaluator:
         }
         if cell.body == "self":
             content["beside"] = "target"
+        if cell.strengths:
+            content["strengths"] = sorted(zip(map(str, cell.modules), cell.strengths, strict=True))
         closed = self._closed(cell)
         if closed:
             content["closed"] = sorted(closed)
@@ -101,7 +112,7 @@ class Evaluator:
 
     def _in_place(self, cell: Cell) -> Graft | ConditionalGraft:
         """A cell's graft; behind the run's gate where that is closed for any of its questions."""
-        plain, gating = self.graft(cell.modules, cell.strength), self.setup.gating
+        plain, gating = self.graft(cell.modules, cell.strength, cell.strengths), self.setup.gating
         return plain if gating is None or not self._closed(cell) else ConditionalGraft(plain, accepts=gating.gate)
 
     def compute(self, cell: Cell) -> dict[str, Any]:
@@ -122,6 +133,7 @@ class Evaluator:
             "k": len(cell.modules),
             "strength": cell.strength,
             "modules": list(map(str, cell.modules)),
+            **({"strengths": list(cell.strengths)} if cell.strengths else {}),
             "budgets": {str(b): packed(e, cell.whole) for b, e in found.items()},
             **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
         }
@@ -135,10 +147,11 @@ class Evaluator:
         *,
         body: Body = "graft",
         whole: bool = True,
+        strengths: Sequence[float] = (),
     ) -> dict[int, Evaluation]:
         """One evaluation per budget, of an evaluator that has a store."""
         assert self.store is not None
-        wanted = Cell(split.role, role, tuple(modules), strength, body, whole)
+        wanted = Cell(split.role, role, tuple(modules), strength, body, whole, tuple(strengths))
         cell = self.store.get(self.content(wanted), lambda: self.compute(wanted))
         stored = cell["budgets"]
         self.beside[(role, *modules)] = {int(b): d for b, d in cell.get("beside", {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from mechtransplant.experiment.config import RunConfig
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.ranking.steps import keeping
+from mechtransplant.ranking.strengths import fit_as_pruned
 from mechtransplant.selection import remembering
 from mechtransplant.tasks import Splits
 
@@ -46,6 +48,11 @@ def read_ranking(folder: Path, config: RunConfig, rule: str, k: int) -> pd.DataF
     return pd.read_csv(own if own.exists() else ranking_path(folder, config, rule))
 
 
+def strengths_in(frame: pd.DataFrame, k: int) -> tuple[float, ...]:
+    """The strengths of a ranking's first K modules; () where it has none."""
+    return tuple(map(float, frame.strength[:k])) if "strength" in frame else ()
+
+
 class Rankings:
     """Rankings by rule, and by K for rules that are learned for one K."""
 
@@ -75,15 +82,31 @@ class Rankings:
 
     def frame(self, rule: str, k: int) -> pd.DataFrame:
         """All modules by a rule, as it is for that K."""
-        frame = self.of(rule)
-        if self.by_k(rule) and k < len(frame):
+        if self.by_k(rule) and k < len(self.pair.modules(self.config.kinds)):
             path = ranking_path(self.folder, self.config, rule, k)
             return self._kept(path, lambda: self._rank(rule, self.splits, k=k))
-        return frame
+        return self.of(rule)
 
     def top(self, rule: str, k: int) -> tuple[str, ...]:
         """The K modules to graft."""
         return tuple(self.frame(rule, k).module[:k])
+
+    def strengths(self, rule: str, k: int) -> tuple[float, ...]:
+        """The strengths of those modules, in their order; () of a rule that fits none."""
+        return strengths_in(self.frame(rule, k), k)
+
+    def refitted(self, rule: str, k: int, number: int, modules: tuple[str, ...]) -> tuple[float, ...]:
+        """Strengths of a random set, fitted as the rule fits its own: on the same questions, in as many steps."""
+        path = self.folder / f"rankings/{rule}-{k}-set-{number}.csv"
+        given = {"batch_size": min(16, self.config.batch_size), **self.config.options_of(rule)}
+
+        def fitted() -> pd.DataFrame:
+            named = {"modules": list(modules), "task": self.splits.discover.fingerprint, **given, **self.fingerprints}
+            with self._keeping(named):
+                found = fit_as_pruned(self.pair, self.splits.discover, modules, self.config.seed, **given)
+            return found.rename_axis("module").reset_index()
+
+        return strengths_in(self._kept(path, fitted), k)
 
     def unrelated(self, rule: str, splits: Splits, k: int) -> pd.DataFrame:
         """All modules by a rule on another task, as it is for that K."""
@@ -98,16 +121,19 @@ class Rankings:
         options = options_of_rule(rule, given, config.batch_size, **own) | more
         task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
         named = {"rule": rule, "kinds": list(config.kinds), "seed": config.seed, "task": task.fingerprint, **options}
-        named |= {"dtype": config.dtype, **self.fingerprints}
-        steps = CellStore(self.folder / STEPS)
-
-        def keep(what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            return steps.get({**named, **what}, compute)
-
-        with keeping(keep):
+        with self._keeping(named | self.fingerprints):
             return rank_modules(
                 self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options
             )
+
+    def _keeping(self, named: dict[str, Any]) -> AbstractContextManager[None]:
+        """A block in which the steps of a search are kept in the folder."""
+        steps = CellStore(self.folder / STEPS)
+
+        def keep(what: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            return steps.get({**named, "dtype": self.config.dtype, **what}, compute)
+
+        return keeping(keep)
 
     def _kept(self, path: Path, compute: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         import pandas as pd

@@ -72,7 +72,8 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     grafts, outcomes = findings.grafts[headline], findings.outcomes[headline]
     gating = run.gating
     gate = {} if gating is None else {"gate": {"layer": gating.gate.layer, "open": gating.open}}
-    content = {str(budget): {**_saved(graft, outcomes[budget]), **gate} for budget, graft in grafts.items()}
+    chosen = run.chosen[headline]
+    content = {str(b): {**_saved(graft, chosen[b][1], outcomes[b]), **gate} for b, graft in grafts.items()}
     write_atomically(
         run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
     )
@@ -83,10 +84,12 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     return RunResult(run.folder, results, ranking, grafts, outcomes, summary, findings.table, findings, plane)
 
 
-def _saved(graft: Graft, outcome: Outcome) -> dict[str, Any]:
+def _saved(graft: Graft, strength: float, outcome: Outcome) -> dict[str, Any]:
+    fitted = {"strengths": list(graft.strengths)} if set(graft.strengths) != {strength} else {}
     return {
         "modules": list(graft.modules),
-        "strength": graft.strengths[0],
+        "strength": strength,
+        **fitted,
         "kv": graft.kv,
         "operator": {"name": graft.operator.name, **options_of(graft.operator)},
         # so that an export of the run, and what is compared with it, know what selected

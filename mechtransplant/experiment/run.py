@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mechtransplant.controls import RandomOrders, RandomSets, random_matched, random_orders
+from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
 from mechtransplant.errors import FolderError, UsageError
 from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
@@ -22,7 +22,7 @@ from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
-from mechtransplant.experiment.rankings import STEPS, Rankings
+from mechtransplant.experiment.rankings import STEPS, Rankings, strengths_in
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.reused import Reused
 from mechtransplant.experiment.rows import Rows
@@ -111,7 +111,7 @@ class Run(Setup):
         choose, test = self.splits.choose, self.splits.test
         self._baselines(choose)
         sweep: list[Job] = [
-            ("graft", rule, self.rankings.top(rule, k), strength, {})
+            ("graft", rule, self.rankings.top(rule, k), strength, {"strengths": self.rankings.strengths(rule, k)})
             for rule in self.config.rules
             for k in self.counts
             for strength in self.config.strengths
@@ -134,7 +134,9 @@ class Run(Setup):
             strength = self.chosen[rule][self.budget][1]
             points = [(k, strength) for k in self.counts if k < len(self.candidates)]
             for k, s in dict.fromkeys([*points, *self.chosen[rule].values()]):
-                jobs.append(("graft", rule, self.rankings.top(rule, k), s, {}))
+                jobs.append(
+                    ("graft", rule, self.rankings.top(rule, k), s, {"strengths": self.rankings.strengths(rule, k)})
+                )
         for strength in dict.fromkeys(self.chosen[rule][self.budget][1] for rule in self.config.rules):
             jobs.append(("all", "", tuple(self.candidates), strength, {}))
         return jobs
@@ -159,17 +161,37 @@ class Run(Setup):
         """Random sets matched to a rule's K modules."""
         return random_matched(self.pair, self.rankings.top(rule, k), self.config.random_sets, self.config.seed + k)
 
+    def dealt(self, rule: str, drawn: tuple[str, ...]) -> tuple[float, ...]:
+        """Strengths of a random set that is matched to a rule's modules: theirs, in other hands of the same class."""
+        k = len(drawn)
+        strengths = self.rankings.strengths(rule, k)
+        return deal(self.pair, self.rankings.top(rule, k), strengths, drawn) if strengths else ()
+
+    def refitted(self, rule: str, k: int) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
+        """The first random sets, each with strengths that are fitted to it; [] of a rule that fits none."""
+        if not self.rankings.strengths(rule, k):
+            return []
+        drawn = self.random_sets(rule, k).sets[: self.config.refitted_sets]
+        return [(modules, self.rankings.refitted(rule, k, number, modules)) for number, modules in enumerate(drawn)]
+
     def _random(self, rule: str) -> list[Job]:
         """Random orders for the whole curve, and random sets at the K that is reported."""
         jobs: list[Job] = []
         strength, (curves, depth) = self.chosen[rule][self.budget][1], self.random_curves(rule)
         for number, curve in enumerate(curves):
-            more = {"set": f"order-{number}", "depth_matched": depth}
-            jobs += [("random", rule, modules, strength, more) for modules in curve.values()]
+            more: dict[str, Any] = {"set": f"order-{number}", "depth_matched": depth}
+            jobs += [
+                ("random", rule, modules, strength, {**more, "strengths": self.dealt(rule, modules)})
+                for modules in curve.values()
+            ]
         for k, s in dict.fromkeys(self.chosen[rule].values()):
             controls = self.random_sets(rule, k)
             for number, drawn in enumerate(controls.sets):
-                jobs.append(("random", rule, drawn, s, {"set": f"set-{number}", "depth_matched": controls.depth}))
+                more = {"set": f"set-{number}", "depth_matched": controls.depth, "strengths": self.dealt(rule, drawn)}
+                jobs.append(("random", rule, drawn, s, more))
+        k, s = self.chosen[rule][self.budget]
+        for number, (drawn, strengths) in enumerate(self.refitted(rule, k)):
+            jobs.append(("random", rule, drawn, s, {"set": f"refitted-{number}", "strengths": strengths}))
         return jobs
 
     def _other_controls(self) -> list[Job]:
@@ -179,15 +201,17 @@ class Run(Setup):
         for rule in config.with_controls:
             k, strength = self.chosen[rule][self.budget]
             top, order = self.rankings.top(rule, k), self.rankings.frame(rule, k)
+            own = {"strengths": self.rankings.strengths(rule, k)}
             if "bottom" in config.controls:
-                jobs.append(("bottom", rule, tuple(order.module[::-1][:k]), strength, {}))
+                jobs.append(("bottom", rule, tuple(order.module[::-1][:k]), strength, own))
             if self.unrelated_rules(rule) and self.other is not None:
                 names = self.rankings.unrelated(rule, self.other.split(**self._other_sizes(self.other)), k)
-                jobs.append(("unrelated", rule, tuple(names.module[:k]), strength, {}))
+                more = {"strengths": strengths_in(names, k)}
+                jobs.append(("unrelated", rule, tuple(names.module[:k]), strength, more))
             if "reverse" in config.controls:
-                jobs.append(("reverse", rule, top, strength, {"body": "reverse"}))
+                jobs.append(("reverse", rule, top, strength, {"body": "reverse", **own}))
             if "self" in config.controls and rule == config.rules[0]:
-                jobs.append(("self", rule, top, strength, {"body": "self"}))
+                jobs.append(("self", rule, top, strength, {"body": "self", **own}))
         return jobs
 
     def _side_effects(self) -> list[dict[str, Any]]:
@@ -195,24 +219,25 @@ class Run(Setup):
         elsewhere = self.elsewhere
         if not elsewhere.wanted:
             return []
-        jobs: list[tuple[str, str, tuple[str, ...], float]] = []
+        jobs: list[Job] = []
+
+        def ranked(rule: str, size: int, strength: float) -> Job:
+            more = {"strengths": self.rankings.strengths(rule, size)}
+            return "graft", rule, self.rankings.top(rule, size), strength, more
+
         for rule in self.config.rules:
-            k, strength = self.chosen[rule][self.budget]
-            jobs.append(("graft", rule, self.rankings.top(rule, k), strength))
+            jobs.append(ranked(rule, *self.chosen[rule][self.budget]))
         headline = self.config.rules[0]
         k, strength = self.chosen[headline][self.budget]
-        jobs.append(("all", "", tuple(self.candidates), strength))
+        jobs.append(("all", "", tuple(self.candidates), strength, {}))
         others = [size for size in self.counts if size not in (k, len(self.candidates))]
-        jobs += [("graft", headline, self.rankings.top(headline, size), strength) for size in others]
+        jobs += [ranked(headline, size, strength) for size in others]
         spec = self.config.side_effects
         if headline in self.config.with_controls and spec is not None:
             drawn = self.random_sets(headline, k).sets[: spec.random]
-            jobs += [("random", headline, modules, strength) for modules in drawn]
-        keys = [cell_key(elsewhere.content(modules, strength)) for _, _, modules, strength in jobs]
-        test = self.splits.test
-        cells = [
-            Cell(test.role, role, modules, strength, whole=role != "random") for role, _, modules, strength in jobs
-        ]
+            jobs += [("random", headline, m, strength, {"strengths": self.dealt(headline, m)}) for m in drawn]
+        cells = self._cells(self.splits.test, jobs)
+        keys = [cell_key(elsewhere.content(cell)) for cell in cells]
         self._compute(cells, "side effects")
         wanted: dict[str, dict[str, Any]] = {}
         for key, cell in zip(keys, cells, strict=True):
@@ -221,11 +246,11 @@ class Run(Setup):
                 "source": self._stored("source"),
                 "after": self._held(cell),
             }
-            wanted[key] = elsewhere.job(cell.role, cell.modules, cell.strength, evaluations)
+            wanted[key] = elsewhere.job(cell, evaluations)
         self._run_jobs(wanted, "side effects")
         return [
             labelled(self.store.cells[key], role, rule, len(modules), strength)
-            for key, (role, rule, modules, strength) in zip(keys, jobs, strict=True)
+            for key, (role, rule, modules, strength, _) in zip(keys, jobs, strict=True)
         ]
 
     # --- cells ---------------------------------------------------------------------------------------------------
@@ -275,15 +300,29 @@ class Run(Setup):
             self.rows.note(split, role, evaluations, digest=self.cells.digests[role,])
         return found
 
-    def _do(self, split: Task, jobs: list[Job], what: str) -> None:
-        cells = [
-            Cell(split.role, role, modules, strength, more.get("body", "graft"), role != "random")
+    def _cells(self, split: Task, jobs: Sequence[Job]) -> list[Cell]:
+        """What jobs ask for."""
+        return [
+            Cell(
+                split.role,
+                role,
+                modules,
+                strength,
+                more.get("body", "graft"),
+                role != "random",
+                more.get("strengths", ()),
+            )
             for role, _, modules, strength, more in jobs
         ]
+
+    def _do(self, split: Task, jobs: list[Job], what: str) -> None:
+        cells = self._cells(split, jobs)
         self._compute(cells, what)
         for cell, (role, rule, modules, strength, more) in zip(cells, jobs, strict=True):
-            found = self.cells.cell(split, role, modules, strength, body=cell.body, whole=cell.whole)
-            labels = {key: value for key, value in more.items() if key != "body"}
+            found = self.cells.cell(
+                split, role, modules, strength, body=cell.body, whole=cell.whole, strengths=cell.strengths
+            )
+            labels = {key: value for key, value in more.items() if key not in ("body", "strengths")}
             labels["digest"] = self.cells.digests[(role, *modules)]
             labels["beside"] = self.cells.beside[(role, *modules)]
             self.rows.note(split, role, found, len(modules), strength, rule=rule, **labels)

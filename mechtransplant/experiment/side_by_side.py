@@ -70,6 +70,8 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             "budget": int(budget),
             "candidates": int(everything.k.iloc[0]) if len(everything) else None,
             **{key: rule[key] for key in _FROM_RULES},
+            # of strengths that were fitted; runs from before there were such have none
+            **{key: rule[key] for key in ("refitted_n", "refitted_beaten", "refitted_median") if key in rule},
             "after_low": grafted.low,
             "after_high": grafted.high,
         }

@@ -168,6 +168,12 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         f"- best K = {k} of {candidates} ({percent(k / candidates)} of the candidates, "
         f"{percent(outcome.parameter_share)} of the numbers in linear layers)",
     ]
+    own = run.rankings.strengths(headline, k)
+    if own:
+        lines.append(
+            f"- strengths are fitted on `discover`, one a module: {min(own):.2f} to {max(own):.2f}, median "
+            f"{sorted(own)[k // 2]:.2f}; random sets have the same ones, dealt anew within classes of modules"
+        )
     change = outcome.log_probability
     if change is not None:
         ranks = outcome.log_probability_controls
@@ -201,7 +207,7 @@ _ROLES = {
 def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     headline, budget = run.config.rules[0], run.budget
     graft = findings.grafts[headline][budget]
-    k, strength = len(graft), graft.strengths[0]
+    k, strength = len(graft), run.chosen[headline][budget][1]
     rows = results[(results.split == "test") & (results.budget == budget) & results.rule.isin(["", headline])]
     other = "" if run.other is None else run.other.name
     lines = ["", "## Controls", "", *head_of(["", "accuracy", "95 % interval"])]
@@ -218,6 +224,10 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     if len(drawn):
         said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
         lines.append(row_of([said, range_of(drawn.accuracy), ""]))
+    again = rows[(rows.role == "random") & rows.set.str.startswith("refitted")]
+    if len(again):
+        said = f"the same, {len(again)} of them with strengths fitted to them: median (lowest – highest)"
+        lines.append(row_of([said, range_of(again.accuracy), ""]))
     same = self_graft_is_identical(run)
     if same is not None:
         lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]

@@ -93,7 +93,7 @@ class MeasuredRun:
 
     def harm(self, rule: str, k: int, strength: float) -> dict[str, Any] | None:
         """What a rule's graft costs elsewhere, a row of ``plane.csv``; None where it was not measured."""
-        if self.plane is None:
+        if self.plane is None or "strength" in self.ranking(rule, k):
             return None
         everything = k == len(self.ranking(rule, k))
         mine = (self.plane.role == "all") if everything else (self.plane.role == "graft") & (self.plane["rule"] == rule)
@@ -143,6 +143,9 @@ class MeasuredRun:
             cell = json.loads(line)
             # of the target under a graft of the source
             if "budgets" not in cell or cell.get("role") in ("source", "reverse", "self"):
+                continue
+            # a chosen set has one strength
+            if "strengths" in cell:
                 continue
             for budget, found in cell["budgets"].items():
                 key = (cell["split"], frozenset(cell["modules"]), float(cell["strength"]), int(budget))

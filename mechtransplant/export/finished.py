@@ -48,7 +48,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
         # runs of before these could be chosen had the defaults
         options = {"kv": chosen.get("kv", "never"), "operator": chosen.get("operator", "replace")}
         modules = list(remembering(chosen["modules"], chosen.get("selected_on", ())))
-        graft = Graft(modules, float(chosen["strength"]), **options)
+        graft = Graft(modules, chosen.get("strengths", float(chosen["strength"])), **options)
         outcome = _outcome(chosen)
         named, dtype = config["pair"], str(config["dtype"])
         weights = dict(environment["weights"])

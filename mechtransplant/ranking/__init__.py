@@ -7,10 +7,12 @@ from mechtransplant.ranking import (  # noqa: F401 (they register)
     mask,
     matched,
     patches,
+    strengths,
     swaps,
 )
 from mechtransplant.ranking.registry import (
     RULES,
+    Fitted,
     Rule,
     get_rule,
     list_rules,
@@ -19,12 +21,15 @@ from mechtransplant.ranking.registry import (
     rules_frame,
 )
 from mechtransplant.ranking.sensitivity import WeightChanges, activation_effects, weight_effects
+from mechtransplant.ranking.strengths import fit_strengths
 
 __all__ = [
     "RULES",
+    "Fitted",
     "Rule",
     "WeightChanges",
     "activation_effects",
+    "fit_strengths",
     "get_rule",
     "list_rules",
     "rank_modules",

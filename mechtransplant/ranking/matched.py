@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import Kind, parse_address
-from mechtransplant.ranking.registry import Kinds, Scores, get_rule, register_rule
+from mechtransplant.ranking.registry import Kinds, Scores, get_rule, register_rule, scores_of
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _order_of(pair: Pair, task: Task | None, kind: Kinds, of: str, seed: int, op
     """All modules by another rule, best first."""
     rule = get_rule(of)
     modules = pair.modules(kind)
-    scores = np.asarray(rule.score(pair, task, kind, seed=seed, **options), dtype=float)
+    scores = np.asarray(scores_of(rule.score(pair, task, kind, seed=seed, **options)), dtype=float)
     return [modules[i] for i in np.argsort(-scores, kind="stable")]
 
 
@@ -88,3 +89,27 @@ def bottom(pair: Pair, task: Task | None, kind: Kinds, *, of: str = "lae", seed:
     order = _order_of(pair, task, kind, of, seed, options)
     place = {m: at for at, m in enumerate(order)}
     return [place[m] for m in pair.modules(kind)]
+
+
+@register_rule(
+    "per_parameter",
+    "s(m) = s_of(m) / |m|, with the score s_of of the rule `of`, and |m| the numbers that a graft of m writes",
+    cost="that of the rule it divides",
+    sign="the score is high for its size: what a budget of parameters buys first",
+)
+def per_parameter(
+    pair: Pair,
+    task: Task | None,
+    kind: Kinds,
+    *,
+    of: str = "gradient",
+    kv: KV = "never",
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """Another rule's score for every number that is moved (value for weight, as in the knapsack's greedy solution)."""
+    rule = get_rule(of)
+    if rule.takes("kv"):
+        options["kv"] = kv
+    scores = np.asarray(scores_of(rule.score(pair, task, kind, seed=seed, **options)), dtype=float)
+    return scores / [Graft([m], kv=kv).parameter_count(pair) for m in pair.modules(kind)]

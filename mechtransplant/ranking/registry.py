@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,14 @@ CHOOSE: tuple[Role, ...] = ("choose", "discover")
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """What a rule returns that gives every module a strength of its own too, in the same order."""
+
+    scores: Scores
+    strengths: Scores
+
+
+@dataclass(frozen=True)
 class Rule:
     """A registered rule.
 
@@ -47,7 +55,7 @@ class Rule:
     """
 
     name: str
-    score: Callable[..., Scores]
+    score: Callable[..., Scores | Fitted]
     equation: str
     needs: Needs
     description: str
@@ -119,6 +127,9 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 RULES: dict[str, Rule] = {}
 
 
+Score = TypeVar("Score", bound=Callable[..., Any])
+
+
 def register_rule(
     name: str,
     equation: str = "",
@@ -127,7 +138,7 @@ def register_rule(
     cost: str = "",
     sign: str = "",
     splits: tuple[Role, ...] = DISCOVER,
-) -> Callable[[Callable[..., Scores]], Callable[..., Scores]]:
+) -> Callable[[Score], Score]:
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
     if needs not in get_args(Needs):
         raise UnknownNameError("need of a rule", needs, get_args(Needs))
@@ -135,7 +146,7 @@ def register_rule(
     if name in RULES:
         raise UsageError(f"a rule named {name!r} exists already: choose another name")
 
-    def add(function: Callable[..., Scores]) -> Callable[..., Scores]:
+    def add(function: Score) -> Score:
         summary = (function.__doc__ or "").strip().split("\n")[0]
         RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits)
         return function
@@ -196,6 +207,11 @@ def kinds_of(kind: Kinds | Sequence[Kind]) -> tuple[Kind, ...]:
     return kinds
 
 
+def scores_of(found: Scores | Fitted) -> Scores:
+    """The scores in what a rule returned."""
+    return found.scores if isinstance(found, Fitted) else found
+
+
 def rank_modules(
     pair: Pair,
     task: Task | None = None,
@@ -216,7 +232,7 @@ def rank_modules(
         options: passed to the rule, for example ``alignment="teacher-forced"`` for ``lae``.
 
     Returns:
-        columns module, kind, layer, head, score, rank, sorted by rank.
+        columns module, kind, layer, head, score, rank, sorted by rank; of a rule that fits strengths also strength.
 
     Raises:
         UnknownNameError: no such rule or kind. TaskError: questions of a split that the rule must not see.
@@ -239,7 +255,8 @@ def rank_modules(
     given = kinds[0] if len(kinds) == 1 else kinds
     shown = {"progress": progress} if entry.takes("progress", options) else {}
     try:
-        scores = np.asarray(entry.score(pair, task, given, seed=seed, **shown, **options), dtype=float)
+        found = entry.score(pair, task, given, seed=seed, **shown, **options)
+        scores = np.asarray(scores_of(found), dtype=float)
     except Exception as error:
         if not isinstance(error, UsageError):
             getattr(error, "add_note", str)(f"raised by the rule {rule!r}")
@@ -249,6 +266,8 @@ def rank_modules(
             f"rule {rule!r} must give {len(modules)} finite scores, one a module, got shape {scores.shape}"
         )
     frame = module_frame(modules).assign(score=scores)
+    if isinstance(found, Fitted):
+        frame = frame.assign(strength=np.asarray(found.strengths, dtype=float))
     order = np.argsort(-scores, kind="stable")
     frame = frame.iloc[order].reset_index(drop=True)
     frame["module"] = remembering(frame.module, () if task is None or needs == "nothing" else task.keys)
