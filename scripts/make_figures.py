@@ -15,6 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from study_runs import study_rows
+
 from mechtransplant.experiment import beside_reported, runs_table
 from mechtransplant.experiment.drawing import draw, fingerprint_of, kind_of
 from mechtransplant.figures import reported_rows, run_rows, save_figure
@@ -87,6 +89,11 @@ def draw_across(folder: Path) -> None:
     )
     figure, _ = run_rows(table, title="Rules against their matched random sets, on test")
     save_figure(figure, folder, "run_rows", table, run=known)
+    study = study_rows()
+    if len(study):
+        known = ", ".join(f"{name} {fingerprint_of(RUNS / name)}" for name in dict.fromkeys(study.run))
+        figure, _ = run_rows(study, title="The study: grafts against their matched random sets, on test")
+        save_figure(figure, folder, "study", study, run=known)
 
 
 def main() -> None:

@@ -1,26 +1,30 @@
-"""The configs of the recipes that finished screens of the study chose: configs/study/PAIR-{best,gentle}-SPLIT.yaml.
+"""Configs of the recipes that finished screens of the study chose: configs/study/PAIR-{best,gated,gentle}-SPLIT.yaml.
 
     python scripts/study_recipes.py
 
-``best`` has the highest log-probability of the gold answers to `choose`, ``gentle`` the highest among those that raise
-perplexity by at most 1 %. What only a run has is added: no random orders along K (there is one K), the limit of 15 %,
-side effects of random sets on the first split alone.
+``best`` has the highest log-probability of the gold answers to `choose`, ``gentle`` (on the first split) the highest
+among those that raise perplexity by at most 1 %; ``gated`` is the best behind a gate, which shares its cells with it
+(``mechtransplant run … --reuse runs/study-PAIR-best-SPLIT``). What only a run has is added: no random orders along K
+(there is one K), the limit of 15 %, side effects of random sets on the first split alone.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
+from study_runs import PLANNED, ROOT
 
 from mechtransplant.experiment.screen import best_recipe, run_config
 from mechtransplant.experiment.screen_config import read_screen
 
-ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {
-    "best": (None, "the recipe of the highest log-probability"),
-    "gentle": (0.01, "the recipe of the highest log-probability that raises perplexity by at most 1 %"),
+HIGHEST = "the recipe of the highest log-probability"
+#: what → (limit to the rise of perplexity, more of the config, in words)
+RECIPES: dict[str, tuple[float | None, dict[str, Any], str]] = {
+    "best": (None, {}, HIGHEST),
+    "gated": (None, {"gate": {}}, f"{HIGHEST}, behind a gate that lets this task's questions through"),
+    "gentle": (0.01, {}, f"{HIGHEST} that raises perplexity by at most 1 %"),
 }
 
 
@@ -31,14 +35,16 @@ def main() -> None:
         if not screened.exists():
             continue
         table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
-        for what, (limit, said) in LIMITS.items():
+        for what, (limit, more, said) in RECIPES.items():
+            if config.split.seed not in PLANNED[what]:
+                continue
             at = best_recipe(table, limit)
             if at is None:
                 print(f"{path.stem}: no recipe is {what}")
                 continue
             stem = path.stem.replace("screen", what)
             content = yaml.safe_load(run_config(config, table.loc[at]))
-            content |= {"name": f"study-{stem}", "parameters": max(config.shares), "curve_sets": 0}
+            content |= {"name": f"study-{stem}", "parameters": max(config.shares), "curve_sets": 0, **more}
             if config.split.seed:
                 # what random sets do elsewhere is measured on the first split
                 content["side_effects"] = {"random": 0}

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from study_claims import CLAIMS, Study, verdict
+from study_runs import PAIRS, PLANNED, ROOT, SPLITS, folders, recipe_of
 
 from mechtransplant.experiment import reported_power, reported_results, runs_table
 from mechtransplant.experiment.words import head_of, row_of
-
-ROOT = Path(__file__).resolve().parent.parent
-#: the study's pairs, and what its runs are called: study-PAIR-WHAT-SPLIT
-PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
 
 
 def markdown(columns: list[str], rows: list[list[Any]]) -> str:
@@ -40,12 +36,6 @@ def power() -> str:
         )
     columns = ["pair", "tokens", "direction", "target, %", "source, %", "after, %", "best K"]
     return markdown([*columns, *(f"{what}, n = {n}" for n in (50, 500) for what in ("kept", "independent"))], rows)
-
-
-def folders(what: str, pair: str | None = None) -> list[Path]:
-    """The finished runs of a kind."""
-    named = [ROOT / "runs" / f"study-{p}-{what}-{s}" for p in PAIRS for s in SPLITS if pair in (None, p)]
-    return [folder for folder in named if (folder / "outcome.json").exists()]
 
 
 def interval(low: float, high: float, scale: float = 1.0, digits: int = 1) -> str:
@@ -81,13 +71,8 @@ HARM = ["perplexity, %", "worst other task, points"]
 
 def status() -> str:
     """How much of the study is there."""
-    planned = {"paper": SPLITS, "best": SPLITS, "gentle": SPLITS, "heads": (0,), "mlps": (0,)}
-    said = [f"{what} {len(folders(what))} of {len(PAIRS) * len(splits)}" for what, splits in planned.items()]
-    lacking = any(len(folders(what)) < len(PAIRS) * len(splits) for what, splits in planned.items())
-    more = (
-        " The design, the rules of the verdicts and the configs stand as they were before the first." if lacking else ""
-    )
-    return f"Finished runs: {', '.join(said)}.{more}\n"
+    said = [f"{what} {len(folders(what))} of {len(PAIRS) * len(splits)}" for what, splits in PLANNED.items()]
+    return f"Finished runs: {', '.join(said)}.\n"
 
 
 def setting() -> str:
@@ -103,12 +88,20 @@ def setting() -> str:
 def recipes() -> str:
     """The recipes that a screen chose, on every split."""
     rows = []
-    for what in ("best", "gentle"):
+    for what in ("best", "gated", "gentle", "pruned", "pruned-gated"):
         for row in runs_table(folders(what)).to_dict("records"):
-            said = f"`{row['rule']}`, {row['kind']}, {row['operator']}, strength {row['strength']:g}"
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
-            rows.append([row["pair"], row["seed"], what, said, size, *outcome(row), *harm(row)])
-    return markdown(["pair", "split", "chosen", "recipe", "K (of the parameters)", *OUTCOME, *HARM], rows)
+            again = row.get("refitted_n")
+            refitted = "–" if pd.isna(again) or not again else refitted_of(row)
+            cells = [row["pair"], row["seed"], what, recipe_of(row), size, *outcome(row), refitted, *harm(row)]
+            rows.append(cells)
+    columns = ["pair", "split", "what", "recipe", "K (of the parameters)", *OUTCOME]
+    return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
+
+
+def refitted_of(row: dict[str, Any]) -> str:
+    """Random sets whose strengths were fitted to them."""
+    return f"{100 * row['refitted_median']:.1f}, {row['refitted_beaten']:.0f} of {row['refitted_n']:.0f}"
 
 
 def parts() -> str:

@@ -148,6 +148,23 @@ def test_cells_of_another_run_are_taken(gated: Any, tmp_path: Path) -> None:
     assert [start.get("reused") for start in starts] == ["run", None]
 
 
+def test_rankings_of_another_run_are_taken(tmp_path: Path) -> None:
+    given = {"rule": "gradient", "k": [2], "random_sets": 1, "curve_sets": 0, "side_effects": None}
+    first = run_experiment(config(**given), tmp_path / "first", progress=False)
+    path = first.folder / "ranking.csv"
+    head, *lines = path.read_text().splitlines(keepends=True)
+    # told from one that is computed again
+    path.write_text(head + lines[1] + lines[0] + "".join(lines[2:]))
+    again = run_experiment(config(**given, strengths=[2.0]), tmp_path / "again", progress=False, reuse=first.folder)
+    assert (again.folder / "ranking.csv").read_bytes() == path.read_bytes()
+    assert list(again.graft.modules) == [line.split(",")[0] for line in (lines[1], lines[0])]
+    assert (again.folder / "rankings").exists()
+    for changes in ({"seed": 1}, {"rule_options": {"batch_size": 4}}, {"pair": "family/instruct"}):
+        other = config(**{**given, **changes}, name="other")
+        run = Run(other, tmp_path / "other", progress=False, reuse=first.folder)
+        assert not run.reused.rankings, changes
+
+
 def test_what_is_no_run_gives_no_cells(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no run whose cells could be used again"):
         run_experiment(config(), tmp_path / "run", progress=False, reuse=tmp_path / "nothing")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import study_claims  # noqa: E402
 from study_claims import CLAIMS, Evidence, Study, verdict  # noqa: E402
-from update_study import PAIRS, SPLITS  # noqa: E402
+from study_runs import PAIRS, SPLITS  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it, and say what it would cost.")] = False,
     device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     reuse: Annotated[
-        Path | None, typer.Option(help="Another run's folder: cells that are the same there are taken from it.")
+        Path | None, typer.Option(help="Another run's folder: cells and rankings that are the same there are taken.")
     ] = None,
 ) -> None:
     """Run a config: baselines, ranking, K sweep with random controls, report on held-out questions."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
+from mechtransplant.experiment.reused import Reused
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.ranking.steps import keeping
@@ -65,8 +66,12 @@ class Rankings:
         folder: Path,
         progress: bool,
         fingerprints: dict[str, str],
+        reused: Reused | None = None,
     ) -> None:
         self.fingerprints = fingerprints
+        others = reused or Reused()
+        weights = {key: others.weights.get(key) for key in fingerprints}
+        self.reused = others.rankings if weights == fingerprints else {}
         self.config, self.pair, self.splits, self.budget = config, pair, splits, budget
         self.folder, self.progress = folder, progress
         self.known: dict[Path, pd.DataFrame] = {}
@@ -141,8 +146,9 @@ class Rankings:
         if path not in self.known:
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
+                known = self.reused.get(str(path.relative_to(self.folder)))
                 # 17 significant digits: the file gives back the very same numbers
-                write_atomically(path, compute().to_csv(index=False, float_format="%.17g"))
+                write_atomically(path, known or compute().to_csv(index=False, float_format="%.17g"))
                 # a search that was ended goes on from them; the ranking has all that they led to
                 (self.folder / STEPS).unlink(missing_ok=True)
             frame = pd.read_csv(path)

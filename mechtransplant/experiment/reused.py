@@ -1,4 +1,4 @@
-"""What one run may take from another: its finished cells, and the versions and devices that made them."""
+"""What one run may take from another: finished cells and rankings, and the versions and devices that made them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from typing import Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment.cells import finished_cells
+from mechtransplant.experiment.config import RunConfig, read_config
 
 
 @dataclass(frozen=True)
 class Reused:
-    """Cells by key, and the starts of the folder that they are from."""
+    """Cells by key, rankings by name, and the starts of the folder that they are from."""
 
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rankings: dict[str, str] = field(default_factory=dict)
     starts: tuple[dict[str, Any], ...] = ()
+    #: fingerprints of the weights that rankings are of
+    weights: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path | None) -> Reused:
-        """Those of a run's folder, finished or not; nothing of none. Raises UsageError for what is no run's folder."""
+    def of(cls, folder: Path | None, config: RunConfig) -> Reused:
+        """Those of a run's folder, finished or not; nothing of none. Raises UsageError for what is no run's folder.
+
+        Rankings are taken where the other config agrees with this one in all that decides them.
+        """
         if folder is None:
             return cls()
         try:
             environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
             starts = [{**start, "reused": folder.name} for start in environment["starts"]]
+            weights, other = dict(environment["weights"]), read_config(folder / "config.yaml")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{folder} holds no run whose cells could be used again: give a folder that mechtransplant run wrote"
             ) from error
-        return cls(finished_cells(folder / "cells.jsonl"), tuple(starts))
+        rankings = {}
+        if all(getattr(config, key) == getattr(other, key) for key in _RANKED_BY):
+            paths = [folder / "ranking.csv", *sorted((folder / "rankings").glob("*.csv"))]
+            rankings = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in paths if p.exists()}
+        return cls(finished_cells(folder / "cells.jsonl"), rankings, tuple(starts), weights)
+
+
+#: keys of a config that decide a ranking
+_RANKED_BY = (
+    "pair", "task", "split", "rule", "rule_options", "kind", "kv", "budgets", "unrelated", "direction", "batch_size",
+    "dtype", "seed",
+)  # fmt: skip

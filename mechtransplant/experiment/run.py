@@ -39,7 +39,8 @@ class Run(Setup):
     """One configured run in one folder; ``execute`` does the work, skipping what the folder already holds.
 
     ``engine``: where its cells are computed. ``reuse``: the folder of another run; cells that this one shares with it
-    (the same graft of the same weights, asked the same questions in the same way) are taken from there.
+    (the same graft of the same weights, asked the same questions in the same way) are taken from there, and rankings
+    of the same weights by the same rules on the same questions.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Run(Setup):
             get_rule(rule).check(config.kinds, config.options_of(rule))
         # before any weights are loaded
         check_folder(config, folder)
-        self.reused = Reused.of(reuse)
+        self.reused = Reused.of(reuse, config)
         super().__init__(config)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere = Elsewhere(self)
@@ -105,7 +106,7 @@ class Run(Setup):
         if self.progress:
             announce(lambda: str(self.estimate()))
         self.rankings = Rankings(
-            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints
+            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints, self.reused
         )
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
@@ -413,7 +414,7 @@ def run_experiment(
     """Run a config in a folder; started again, it continues where it was.
 
     Args:
-        reuse: the folder of another run; cells that are the same there are taken, not computed again.
+        reuse: the folder of another run; cells and rankings that are the same there are taken, not computed again.
         engine: "serial", or "processes" or "ray": cells are computed by so many ``workers`` (2), processes of their
             own on this machine, or on the nodes of the Ray cluster at ``address``.
     """

@@ -1,0 +1,53 @@
+"""What the study consists of: pairs, splits, and its runs, finished or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.experiment import runs_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+#: the study's runs are called study-PAIR-WHAT-SPLIT
+PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
+#: what → the splits that it is planned on, in the order of tables and figures
+PLANNED: dict[str, tuple[int, ...]] = {
+    "paper": SPLITS,
+    "best": SPLITS,
+    "gated": SPLITS,
+    "pruned": SPLITS,
+    "pruned-gated": SPLITS,
+    "gentle": (0,),
+    "heads": (0,),
+    "mlps": (0,),
+}
+
+
+def folders(what: str, pair: str | None = None, runs: Path = ROOT / "runs") -> list[Path]:
+    """The finished runs of a kind."""
+    named = [runs / f"study-{p}-{what}-{s}" for p in PAIRS for s in PLANNED[what] if pair in (None, p)]
+    return [folder for folder in named if (folder / "outcome.json").exists()]
+
+
+def recipe_of(row: dict[Any, Any]) -> str:
+    """A run's recipe in words: rule, kind, operator and strength."""
+    strength = "a strength each" if row["rule"] == "pruned" else f"strength {row['strength']:g}"
+    gated = ", behind a gate" if row["gate"] else ""
+    return f"`{row['rule']}`, {row['kind']}, {row['operator']}, {strength}{gated}"
+
+
+def study_rows(runs: Path = ROOT / "runs") -> pd.DataFrame:
+    """One row a finished run of the study (and rule), as ``runs_table`` has them, with a ``label`` for figures."""
+    import pandas as pd
+
+    found = [f for pair in PAIRS for what in PLANNED for f in folders(what, pair, runs)]
+    if not found:
+        return pd.DataFrame()
+    table = runs_table(found)
+    what = table.run.str.extract(r"study-(\w+?)-([\w-]+)-(\d)")
+    size = table.k.astype(str) + " of " + table.candidates.astype(str)
+    table["label"] = what[0] + " " + what[2] + ", " + what[1] + ": " + table["rule"] + ", " + size
+    return table
