@@ -71,6 +71,7 @@ _HOME = {
     "verify_export": "export",
     "run_experiment": "experiment",
     "runs_table": "experiment",
+    "recheck": "experiment",
     "bench_planted": "experiment",
     "explore": "explorer",
     "sized": "notebook",

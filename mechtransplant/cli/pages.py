@@ -34,6 +34,23 @@ def draw_figures(
     typer.echo(f"{', '.join(names)}: {out or run / 'figures'}")
 
 
+@app.command()
+def recheck(
+    run: Annotated[Path, typer.Argument(help="A run's folder, finished or not.")],
+    cells: Annotated[int, typer.Option(help="How many evaluations.")] = 1,
+    seed: Annotated[int, typer.Option(help="Draws which.")] = 0,
+) -> None:
+    """Compute some of a run's evaluations again and compare them: exit code 1 where anything differs."""
+    from mechtransplant.experiment.recheck import recheck as compared
+
+    found = compared(run, cells, seed, progress=True)
+    typer.echo(found.to_string(index=False))
+    same = int(found.same.sum())
+    typer.echo(f"{same} of {len(found)} are the same to the digit")
+    if same < len(found):
+        raise typer.Exit(1)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lab(
     context: typer.Context,

@@ -8,6 +8,7 @@ from mechtransplant.experiment.effects_report import EffectsConfig, report_effec
 from mechtransplant.experiment.heads_mlps import HeadsMlpsConfig, report_heads_and_mlps
 from mechtransplant.experiment.planted import bench_planted, planted_pairs
 from mechtransplant.experiment.planted_report import PlantedConfig, report_planted
+from mechtransplant.experiment.recheck import recheck
 from mechtransplant.experiment.reported import beside_reported, reported_power, reported_results
 from mechtransplant.experiment.result import RunResult
 from mechtransplant.experiment.run import Run, run_experiment
@@ -33,6 +34,7 @@ __all__ = [
     "planted_pairs",
     "read_config",
     "read_screen",
+    "recheck",
     "report_effects",
     "report_heads_and_mlps",
     "report_planted",
