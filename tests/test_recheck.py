@@ -58,9 +58,9 @@ def test_what_was_changed_is_found(finished: Path, tmp_path: Path) -> None:
     ).all()
     assert found[found.role == "bottom"].nats.iloc[0] == pytest.approx(1e-4, rel=0.01)
     said = CliRunner().invoke(app, ["recheck", str(folder), "--cells", "1000"])
-    assert said.exit_code == 1 and f"of {len(found)} are the same to the digit" in said.output
+    assert said.exit_code == 1 and f"of {len(found)} have the same verdicts" in said.output
     said = CliRunner().invoke(app, ["recheck", str(finished), "--cells", "2"])
-    assert said.exit_code == 0 and "2 of 2 are the same to the digit" in said.output
+    assert said.exit_code == 0 and "2 of 2 have the same verdicts, 2 also" in said.output
 
 
 def test_what_is_no_run_or_another(finished: Path, tmp_path: Path) -> None:

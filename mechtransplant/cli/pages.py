@@ -40,14 +40,16 @@ def recheck(
     cells: Annotated[int, typer.Option(help="How many evaluations.")] = 1,
     seed: Annotated[int, typer.Option(help="Draws which.")] = 0,
 ) -> None:
-    """Compute some of a run's evaluations again and compare them: exit code 1 where anything differs."""
+    """Compute some of a run's evaluations again and compare them: exit code 1 where a verdict differs."""
     from mechtransplant.experiment.recheck import recheck as compared
 
     found = compared(run, cells, seed, progress=True)
     typer.echo(found.to_string(index=False))
-    same = int(found.same.sum())
-    typer.echo(f"{same} of {len(found)} are the same to the digit")
-    if same < len(found):
+    alike, same = int((found.differ == 0).sum()), int(found.same.sum())
+    typer.echo(
+        f"{alike} of {len(found)} have the same verdicts, {same} also the same log-probabilities to seven digits"
+    )
+    if alike < len(found):
         raise typer.Exit(1)
 
 
