@@ -22,6 +22,7 @@ from mechtransplant.evaluation.outcome import check_questions
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.pair import make_pair
 from mechtransplant.progress import track
+from mechtransplant.ranking import plain_modules
 from mechtransplant.ranking.matched import Class, classes, kinds_among, matched_order
 from mechtransplant.selection import selections_of
 from mechtransplant.tasks import Task
@@ -175,6 +176,7 @@ def graft_with_controls(
         raise UsageError(f"expected a ranking, as rank_modules returns it, got {type(ranking).__name__}")
     check_count("k", k, most=len(ranking))
     check_count("random_sets", random_sets, least=0)
+    plain_modules(ranking, "of this ranking", "graft_with_controls")
     order = list(ranking.module)
     # before a hundred evaluations, not after
     check_questions(task.name, task.role, task.keys, selections_of(order))

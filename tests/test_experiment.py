@@ -263,7 +263,7 @@ def test_a_rule_learned_for_one_k_has_random_sets_like_its_own(tmp_path: Path, g
     )
     run = Run(small, tmp_path / "out", progress=False)
     run.execute()
-    curves, _ = run.random_curves("mask")
+    curves, _ = run.controls.curves("mask")
     for k in (3, 6):
         kinds = Counter("H" in m for m in run.rankings.top("mask", k))
         assert all(Counter("H" in m for m in curve[k]) == kinds for curve in curves)

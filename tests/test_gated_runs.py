@@ -15,7 +15,7 @@ from mechtransplant.experiment import run_experiment, runs_table
 from mechtransplant.experiment.cells import finished_cells
 from mechtransplant.experiment.config import RunConfig, parse_config
 from mechtransplant.experiment.evaluator import Cell, Evaluator
-from mechtransplant.experiment.run import Run
+from mechtransplant.experiment.run import Run, depends_on
 from mechtransplant.export import finished_run
 
 GATE = {"texts": 16, "tokens": 12, "tasks": ["sort"]}
@@ -74,9 +74,34 @@ def notes_of(line: str) -> list[str]:
     return list(json.loads(line).get("notes", []))
 
 
-def test_a_process_of_its_own_makes_the_same_gate(gated: Any, tmp_path: Path) -> None:
-    other = run_experiment(config(gate=GATE), tmp_path / "run", progress=False, engine="processes", workers=2)
-    assert list(other.results.correct) == list(gated.results.correct)
+def test_every_process_and_every_start_has_the_gate_of_the_folder(gated: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saved = json.loads((gated.folder / "gate.json").read_text())
+    # one that this machine would not fit: open for the other side
+    turned = {**saved, "direction": [-v for v in saved["direction"]]}
+    turned["closed"] = {
+        split: [key for key in task.keys if key not in saved["closed"][split]]
+        for task in Run(config(gate=GATE), folder, progress=False).splits
+        for split in saved["closed"]
+        if task.fingerprint == split
+    }
+    (folder / "gate.json").write_text(json.dumps(turned))
+    (folder / "config.yaml").write_bytes((gated.folder / "config.yaml").read_bytes())
+    other = run_experiment(config(gate=GATE), folder, progress=False, engine="processes", workers=2)
+    where = {"split": "test", "role": "graft", "k": len(gated.graft)}
+    target, plain = (
+        bits(gated.results, split="test", role="target"),
+        run_experiment(config(), tmp_path / "plain", False),
+    )
+    ours, theirs = bits(gated.results, **where), bits(other.results, **where)
+    # what one closes the other lets through
+    whole = bits(plain.results, **where)
+    assert (np.where(ours != target, ours, theirs) == np.where(whole != target, whole, target)).all()
+    assert (ours != theirs).any() and other.summary != gated.summary
+    (folder / "gate.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"gate\.json is broken"):
+        run_experiment(config(gate=GATE), folder, progress=False)
 
 
 def test_where_it_lets_all_through_cells_are_those_of_the_plain_run(tmp_path: Path) -> None:
@@ -86,7 +111,7 @@ def test_where_it_lets_all_through_cells_are_those_of_the_plain_run(tmp_path: Pa
     key = [Evaluator(run).content(cell) for run in (behind, plain)]
     assert key[0] != key[1] and "closed" in key[0]
     assert behind.gating is not None
-    behind.gating.shut[behind.splits.test.fingerprint] = ()
+    behind.gating.shut[behind.splits.test.fingerprint] = []
     assert Evaluator(behind).content(cell) == key[1]
     # nothing is grafted into these
     for role in ("target", "source"):
@@ -163,6 +188,35 @@ def test_rankings_of_another_run_are_taken(tmp_path: Path) -> None:
         other = config(**{**given, **changes}, name="other")
         run = Run(other, tmp_path / "other", progress=False, reuse=first.folder)
         assert not run.reused.rankings, changes
+
+
+def test_rankings_of_other_questions_are_not_taken(tmp_path: Path) -> None:
+    lines = [f'{{"question": "{i}+{i + 1}=", "answer": "{2 * i + 1}"}}\n' for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(lines))
+    task = {"name": str(tmp_path / "q.jsonl"), "scorer": "exact", "max_new_tokens": 4}
+    task["format"] = {"completion": "{answer}"}
+    small_split = {"discover": 8, "choose": 8, "test": 16}
+    given = {"rule": "gradient", "k": [2], "random_sets": 1, "curve_sets": 0, "side_effects": None}
+    given |= {"task": task, "split": small_split, "controls": ["bottom"]}
+    first = run_experiment(config(**given), tmp_path / "first", progress=False)
+    same = Run(config(**given), tmp_path / "same", progress=False, reuse=first.folder)
+    assert same.reused.rankings_for(depends_on(same)).keys() == {"ranking.csv"}
+    # the same path, with other questions in it
+    (tmp_path / "q.jsonl").write_text("".join(lines[::-1][:36]))
+    other = Run(config(**given), tmp_path / "other", progress=False, reuse=first.folder)
+    assert other.reused.rankings and not other.reused.rankings_for(depends_on(other))
+
+
+def test_side_effects_of_another_budget_say_what_this_run_gains(tmp_path: Path) -> None:
+    given = {"rule": "gradient", "random_sets": 1, "curve_sets": 0, "k": [14]}
+    long = run_experiment(config(**given, budgets=[2, 8]), tmp_path / "long", progress=False)
+    short = run_experiment(config(**given, budgets=[2]), tmp_path / "short", progress=False, reuse=long.folder)
+    for run, budget in ((long, 8), (short, 2)):
+        assert run.plane is not None
+        row = run.plane[run.plane.role == "graft"].iloc[0]
+        assert row.gain == run.outcomes[budget].difference
+        assert (row.gain_low, row.gain_high) == run.outcomes[budget].interval
+    assert long.outcomes[8].difference != short.outcomes[2].difference
 
 
 def test_what_is_no_run_gives_no_cells(tmp_path: Path) -> None:

@@ -34,6 +34,15 @@ def test_everything_again_is_the_same(finished: Path) -> None:
     assert len(few[0]) == 2 and few[0].equals(few[1]) and not few[0].equals(few[2])
 
 
+def test_a_run_that_turned_its_pair(tmp_path: Path) -> None:
+    given = {"rule": "weight_delta", "k": [3], "random_sets": 1, "curve_sets": 0, "side_effects": None}
+    given |= {"direction": "better", "pair": {"source": "repo:family/second", "target": "repo:family/first"}}
+    folder = run_experiment(parse_config(small(**given)), tmp_path / "run", False).folder
+    assert json.loads((folder / "environment.json").read_text())["weights"]
+    found = mt.recheck(folder, cells=1000)
+    assert found.same.all() and {"target", "source", "graft"} <= set(found.role)
+
+
 def changed(finished: Path, to: Path, change: Any) -> Path:
     folder = Path(shutil.copytree(finished, to))
     cells = [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]

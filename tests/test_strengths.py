@@ -65,8 +65,18 @@ def test_fitted_strengths_are_better_than_one_for_all(generations: Pair, splits:
     assert worth(generations, splits.choose, top, fitted) > best
     again = fit_strengths(generations, splits.discover, top, seed=1)
     pd.testing.assert_series_equal(fitted, again)
-    # the questions that it was fitted to cannot report: the names remember
     assert Graft(fitted.index, fitted).strengths == tuple(fitted)
+
+
+def test_questions_that_strengths_were_fitted_to_cannot_report(unchanged: Pair, splits: Splits) -> None:
+    pair = unchanged
+    # named by hand, so that nothing else selected them
+    fitted = fit_strengths(pair, splits.choose, ["L1.up_proj", "L3.o_proj"], steps=2)
+    before, source = mt.evaluate(pair.target, splits.choose), mt.evaluate(pair.source, splits.choose)
+    with Graft(fitted.index, fitted).applied(pair):
+        after = mt.evaluate(pair.target, splits.choose)
+    with pytest.raises(UsageError, match="select"):
+        mt.compare(before, source, after)
 
 
 def test_pruning_keeps_so_many_within_a_share(generations: Pair, splits: Splits) -> None:
@@ -203,7 +213,36 @@ def test_random_sets_have_the_same_strengths_or_their_own(finished: Any, generat
     table = pd.read_csv(finished.folder / "rules.csv").iloc[0]
     assert table.refitted_n == 2 and table.refitted_beaten == (rows.accuracy < table.after).sum()
     assert "2 of them with strengths fitted to them" in finished.summary
+    assert "matched random sets with its strengths dealt anew" in finished.summary
+    assert f"it beats {table.refitted_beaten:.0f} of 2 of these sets" in finished.summary
+    lowest = pd.read_csv(finished.folder / "rankings" / f"pruned-{k}.csv")[::-1][:k]
+    (bottom,) = [c for c in cells if c["role"] == "bottom"]
+    assert bottom["strengths"] == list(lowest.strength)
     assert runs_table([finished.folder]).refitted_n.iloc[0] == 2
+
+
+def test_what_strengths_do_not_go_with(generations: Pair, splits: Splits, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"operator": "slerp"}, "fits strengths for the operator replace"),
+        ({"rule": "lae", "rule_options": {}}, "none of the rules fits strengths"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            run_experiment(config(**changes), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+    ranking = rank_modules(generations, splits.discover, "pruned", k=4, **FAST)
+    with pytest.raises(UsageError, match="gives every module a strength of its own"):
+        mt.graft_with_controls(generations, ranking, 4, splits.test)
+
+
+def test_orders_of_a_rule_that_is_told_its_k(tmp_path: Path) -> None:
+    given = config(rule_options={**FAST, "k": 4}, k=[2, 4, 9], curve_sets=2, side_effects=None, refitted_sets=0)
+    run = run_experiment(given, tmp_path / "run", progress=False)
+    cells = [json.loads(line) for line in (run.folder / "cells.jsonl").read_text().splitlines()]
+    order = pd.read_csv(run.folder / "ranking.csv")
+    for k in (2, 4, 9):
+        drawn = [c for c in cells if c["role"] == "random" and c["k"] == k]
+        assert drawn and all(sorted(c["strengths"]) == sorted(order.strength[:k]) for c in drawn)
+    assert "not which modules matter" in run.summary
 
 
 def test_any_engine_and_a_second_start(finished: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import compare
 from mechtransplant.experiment.config import SideEffectSpec
 from mechtransplant.experiment.evaluator import Cell, graft_of, unpacked_budgets
+from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import ConditionalGraft
 from mechtransplant.side_effects import (
@@ -97,16 +98,9 @@ class Elsewhere:
             "strength": cell.strength,
             **fitted,
             "test": run.splits.test.fingerprint,
-            **({} if run.gating is None else {"gate": self._gate()}),
+            **({} if run.gating is None else {"gate": run.gating.fingerprint}),
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},
         }
-
-    def _gate(self) -> dict[str, Any]:
-        """All that decides a gate."""
-        run, spec = self.run, self.run.config.gate
-        assert spec is not None
-        fitted = [run.splits.discover.fingerprint, *(t.fingerprint for t in run.shut)]
-        return {**spec.model_dump(mode="json"), "fitted on": fitted}
 
     def job(self, cell: Cell, evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """What an engine is told; ``evaluations`` are the finished cells of target, source, and the graft on `test`."""
@@ -137,10 +131,11 @@ class Elsewhere:
         }
 
 
-def labelled(cell: dict[str, Any], role: str, rule: str, k: int, strength: float) -> dict[str, Any]:
-    """A finished cell with whose it is in its row and its effects."""
-    more = {"role": role, "rule": rule, "k": k, "strength": strength}
-    return {**cell, "row": {**cell["row"], **more}, "effects": [{**more, **e} for e in cell["effects"]]}
+def labelled(cell: dict[str, Any], job: Job, gain: dict[str, float]) -> dict[str, Any]:
+    """A finished cell with whose it is in its row and its effects, and what that gains."""
+    more = {"role": job.role, "rule": job.rule, "k": len(job.modules), "strength": job.strength}
+    gains = {key: value for key, value in gain.items() if key in cell["row"]}
+    return {**cell, "row": {**cell["row"], **gains, **more}, "effects": [{**more, **e} for e in cell["effects"]]}
 
 
 def side_effect_tables(cells: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -75,7 +75,7 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         "random": (controlled * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets)), test),
     }
     others = controlled * ("bottom" in config.controls)
-    others += sum(run.unrelated_rules(rule) and run.other is not None for rule in config.with_controls)
+    others += sum(run.controls.has_unrelated(rule) and run.other is not None for rule in config.with_controls)
     others += controlled * ("reverse" in config.controls) + (
         "self" in config.controls and config.rules[0] in config.with_controls
     )

@@ -105,10 +105,10 @@ class Evaluator:
             content["closed"] = sorted(closed)
         return content
 
-    def _closed(self, cell: Cell) -> tuple[str, ...]:
+    def _closed(self, cell: Cell) -> list[str]:
         """Keys of the questions that a cell's graft is not in place for."""
         gating = self.setup.gating
-        return () if gating is None or not cell.modules else gating.closed(self.splits[cell.split])
+        return [] if gating is None or not cell.modules else gating.closed(self.splits[cell.split])
 
     def _in_place(self, cell: Cell) -> Graft | ConditionalGraft:
         """A cell's graft; behind the run's gate where that is closed for any of its questions."""
@@ -138,25 +138,18 @@ class Evaluator:
             **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
         }
 
-    def cell(
-        self,
-        split: Task,
-        role: str,
-        modules: Sequence[str] = (),
-        strength: float = 1.0,
-        *,
-        body: Body = "graft",
-        whole: bool = True,
-        strengths: Sequence[float] = (),
-    ) -> dict[int, Evaluation]:
+    def cell(self, split: Task, role: str, *, body: Body = "graft") -> dict[int, Evaluation]:
+        """One evaluation per budget of a model without any graft, of an evaluator that has a store."""
+        return self.of(Cell(str(split.role), role, body=body))
+
+    def of(self, wanted: Cell) -> dict[int, Evaluation]:
         """One evaluation per budget, of an evaluator that has a store."""
         assert self.store is not None
-        wanted = Cell(split.role, role, tuple(modules), strength, body, whole, tuple(strengths))
         cell = self.store.get(self.content(wanted), lambda: self.compute(wanted))
-        stored = cell["budgets"]
-        self.beside[(role, *modules)] = {int(b): d for b, d in cell.get("beside", {}).items()}
-        self.digests[(role, *modules)] = {b: stored[str(b)].get("digest", "") for b in self.setup.budgets}
-        return unpacked_budgets(split, cell)
+        stored, key = cell["budgets"], (wanted.role, *wanted.modules)
+        self.beside[key] = {int(b): d for b, d in cell.get("beside", {}).items()}
+        self.digests[key] = {b: stored[str(b)].get("digest", "") for b in self.setup.budgets}
+        return unpacked_budgets(self.splits[wanted.split], cell)
 
     def _evaluate(self, model: LanguageModel, split: Task) -> dict[int, Evaluation]:
         return evaluate_budgets(model, split, self.setup.budgets, self.config.batch_size, method="auto")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mechtransplant.evaluation import Evaluation, Outcome, compare
+from mechtransplant.evaluation import Outcome, compare
+from mechtransplant.experiment.jobs import Job
 from mechtransplant.grafting import Graft
 from mechtransplant.ranking import get_rule
-from mechtransplant.significance import CurveRank, curve_rank
+from mechtransplant.significance import CurveRank, curve_rank, rank_among
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,16 +47,16 @@ def find(run: Run) -> Findings:
 
 def _outcome(run: Run, rule: str, budget: int) -> tuple[Graft, Outcome]:
     k, strength = run.chosen[rule][budget]
-    top, test = run.rankings.top(rule, k), run.splits.test
-    strengths = run.rankings.strengths(rule, k)
-    graft = run.cells.graft(top, strength, strengths)
+    test = run.splits.test
+    job = run.ranked(rule, k, strength)
+    graft = run.cells.graft(job.modules, strength, job.strengths)
     controls = []
     if rule in run.config.with_controls:
-        controls = [_drawn(run, rule, drawn, strength)[budget] for drawn in run.random_sets(rule, k).sets]
+        controls = [run.cells.of(j.cell(test))[budget] for j in run.controls.in_sets(rule, k, strength)]
     outcome = compare(
         run.baselines["target"][budget],
         run.baselines["source"][budget],
-        run.cells.cell(test, "graft", top, strength, strengths=strengths)[budget],
+        run.cells.of(job.cell(test))[budget],
         seed=run.config.seed,
         controls=controls,
         graft=graft,
@@ -66,32 +65,21 @@ def _outcome(run: Run, rule: str, budget: int) -> tuple[Graft, Outcome]:
     return graft, outcome
 
 
-def _drawn(run: Run, rule: str, modules: tuple[str, ...], strength: float) -> dict[int, Evaluation]:
-    """A random set's evaluation on ``test``."""
-    strengths = run.dealt(rule, modules)
-    return run.cells.cell(run.splits.test, "random", modules, strength, whole=False, strengths=strengths)
-
-
 def _curve(run: Run, rule: str) -> CurveRank | None:
     """The rule's K-curve on ``test`` among those of its random orders, at the largest budget."""
     ks = [k for k in run.counts if k < len(run.candidates)]
     if rule not in run.config.with_controls or not run.config.curve_sets or not ks:
         return None
     strength, test = run.chosen[rule][run.budget][1], run.splits.test
-    own = [(run.rankings.top(rule, k), run.rankings.strengths(rule, k)) for k in ks]
-    heights = [run.cells.cell(test, "graft", top, strength, strengths=s)[run.budget].accuracy for top, s in own]
-    controls = [
-        [_drawn(run, rule, drawn[k], strength)[run.budget].accuracy for k in ks] for drawn in run.random_curves(rule)[0]
-    ]
-    everything = run.cells.cell(test, "all", run.candidates, strength)[run.budget].accuracy
+
+    def height(job: Job) -> float:
+        return run.cells.of(job.cell(test))[run.budget].accuracy
+
+    heights = [height(run.ranked(rule, k, strength)) for k in ks]
+    controls = [[height(job) for job in curve] for curve in run.controls.along(rule)]
+    everything = height(Job("all", "", tuple(run.candidates), strength))
     ends = (run.baselines["target"][run.budget].accuracy, everything)
     return curve_rank(ks, heights, controls, len(run.candidates), ends)
-
-
-def _refitted(run: Run, modules: tuple[str, ...], strength: float, strengths: tuple[float, ...]) -> float:
-    """Accuracy on ``test`` of a random set whose strengths were fitted to it."""
-    found = run.cells.cell(run.splits.test, "random", modules, strength, whole=False, strengths=strengths)
-    return found[run.budget].accuracy
 
 
 def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> dict[str, Any]:
@@ -126,11 +114,12 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     found["curve_p_area"] = None if curve is None else curve.area_rank.p_value
     found["curve_p_max"] = None if curve is None else curve.p_value
     found["curve_n"] = None if curve is None else curve.n
-    if budget == run.budget and run.config.refitted_sets and rule in run.config.with_controls:
-        drawn = run.refitted(rule, len(graft))
-        again = [_refitted(run, modules, found["strength"], strengths) for modules, strengths in drawn]
-        found["refitted_n"], found["refitted_beaten"] = len(again), sum(a < outcome.after_accuracy for a in again)
-        found["refitted_median"] = float(np.median(again)) if again else None
+    if budget == run.budget and rule in run.config.with_controls and run.config.refitted_sets:
+        jobs = run.controls.refitted(rule)
+        again = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in jobs]
+        rank = rank_among(outcome.after_accuracy, again) if again else None
+        for name in ("n", "beaten", "p_value", "median"):
+            found[f"refitted_{name}"] = None if rank is None else getattr(rank, name)
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)
         found[role] = at[0]["accuracy"] if at and budget == run.budget else None

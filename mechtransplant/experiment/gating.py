@@ -7,11 +7,17 @@ is the plain graft's: it has the same value and the same key.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mechtransplant.errors import UnknownNameError, UsageError
+import numpy as np
+
+from mechtransplant.errors import FolderError, UnknownNameError, UsageError
+from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.config import GateSpec
 from mechtransplant.grafting import Gate, fit_gate
 from mechtransplant.side_effects import neutral_texts
@@ -54,7 +60,8 @@ class Gating:
     others: tuple[Task, ...]
     seed: int
     batch_size: int
-    shut: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: fingerprint of a split → keys of its questions that it is closed for
+    shut: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         layers, layer = self.pair.layout.layers, self.spec.layer
@@ -76,9 +83,48 @@ class Gating:
         """How many `test` questions it lets through."""
         return sum(map(self.gate, self.splits.test.examples))
 
-    def closed(self, split: Task) -> tuple[str, ...]:
+    def closed(self, split: Task) -> list[str]:
         """Keys of the questions that the gate is closed for."""
         if split.fingerprint not in self.shut:
             self.gate.read(split.examples)
-            self.shut[split.fingerprint] = tuple(e.key for e in split.examples if not self.gate(e))
+            self.shut[split.fingerprint] = [e.key for e in split.examples if not self.gate(e)]
         return self.shut[split.fingerprint]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen digits of what the gate compares with what."""
+        content = json.dumps([self.gate.layer, self.gate.direction.tolist(), self.gate.centre.tolist()])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    # --- one gate for every process and every start: another processor would fit it a little otherwise ---------------
+
+    def saved(self) -> dict[str, Any]:
+        """The gate, and what it said of the questions to choose and to report by."""
+        for split in (self.splits.choose, self.splits.test):
+            self.closed(split)
+        gate = self.gate
+        return {
+            "layer": gate.layer,
+            "direction": gate.direction.tolist(),
+            "centre": gate.centre.tolist(),
+            "closed": self.shut,
+        }
+
+    def use(self, saved: dict[str, Any]) -> None:
+        """Take a gate that :meth:`saved` gave, with what it said."""
+        direction, centre = (np.array(saved[key], dtype=float) for key in ("direction", "centre"))
+        self.gate = Gate(self.pair.target, int(saved["layer"]), direction, centre, self.batch_size)
+        self.shut = {split: list(keys) for split, keys in saved["closed"].items()}
+        for split in (self.splits.choose, self.splits.test):
+            shut = set(self.closed(split))
+            self.gate.known |= {key: key not in shut for key in split.keys}
+
+    def settle(self, folder: Path) -> None:
+        """Take the gate of a run's folder, or fit one and keep it there; raises FolderError for what is no gate."""
+        path = folder / "gate.json"
+        if not path.exists():
+            write_atomically(path, json.dumps(self.saved()) + "\n")
+        try:
+            self.use(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FolderError(f"{path} is broken ({error!r}): remove it, and the gate is fitted again") from error

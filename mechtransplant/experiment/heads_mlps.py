@@ -23,7 +23,7 @@ from mechtransplant.experiment.rankings import options_of_rule
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.patching.ablation import Method
-from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.ranking import get_rule, plain_modules, rank_modules
 from mechtransplant.tasks import Task, load_task
 
 #: ablations that the study knows: a resampled one is another draw at every start
@@ -122,4 +122,4 @@ def _ranking(config: HeadsMlpsConfig, pair: Pair, discover: Task, arm: Arm, path
         ranked = rank_modules(pair, discover, config.rule, ARMS[arm], seed=config.seed, progress=progress, **options)
         # 17 significant digits: the file gives back the very same numbers
         write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
-    return [str(m) for m in pd.read_csv(path).module]
+    return plain_modules(pd.read_csv(path), config.rule, "this study")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.experiment.cells import CellStore, write_atomically
 from mechtransplant.experiment.config import RunConfig
-from mechtransplant.experiment.reused import Reused
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.ranking.steps import keeping
-from mechtransplant.ranking.strengths import fit_as_pruned
 from mechtransplant.selection import remembering
 from mechtransplant.tasks import Splits
 
@@ -66,12 +64,11 @@ class Rankings:
         folder: Path,
         progress: bool,
         fingerprints: dict[str, str],
-        reused: Reused | None = None,
+        taken: Mapping[str, str] | None = None,
     ) -> None:
+        #: rankings of another run that would be these, by name
+        self.taken = taken or {}
         self.fingerprints = fingerprints
-        others = reused or Reused()
-        weights = {key: others.weights.get(key) for key in fingerprints}
-        self.reused = others.rankings if weights == fingerprints else {}
         self.config, self.pair, self.splits, self.budget = config, pair, splits, budget
         self.folder, self.progress = folder, progress
         self.known: dict[Path, pd.DataFrame] = {}
@@ -83,7 +80,8 @@ class Rankings:
 
     def by_k(self, rule: str) -> bool:
         """Whether the rule is learned for one K, and has another ranking for each."""
-        return get_rule(rule).takes("k") and "k" not in self.config.options_of(rule)
+        given = self.config.options_of(rule)
+        return get_rule(rule).takes("k", given) and "k" not in given
 
     def frame(self, rule: str, k: int) -> pd.DataFrame:
         """All modules by a rule, as it is for that K."""
@@ -103,12 +101,14 @@ class Rankings:
     def refitted(self, rule: str, k: int, number: int, modules: tuple[str, ...]) -> tuple[float, ...]:
         """Strengths of a random set, fitted as the rule fits its own: on the same questions, in as many steps."""
         path = self.folder / f"rankings/{rule}-{k}-set-{number}.csv"
+        refit, seed, task = get_rule(rule).refit, self.config.seed, self.splits.discover
         given = {"batch_size": min(16, self.config.batch_size), **self.config.options_of(rule)}
+        assert refit is not None, "checked before the run"
 
         def fitted() -> pd.DataFrame:
-            named = {"modules": list(modules), "task": self.splits.discover.fingerprint, **given, **self.fingerprints}
-            with self._keeping(named):
-                found = fit_as_pruned(self.pair, self.splits.discover, modules, self.config.seed, **given)
+            named = {"rule": rule, "modules": list(modules), "task": task.fingerprint, "seed": seed, **given}
+            with self._keeping(named | self.fingerprints):
+                found = refit(self.pair, task, modules, seed, **given)
             return found.rename_axis("module").reset_index()
 
         return strengths_in(self._kept(path, fitted), k)
@@ -146,7 +146,7 @@ class Rankings:
         if path not in self.known:
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
-                known = self.reused.get(str(path.relative_to(self.folder)))
+                known = self.taken.get(str(path.relative_to(self.folder)))
                 # 17 significant digits: the file gives back the very same numbers
                 write_atomically(path, known or compute().to_csv(index=False, float_format="%.17g"))
                 # a search that was ended goes on from them; the ranking has all that they led to

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +48,16 @@ def recheck(folder: str | Path, cells: int = 1, seed: int = 0, progress: bool = 
     if not known:
         raise FolderError(f"{folder} holds no evaluation yet: start its run again first")
     setup = Setup(read_config(folder / "config.yaml"))
-    noted = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["weights"]
-    if {r: noted[r] for r in ("source", "target")} != setup.fingerprints and noted["source"] != noted["target"]:
-        # the run found that the named target was the better one
-        setup.turn()
-    evaluator = Evaluator(setup)
+    evaluator = _evaluator(setup, folder)
     drawn = sorted(np.random.default_rng(seed).permutation(len(known))[:cells])
     rows: list[dict[str, Any]] = []
     for key in track([list(known)[int(i)] for i in drawn], "cells", progress):
         stored = known[key]
         wanted = _wanted(stored)
+        if cell_key(evaluator.content(wanted)) != key:
+            # a run that took the better model for its source began with the other one
+            setup.turn()
+            evaluator = _evaluator(setup, folder)
         if cell_key(evaluator.content(wanted)) != key:
             raise UsageError(
                 f"the config of {folder} does not make its cell {key} any more (other weights, questions or version): "
@@ -69,6 +68,13 @@ def recheck(folder: str | Path, cells: int = 1, seed: int = 0, progress: bool = 
             rows.append({"budget": int(budget), **_compared(stored, old, again["budgets"][budget])})
     columns = ["split", "role", "k", "strength", "budget", "accuracy", "again", "differ", "nats", "same"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _evaluator(setup: Setup, folder: Path) -> Evaluator:
+    """An evaluator of the pair as it is turned now, with the gate of the folder."""
+    if setup.gating is not None and (folder / "gate.json").exists():
+        setup.gating.settle(folder)
+    return Evaluator(setup)
 
 
 def _wanted(stored: dict[str, Any]) -> Cell:

@@ -19,8 +19,8 @@ class Reused:
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     rankings: dict[str, str] = field(default_factory=dict)
     starts: tuple[dict[str, Any], ...] = ()
-    #: fingerprints of the weights that rankings are of
-    weights: dict[str, str] = field(default_factory=dict)
+    #: what the other run's numbers depend on, besides its config
+    began: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path | None, config: RunConfig) -> Reused:
@@ -32,8 +32,8 @@ class Reused:
             return cls()
         try:
             environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-            starts = [{**start, "reused": folder.name} for start in environment["starts"]]
-            weights, other = dict(environment["weights"]), read_config(folder / "config.yaml")
+            starts = [{"reused": folder.name, **start} for start in environment["starts"]]
+            other = read_config(folder / "config.yaml")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"{folder} holds no run whose cells could be used again: give a folder that mechtransplant run wrote"
@@ -42,7 +42,13 @@ class Reused:
         if all(getattr(config, key) == getattr(other, key) for key in _RANKED_BY):
             paths = [folder / "ranking.csv", *sorted((folder / "rankings").glob("*.csv"))]
             rankings = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in paths if p.exists()}
-        return cls(finished_cells(folder / "cells.jsonl"), rankings, tuple(starts), weights)
+        return cls(finished_cells(folder / "cells.jsonl"), rankings, tuple(starts), environment)
+
+    def rankings_for(self, began: dict[str, Any]) -> dict[str, str]:
+        """The rankings, where they are of the same weights and questions as a run's (see ``run.depends_on``)."""
+        same = all(self.began.get(key) == began.get(key) for key in ("weights", "task", "splits", "explore"))
+        others = [content.get("elsewhere", {}).get("unrelated") for content in (self.began, began)]
+        return self.rankings if same and others[0] == others[1] else {}
 
 
 #: keys of a config that decide a ranking

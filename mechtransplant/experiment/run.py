@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
 from mechtransplant.errors import FolderError, UsageError
 from mechtransplant.evaluation import Evaluation
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
@@ -22,17 +21,18 @@ from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
-from mechtransplant.experiment.rankings import STEPS, Rankings, strengths_in
+from mechtransplant.experiment.jobs import Job
+from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.reused import Reused
 from mechtransplant.experiment.rows import Rows
+from mechtransplant.experiment.run_controls import Controls
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
 from mechtransplant.progress import announce, bar
 from mechtransplant.ranking import get_rule
+from mechtransplant.significance import paired_difference_interval
 from mechtransplant.tasks import Task
-
-Job = tuple[str, str, tuple[str, ...], float, dict[str, Any]]
 
 
 class Run(Setup):
@@ -54,12 +54,13 @@ class Run(Setup):
         # of the process that ranks alone: a worker may not know a user's own rule
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
+            check_strengths(config, rule)
         # before any weights are loaded
         check_folder(config, folder)
         self.reused = Reused.of(reuse, config)
         super().__init__(config)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
-        self.elsewhere = Elsewhere(self)
+        self.elsewhere, self.controls = Elsewhere(self), Controls(self)
 
     @property
     def _config_text(self) -> str:
@@ -88,6 +89,8 @@ class Run(Setup):
             self.folder, depends_on(self), ("weights", "splits"), added, start=start, others=self.reused.starts
         )
         write_compatibility(self.folder, self.pair)
+        if self.gating is not None:
+            self.gating.settle(self.folder)
         self.engine = self.where.make(self, self.elsewhere)
         try:
             result = self._steps()
@@ -105,14 +108,15 @@ class Run(Setup):
     def _steps(self) -> RunResult:
         if self.progress:
             announce(lambda: str(self.estimate()))
+        taken = self.reused.rankings_for(depends_on(self))
         self.rankings = Rankings(
-            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints, self.reused
+            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints, taken
         )
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
         self._baselines(choose)
-        sweep: list[Job] = [
-            ("graft", rule, self.rankings.top(rule, k), strength, {"strengths": self.rankings.strengths(rule, k)})
+        sweep = [
+            self.ranked(rule, k, strength)
             for rule in self.config.rules
             for k in self.counts
             for strength in self.config.strengths
@@ -123,10 +127,14 @@ class Run(Setup):
         self.baselines = self._baselines(test)
         self._do(test, self._curves(), "K-curves on test")
         for rule in self.config.with_controls:
-            self._do(test, self._random(rule), f"random sets of {rule}")
-        self._do(test, self._other_controls(), "other controls")
+            self._do(test, self.controls.random(rule), f"random sets of {rule}")
+        self._do(test, self.controls.others(), "other controls")
         self.side_effects = self._side_effects()
         return write_report(self, find(self))
+
+    def ranked(self, rule: str, k: int, strength: float) -> Job:
+        """The graft of a rule's K highest."""
+        return Job("graft", rule, self.rankings.top(rule, k), strength, self.rankings.strengths(rule, k))
 
     def _curves(self) -> list[Job]:
         """Every rule at every K, at the strength that it chose, and everything grafted at those strengths."""
@@ -135,84 +143,9 @@ class Run(Setup):
             strength = self.chosen[rule][self.budget][1]
             points = [(k, strength) for k in self.counts if k < len(self.candidates)]
             for k, s in dict.fromkeys([*points, *self.chosen[rule].values()]):
-                jobs.append(
-                    ("graft", rule, self.rankings.top(rule, k), s, {"strengths": self.rankings.strengths(rule, k)})
-                )
+                jobs.append(self.ranked(rule, k, s))
         for strength in dict.fromkeys(self.chosen[rule][self.budget][1] for rule in self.config.rules):
-            jobs.append(("all", "", tuple(self.candidates), strength, {}))
-        return jobs
-
-    def random_curves(self, rule: str) -> tuple[list[dict[int, tuple[str, ...]]], str]:
-        """(random curves, each K → a set matched to the rule's own; how depth was matched).
-
-        They are the beginnings of random orders; a rule that is learned for one K has orders of its own at each.
-        """
-        config, chosen = self.config, self.chosen[rule][self.budget][0]
-        sizes = [k for k in self.counts if k < len(self.candidates)]
-        orders: dict[int, RandomOrders] = {}
-        for k in sizes:
-            order = list(map(str, self.rankings.frame(rule, k).module))
-            strictest = k if self.rankings.by_k(rule) else chosen
-            known = next((o for size, o in orders.items() if not self.rankings.by_k(rule)), None)
-            orders[k] = known or random_orders(self.pair, order, config.curve_sets, strictest, config.seed)
-        curves = [{k: orders[k].orders[i][:k] for k in sizes} for i in range(config.curve_sets)]
-        return curves, ", ".join(dict.fromkeys(o.depth for o in orders.values()))
-
-    def random_sets(self, rule: str, k: int) -> RandomSets:
-        """Random sets matched to a rule's K modules."""
-        return random_matched(self.pair, self.rankings.top(rule, k), self.config.random_sets, self.config.seed + k)
-
-    def dealt(self, rule: str, drawn: tuple[str, ...]) -> tuple[float, ...]:
-        """Strengths of a random set that is matched to a rule's modules: theirs, in other hands of the same class."""
-        k = len(drawn)
-        strengths = self.rankings.strengths(rule, k)
-        return deal(self.pair, self.rankings.top(rule, k), strengths, drawn) if strengths else ()
-
-    def refitted(self, rule: str, k: int) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
-        """The first random sets, each with strengths that are fitted to it; [] of a rule that fits none."""
-        if not self.rankings.strengths(rule, k):
-            return []
-        drawn = self.random_sets(rule, k).sets[: self.config.refitted_sets]
-        return [(modules, self.rankings.refitted(rule, k, number, modules)) for number, modules in enumerate(drawn)]
-
-    def _random(self, rule: str) -> list[Job]:
-        """Random orders for the whole curve, and random sets at the K that is reported."""
-        jobs: list[Job] = []
-        strength, (curves, depth) = self.chosen[rule][self.budget][1], self.random_curves(rule)
-        for number, curve in enumerate(curves):
-            more: dict[str, Any] = {"set": f"order-{number}", "depth_matched": depth}
-            jobs += [
-                ("random", rule, modules, strength, {**more, "strengths": self.dealt(rule, modules)})
-                for modules in curve.values()
-            ]
-        for k, s in dict.fromkeys(self.chosen[rule].values()):
-            controls = self.random_sets(rule, k)
-            for number, drawn in enumerate(controls.sets):
-                more = {"set": f"set-{number}", "depth_matched": controls.depth, "strengths": self.dealt(rule, drawn)}
-                jobs.append(("random", rule, drawn, s, more))
-        k, s = self.chosen[rule][self.budget]
-        for number, (drawn, strengths) in enumerate(self.refitted(rule, k)):
-            jobs.append(("random", rule, drawn, s, {"set": f"refitted-{number}", "strengths": strengths}))
-        return jobs
-
-    def _other_controls(self) -> list[Job]:
-        """Bottom, unrelated, reverse and self, at the K and strength that each rule chose."""
-        config = self.config
-        jobs: list[Job] = []
-        for rule in config.with_controls:
-            k, strength = self.chosen[rule][self.budget]
-            top, order = self.rankings.top(rule, k), self.rankings.frame(rule, k)
-            own = {"strengths": self.rankings.strengths(rule, k)}
-            if "bottom" in config.controls:
-                jobs.append(("bottom", rule, tuple(order.module[::-1][:k]), strength, own))
-            if self.unrelated_rules(rule) and self.other is not None:
-                names = self.rankings.unrelated(rule, self.other.split(**self._other_sizes(self.other)), k)
-                more = {"strengths": strengths_in(names, k)}
-                jobs.append(("unrelated", rule, tuple(names.module[:k]), strength, more))
-            if "reverse" in config.controls:
-                jobs.append(("reverse", rule, top, strength, {"body": "reverse", **own}))
-            if "self" in config.controls and rule == config.rules[0]:
-                jobs.append(("self", rule, top, strength, {"body": "self", **own}))
+            jobs.append(Job("all", "", tuple(self.candidates), strength))
         return jobs
 
     def _side_effects(self) -> list[dict[str, Any]]:
@@ -220,39 +153,33 @@ class Run(Setup):
         elsewhere = self.elsewhere
         if not elsewhere.wanted:
             return []
-        jobs: list[Job] = []
-
-        def ranked(rule: str, size: int, strength: float) -> Job:
-            more = {"strengths": self.rankings.strengths(rule, size)}
-            return "graft", rule, self.rankings.top(rule, size), strength, more
-
-        for rule in self.config.rules:
-            jobs.append(ranked(rule, *self.chosen[rule][self.budget]))
+        jobs = [self.ranked(rule, *self.chosen[rule][self.budget]) for rule in self.config.rules]
         headline = self.config.rules[0]
         k, strength = self.chosen[headline][self.budget]
-        jobs.append(("all", "", tuple(self.candidates), strength, {}))
+        jobs.append(Job("all", "", tuple(self.candidates), strength))
         others = [size for size in self.counts if size not in (k, len(self.candidates))]
-        jobs += [ranked(headline, size, strength) for size in others]
+        jobs += [self.ranked(headline, size, strength) for size in others]
         spec = self.config.side_effects
         if headline in self.config.with_controls and spec is not None:
-            drawn = self.random_sets(headline, k).sets[: spec.random]
-            jobs += [("random", headline, m, strength, {"strengths": self.dealt(headline, m)}) for m in drawn]
-        cells = self._cells(self.splits.test, jobs)
+            jobs += self.controls.in_sets(headline, k, strength)[: spec.random]
+        cells = [job.cell(self.splits.test) for job in jobs]
         keys = [cell_key(elsewhere.content(cell)) for cell in cells]
         self._compute(cells, "side effects")
         wanted: dict[str, dict[str, Any]] = {}
+        alone = {role: self._stored(role) for role in ("target", "source")}
         for key, cell in zip(keys, cells, strict=True):
-            evaluations = {
-                "target": self._stored("target"),
-                "source": self._stored("source"),
-                "after": self._held(cell),
-            }
-            wanted[key] = elsewhere.job(cell, evaluations)
+            wanted[key] = elsewhere.job(cell, {**alone, "after": self._held(cell)})
         self._run_jobs(wanted, "side effects")
         return [
-            labelled(self.store.cells[key], role, rule, len(modules), strength)
-            for key, (role, rule, modules, strength, _) in zip(keys, jobs, strict=True)
+            labelled(self.store.cells[key], job, self._gain(cell))
+            for key, cell, job in zip(keys, cells, jobs, strict=True)
         ]
+
+    def _gain(self, cell: Cell) -> dict[str, float]:
+        """What a cell gains on ``test`` at this run's largest budget; another run's cell may have had another."""
+        before, after = self.baselines["target"][self.budget], self.cells.of(cell)[self.budget]
+        low, high = paired_difference_interval(before.correct, after.correct)
+        return {"gain": after.accuracy - before.accuracy, "gain_low": low, "gain_high": high}
 
     # --- cells ---------------------------------------------------------------------------------------------------
 
@@ -280,18 +207,6 @@ class Run(Setup):
 
             self.engine.run([wanted[key] for key in missing], done)
 
-    def unrelated_rules(self, rule: str) -> bool:
-        """Whether a ranking on another task would be another one."""
-        needs = get_rule(rule).needed(self.config.options_of(rule))
-        return "unrelated" in self.config.controls and needs != "nothing"
-
-    def _other_sizes(self, other: Task) -> dict[str, Any]:
-        """As many questions of the unrelated task as of the run's own, or what it has."""
-        sizes = {key: getattr(self.config.split, key) for key in ("discover", "choose")}
-        distinct = len(set(other.keys))
-        scale = min(1.0, (distinct - 1) / sum(sizes.values()))
-        return {key: max(1, int(n * scale)) for key, n in sizes.items()} | {"test": 1, "seed": self.config.split.seed}
-
     def _baselines(self, split: Task) -> dict[str, dict[int, Evaluation]]:
         found = {
             role: self.cells.cell(split, role, body="source" if role == "source" else "graft")
@@ -301,32 +216,16 @@ class Run(Setup):
             self.rows.note(split, role, evaluations, digest=self.cells.digests[role,])
         return found
 
-    def _cells(self, split: Task, jobs: Sequence[Job]) -> list[Cell]:
-        """What jobs ask for."""
-        return [
-            Cell(
-                split.role,
-                role,
-                modules,
-                strength,
-                more.get("body", "graft"),
-                role != "random",
-                more.get("strengths", ()),
-            )
-            for role, _, modules, strength, more in jobs
-        ]
-
-    def _do(self, split: Task, jobs: list[Job], what: str) -> None:
-        cells = self._cells(split, jobs)
+    def _do(self, split: Task, jobs: Sequence[Job], what: str) -> None:
+        cells = [job.cell(split) for job in jobs]
         self._compute(cells, what)
-        for cell, (role, rule, modules, strength, more) in zip(cells, jobs, strict=True):
-            found = self.cells.cell(
-                split, role, modules, strength, body=cell.body, whole=cell.whole, strengths=cell.strengths
-            )
-            labels = {key: value for key, value in more.items() if key not in ("body", "strengths")}
-            labels["digest"] = self.cells.digests[(role, *modules)]
-            labels["beside"] = self.cells.beside[(role, *modules)]
-            self.rows.note(split, role, found, len(modules), strength, rule=rule, **labels)
+        for cell, job in zip(cells, jobs, strict=True):
+            found = self.cells.of(cell)
+            key = (job.role, *job.modules)
+            self.rows.note(
+                split, job.role, found, len(job.modules), job.strength, rule=job.rule, set=job.set,
+                depth_matched=job.depth, digest=self.cells.digests[key], beside=self.cells.beside[key],
+            )  # fmt: skip
 
     def _turn_to_better(self) -> None:
         """Exchange the two where the named target is better on ``choose``: the better model is the source."""
@@ -399,6 +298,16 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         return
     if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
         raise FolderError(f"{folder} is not empty and holds no run: choose another --out folder")
+
+
+def check_strengths(config: RunConfig, rule: str) -> None:
+    """Refuse what a rule that fits strengths does not go with, and refitted sets of a rule that fits none."""
+    fits = get_rule(rule).refit is not None
+    operator = config.operator if isinstance(config.operator, str) else config.operator.get("name")
+    if fits and operator != "replace":
+        raise UsageError(f"rule {rule!r} fits strengths for the operator replace: leave operator out, got {operator!r}")
+    if config.refitted_sets and not any(get_rule(r).refit for r in config.rules):
+        raise UsageError("refitted_sets: none of the rules fits strengths (pruned does): leave it out")
 
 
 def run_experiment(

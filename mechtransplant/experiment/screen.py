@@ -32,7 +32,7 @@ from mechtransplant.experiment.screen_page import page_of
 from mechtransplant.experiment.setup import build_task, check_task, exploring_task, pair_of
 from mechtransplant.grafting import Graft
 from mechtransplant.progress import track
-from mechtransplant.ranking import get_rule, rank_modules
+from mechtransplant.ranking import get_rule, plain_modules, rank_modules
 from mechtransplant.side_effects import neutral_texts
 from mechtransplant.side_effects.divergence import read_text, text_divergence
 
@@ -193,7 +193,7 @@ class Screen:
                 self.pair, self.splits.discover, recipe.rule, recipe.kinds, seed=config.seed, **options
             )
             write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
-        return [str(m) for m in pd.read_csv(path).module]
+        return plain_modules(pd.read_csv(path), recipe.rule, "a screen")
 
     def _within(self, order: Sequence[str], share: float) -> list[str]:
         """The longest beginning of a ranking that has at most a share of the parameters."""

@@ -98,14 +98,31 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
         if curve is not None:
             said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
         return f"`{rule}` has {said}."
-    sets = run.random_sets(rule, len(graft))
+    sets = run.controls.sets(rule, len(graft))
+    fits = bool(run.rankings.strengths(rule, len(graft)))
+    what = " with its strengths dealt anew" if fits else ""
     said = (
-        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets at K = {len(graft)} ({_DEPTHS[sets.depth]}; "
-        f"one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is {1 / (ranks.n + 1):.2g})"
+        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets{what} at K = {len(graft)} "
+        f"({_DEPTHS[sets.depth]}; one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is "
+        f"{1 / (ranks.n + 1):.2g})"
     )
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-    return f"{said}."
+    return f"{said}.{_against_refitted(rule, findings) if fits else ''}"
+
+
+def _against_refitted(rule: str, findings: Findings) -> str:
+    """Where a graft of fitted strengths stands among random sets whose strengths were fitted too, which is fair."""
+    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
+    if not row.get("refitted_n"):
+        return (
+            " Those strengths were not fitted to them, so this says that the fit helps, and not which modules matter."
+        )
+    return (
+        f" With strengths fitted to them in as many steps, it beats {row.refitted_beaten:.0f} of "
+        f"{row.refitted_n:.0f} of these sets (p = {row.refitted_p_value:.2g}): that says whether these modules are "
+        "special."
+    )
 
 
 def _against_lowest(run: Run, results: pd.DataFrame, findings: Findings) -> str:
@@ -145,7 +162,8 @@ def _gate(run: Run) -> list[str]:
     said = (
         f"**Conditional.** Every graft is in place only for questions that a gate lets through: {run.gating.open} of "
         f"the {n} `test` questions. It reads the target's residual stream after layer {gate.layer}, and was fitted on "
-        f"the `discover` questions against {' and '.join(against)}."
+        f"the `discover` questions against {' and '.join(against)}. Side effects on texts are measured on other texts "
+        "of the same making."
     )
     return [said, ""]
 
@@ -237,7 +255,7 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         lines += ["", f"Left out, as the config asked: {', '.join(left_out)}."]
     if "unrelated" in wanted and run.other is None:
         lines += ["", "No unrelated ranking: the pair names no other task (give `unrelated:`)."]
-    elif "unrelated" in wanted and not run.unrelated_rules(headline):
+    elif "unrelated" in wanted and not run.controls.has_unrelated(headline):
         lines += ["", f"No unrelated ranking: `{headline}` looks at no task."]
     return lines
 

@@ -70,6 +70,7 @@ class EngineChoice:
             "config": config.model_dump(mode="json"),
             "turned": setup.turned,
             "fingerprints": _work_of(setup),
+            "gate": None if setup.gating is None else setup.gating.saved(),
         }
         if self.name == "processes":
             return Processes(Recipe(f"{__name__}:{cell_worker.__name__}", arguments), self.count, config.threads)
@@ -94,12 +95,14 @@ class CellWorker:
         return self.evaluator.compute(Cell.of(job))
 
 
-def cell_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, str]) -> CellWorker:
+def cell_worker(
+    config: dict[str, Any], turned: bool, fingerprints: dict[str, str], gate: dict[str, Any] | None
+) -> CellWorker:
     """The worker of a run in a process of its own; raises UsageError where it finds other weights than the run has."""
     setup = Setup(parse_config(config))
     if turned:
         setup.turn()
-    return _worker(setup, fingerprints)
+    return _worker(setup, fingerprints, gate)
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,17 @@ class Shipped:
         return Parts(pair, turned, self.task, self.other, self.explore, self.shut)
 
 
-def shipped_worker(config: dict[str, Any], turned: bool, fingerprints: dict[str, str], shipped: Shipped) -> CellWorker:
+def shipped_worker(
+    config: dict[str, Any],
+    turned: bool,
+    fingerprints: dict[str, str],
+    gate: dict[str, Any] | None,
+    shipped: Shipped,
+) -> CellWorker:
     """The worker of a run on another machine; raises UsageError where other weights arrive than were sent."""
     parsed = parse_config(config)
     setup = Setup(parsed, shipped.parts(turned, parsed.device, parsed.one_at_a_time))
-    return _worker(setup, fingerprints, Elsewhere(setup, shipped.elsewhere))
+    return _worker(setup, fingerprints, gate, Elsewhere(setup, shipped.elsewhere))
 
 
 def _work_of(setup: Setup) -> dict[str, str]:
@@ -155,9 +164,16 @@ def _work_of(setup: Setup) -> dict[str, str]:
     return setup.fingerprints | {str(split.role): split.fingerprint for split in setup.splits}
 
 
-def _worker(setup: Setup, fingerprints: dict[str, str], elsewhere: Elsewhere | None = None) -> CellWorker:
+def _worker(
+    setup: Setup,
+    fingerprints: dict[str, str],
+    gate: dict[str, Any] | None,
+    elsewhere: Elsewhere | None = None,
+) -> CellWorker:
     if _work_of(setup) != fingerprints:
         raise UsageError(
             "a worker found other weights or questions than the run began with: leave the files as they are meanwhile"
         )
+    if setup.gating is not None and gate is not None:
+        setup.gating.use(gate)
     return CellWorker(setup, elsewhere)

@@ -112,6 +112,8 @@ class MeasuredRun:
             setup.turn()
         if any(noted[role] != setup.fingerprints[role] for role in ("source", "target")):
             raise UsageError("the models' weights are not those of the run any more: its numbers and new ones differ")
+        if setup.gating is not None:
+            setup.gating.settle(self.folder)
         evaluator = Evaluator(setup)
         if split not in evaluator.splits:
             raise UnknownNameError("split", split, evaluator.splits)

@@ -72,11 +72,17 @@ class Explorer:
 
     @property
     def graft(self) -> Any:
-        """The chosen modules as a graft, as the run makes them."""
+        """The chosen modules as a graft, as the run makes them; without its gate, if it has one.
+
+        Strengths that were fitted are those of the rule's own K modules.
+        """
         from mechtransplant.grafting import Graft
 
-        config = self.run.config
-        return Graft(self.modules, self.strength.value, kv=config.kv, operator=config.operator)
+        config, ranking = self.run.config, self.ranking
+        strength: Any = self.strength.value
+        if "strength" in ranking and set(self.modules) == set(ranking.module[: len(self.modules)]):
+            strength = [strength * own for own in ranking.strength[: len(self.modules)]]
+        return Graft(self.modules, strength, kv=config.kv, operator=config.operator)
 
     # --- what moves --------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,9 @@ def _orders(random: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     ordered = random.k.notna()
     if "set" in random and random["set"].astype(str).str.startswith("order").any():
         ordered = random["set"].astype(str).str.startswith("order")
-    along, alone = random[ordered], random[~ordered]
+    # sets with strengths fitted to them are another control
+    again = random["set"].astype(str).str.startswith("refitted") if "set" in random else ~ordered & ordered
+    along, alone = random[ordered & ~again], random[~ordered & ~again]
     # one K makes no band
     return (along, alone) if along.k.nunique() > 1 else (along.iloc[:0], random)
 

@@ -107,7 +107,10 @@ def per_parameter(
     seed: int = 0,
     **options: Any,
 ) -> Scores:
-    """Another rule's score for every number that is moved (value for weight, as in the knapsack's greedy solution)."""
+    """Another rule's score for every number that is moved (value for weight, as in the knapsack's greedy solution).
+
+    Among scores below 0 the order means little: a large module that harms comes before a small one that harms as much.
+    """
     rule = get_rule(of)
     if rule.takes("kv"):
         options["kv"] = kv

@@ -51,7 +51,8 @@ class Rule:
 
     ``needs``: "nothing", "prompts", "gold answers" or "gradients" (of the gold answer's log-probability). ``cost``: in
     forward and backward passes over the questions, N being the number of modules. ``sign``: what a high score means.
-    ``splits``: which questions it may see, its own first.
+    ``splits``: which questions it may see, its own first. ``refit``: of a rule that fits strengths, what fits those of
+    given modules as well: a function of (pair, task, modules, seed, options) that returns them as a Series by module.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Rule:
     cost: str = ""
     sign: str = ""
     splits: tuple[Role, ...] = DISCOVER
+    refit: Callable[..., Any] | None = None
 
     def check(self, kind: Kinds, options: dict[str, Any]) -> None:
         """Raise UsageError for a kind that the rule cannot score, or an option that it does not take."""
@@ -138,6 +140,7 @@ def register_rule(
     cost: str = "",
     sign: str = "",
     splits: tuple[Role, ...] = DISCOVER,
+    refit: Callable[..., Any] | None = None,
 ) -> Callable[[Score], Score]:
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
     if needs not in get_args(Needs):
@@ -148,7 +151,7 @@ def register_rule(
 
     def add(function: Score) -> Score:
         summary = (function.__doc__ or "").strip().split("\n")[0]
-        RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits)
+        RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits, refit)
         return function
 
     return add
@@ -205,6 +208,19 @@ def kinds_of(kind: Kinds | Sequence[Kind]) -> tuple[Kind, ...]:
     if not kinds:
         raise UsageError("no kind of module was named: expected head, mlp, linear, …, or several of them")
     return kinds
+
+
+def plain_modules(ranking: pd.DataFrame, rule: str, what: str) -> list[str]:
+    """A ranking's modules, best first, for what grafts them all at one strength.
+
+    Raises UsageError for a rule that gives every module a strength of its own.
+    """
+    if "strength" in ranking:
+        raise UsageError(
+            f"rule {rule!r} gives every module a strength of its own, and {what} grafts all at one: use it in a run, "
+            "or with Graft(modules, strengths)"
+        )
+    return [str(m) for m in ranking.module]
 
 
 def scores_of(found: Scores | Fitted) -> Scores:

@@ -20,6 +20,7 @@ from mechtransplant.progress import track
 from mechtransplant.ranking.registry import Fitted, Kinds, register_rule
 from mechtransplant.ranking.sensitivity import WeightChanges, weight_effects
 from mechtransplant.ranking.steps import kept
+from mechtransplant.selection import remembering, selections_of
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -129,13 +130,17 @@ def fit_strengths(
     import pandas as pd
 
     _check(task, steps=steps, sample=sample, batch_size=batch_size, rate=rate, seed=seed)
-    names = list(dict.fromkeys(map(str, modules)))
+    names = list(dict.fromkeys(modules))
     if not names:
         raise UsageError("no modules were named: give those whose strengths are wanted")
     climb = Climb(pair, task, names, "never", sample, rate, batch_size, seed)
     for _ in track(range(steps), "strengths", progress):
         climb.step()
-    return pd.Series(climb.values, index=pd.Index(names, name="module"), name="strength")
+    # the names remember these questions, and those that ranked them
+    seen = {q for selection in selections_of(names) for q in selection.questions} | set(task.keys)
+    return pd.Series(
+        climb.values, index=pd.Index(remembering(names, seen), dtype=object, name="module"), name="strength"
+    )
 
 
 def fit_as_pruned(
@@ -165,6 +170,7 @@ def fit_as_pruned(
     needs="gradients",
     cost="`rounds` × `steps` + `settle` forward and backward passes over `sample` questions",
     sign="it stayed long; beside scores it gives every module a strength",
+    refit=fit_as_pruned,
 )
 def pruned(
     pair: Pair,
@@ -199,20 +205,21 @@ def pruned(
         raise UsageError(f"share: no {wanted} modules have together at most {share:g} of the parameters: give more")
     climb = Climb(pair, task, modules, kv, sample, rate, batch_size, seed)
     weight = np.sqrt(sizes) if share < 1 else np.ones(len(sizes))
-    place = np.zeros(len(modules))
+    score = np.zeros(len(modules))
     for turn in track(range(rounds), "pruning", progress):
         for _ in range(steps):
             climb.step()
         done = (turn + 1) / rounds
         size = max(wanted, round(len(modules) ** (1 - done) * wanted**done))
-        stay = _fitting(climb.importance / weight, climb.alive, sizes, size, share**done * sizes.sum())
-        place[stay] = turn + 1
-        climb.drop(~stay)
+        does = climb.importance / weight
+        # in whole numbers how long it stayed, and among those that left together what it did
+        score[climb.alive] = turn + 0.5 * (does / max(float(does.max()), 1e-12))[climb.alive]
+        climb.drop(~_fitting(does, climb.alive, sizes, size, share**done * sizes.sum()))
     for _ in track(range(settle), "strengths", progress):
         climb.step()
-    # those that left together in the order of what they did
-    last = climb.importance / weight
-    return Fitted(place + 0.5 * last / max(float(last.max()), 1e-12), climb.last)
+    does = climb.importance / weight
+    score[climb.alive] = rounds + 0.5 * (does / max(float(does.max()), 1e-12))[climb.alive]
+    return Fitted(score, climb.last)
 
 
 def _fitting(value: Floats, alive: Bools, sizes: NDArray[np.int64], count: int, limit: float) -> Bools:

@@ -1,0 +1,125 @@
+"""The controls of a run's rules: random sets and orders, the lowest-ranked, another task's, reverse and self.
+
+A rule that fits strengths has two kinds of random sets: all have its own strengths, dealt anew within classes of
+modules; ``refitted_sets`` of them are measured again with strengths that are fitted to them as the rule fits its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
+from mechtransplant.experiment.jobs import Job
+from mechtransplant.experiment.rankings import strengths_in
+from mechtransplant.ranking import get_rule
+from mechtransplant.tasks import Task
+
+if TYPE_CHECKING:
+    from mechtransplant.experiment.run import Run
+
+
+class Controls:
+    """What a run's grafts are compared with, as jobs; K and strength are those that each rule chose."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.config = run, run.config
+
+    def sets(self, rule: str, k: int) -> RandomSets:
+        """Random sets matched to a rule's K modules."""
+        run = self.run
+        return random_matched(run.pair, run.rankings.top(rule, k), self.config.random_sets, self.config.seed + k)
+
+    def in_sets(self, rule: str, k: int, strength: float) -> list[Job]:
+        """Those sets, with the rule's strengths dealt anew where it fits some."""
+        run, found = self.run, self.sets(rule, k)
+        top, own = run.rankings.top(rule, k), run.rankings.strengths(rule, k)
+        return [
+            Job(
+                "random", rule, drawn, strength, deal(run.pair, top, own, drawn) if own else (),
+                set=f"set-{number}", depth=found.depth,
+            )
+            for number, drawn in enumerate(found.sets)
+        ]  # fmt: skip
+
+    def curves(self, rule: str) -> tuple[list[dict[int, tuple[str, ...]]], str]:
+        """(random curves, each K → a set matched to the rule's own; how depth was matched).
+
+        They are the beginnings of random orders; a rule that is learned for one K has orders of its own at each.
+        """
+        run, config, chosen = self.run, self.config, self.run.chosen[rule][self.run.budget][0]
+        sizes = [k for k in run.counts if k < len(run.candidates)]
+        orders: dict[int, RandomOrders] = {}
+        for k in sizes:
+            order = list(map(str, run.rankings.frame(rule, k).module))
+            strictest = k if run.rankings.by_k(rule) else chosen
+            known = next((o for size, o in orders.items() if not run.rankings.by_k(rule)), None)
+            orders[k] = known or random_orders(run.pair, order, config.curve_sets, strictest, config.seed)
+        curves = [{k: orders[k].orders[i][:k] for k in sizes} for i in range(config.curve_sets)]
+        return curves, ", ".join(dict.fromkeys(o.depth for o in orders.values()))
+
+    def along(self, rule: str) -> list[list[Job]]:
+        """The random curves as jobs, one list an order, K ascending."""
+        strength, (curves, depth) = self.run.chosen[rule][self.run.budget][1], self.curves(rule)
+        # an order has a module of the same class at every place, so that strengths keep theirs
+        return [
+            [
+                Job(
+                    "random", rule, drawn, strength, self.run.rankings.strengths(rule, k),
+                    set=f"order-{number}", depth=depth,
+                )
+                for k, drawn in curve.items()
+            ]
+            for number, curve in enumerate(curves)
+        ]  # fmt: skip
+
+    def refitted(self, rule: str) -> list[Job]:
+        """The first random sets of the reported K, each with strengths fitted to it; [] of a rule that fits none."""
+        k, strength = self.run.chosen[rule][self.run.budget]
+        if not self.config.refitted_sets or not self.run.rankings.strengths(rule, k):
+            return []
+        found = self.sets(rule, k)
+        return [
+            Job(
+                "random", rule, drawn, strength, self.run.rankings.refitted(rule, k, number, drawn),
+                set=f"refitted-{number}", depth=found.depth,
+            )
+            for number, drawn in enumerate(found.sets[: self.config.refitted_sets])
+        ]  # fmt: skip
+
+    def random(self, rule: str) -> list[Job]:
+        """Random orders for the whole curve, and random sets at the K that are reported."""
+        jobs = [job for curve in self.along(rule) for job in curve]
+        for k, strength in dict.fromkeys(self.run.chosen[rule].values()):
+            jobs += self.in_sets(rule, k, strength)
+        return [*jobs, *self.refitted(rule)]
+
+    def others(self) -> list[Job]:
+        """Bottom, unrelated, reverse and self."""
+        run, config = self.run, self.config
+        jobs: list[Job] = []
+        for rule in config.with_controls:
+            k, strength = run.chosen[rule][run.budget]
+            ranked, order = run.ranked(rule, k, strength), run.rankings.frame(rule, k)
+            if "bottom" in config.controls:
+                lowest = order[::-1]
+                jobs.append(Job("bottom", rule, tuple(lowest.module[:k]), strength, strengths_in(lowest, k)))
+            if self.has_unrelated(rule) and run.other is not None:
+                names = run.rankings.unrelated(rule, run.other.split(**self._other_sizes(run.other)), k)
+                jobs.append(Job("unrelated", rule, tuple(names.module[:k]), strength, strengths_in(names, k)))
+            if "reverse" in config.controls:
+                jobs.append(Job("reverse", rule, ranked.modules, strength, ranked.strengths, "reverse"))
+            if "self" in config.controls and rule == config.rules[0]:
+                jobs.append(Job("self", rule, ranked.modules, strength, ranked.strengths, "self"))
+        return jobs
+
+    def has_unrelated(self, rule: str) -> bool:
+        """Whether a ranking on another task is wanted, and would be another one."""
+        needs = get_rule(rule).needed(self.config.options_of(rule))
+        return "unrelated" in self.config.controls and needs != "nothing"
+
+    def _other_sizes(self, other: Task) -> dict[str, Any]:
+        """As many questions of the unrelated task as of the run's own, or what it has."""
+        sizes = {key: getattr(self.config.split, key) for key in ("discover", "choose")}
+        distinct = len(set(other.keys))
+        scale = min(1.0, (distinct - 1) / sum(sizes.values()))
+        return {key: max(1, int(n * scale)) for key, n in sizes.items()} | {"test": 1, "seed": self.config.split.seed}
