@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from study_runs import PLANNED, ROOT
+from study_runs import ROOT, planned
 
 from mechtransplant.experiment.screen import best_recipe, run_config
 from mechtransplant.experiment.screen_config import read_screen
@@ -36,7 +36,8 @@ def main() -> None:
             continue
         table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
         for what, (limit, more, said) in RECIPES.items():
-            if config.split.seed not in PLANNED[what]:
+            pair = path.stem.split("-")[0]
+            if (pair, config.split.seed) not in planned(what):
                 continue
             at = best_recipe(table, limit)
             if at is None:

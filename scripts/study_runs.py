@@ -26,9 +26,19 @@ PLANNED: dict[str, tuple[int, ...]] = {
 }
 
 
+#: a pair that is planned on the first split alone, whose adapter every user trains → what
+ONCE = {"gemma": ("paper", "best", "gated", "pruned", "pruned-gated")}
+
+
+def planned(what: str) -> list[tuple[str, int]]:
+    """(pair, split) of the runs of a kind."""
+    once = [(pair, 0) for pair, kinds in ONCE.items() if what in kinds]
+    return [*((pair, split) for pair in PAIRS for split in PLANNED[what]), *once]
+
+
 def folders(what: str, pair: str | None = None, runs: Path = ROOT / "runs") -> list[Path]:
     """The finished runs of a kind."""
-    named = [runs / f"study-{p}-{what}-{s}" for p in PAIRS for s in PLANNED[what] if pair in (None, p)]
+    named = [runs / f"study-{p}-{what}-{s}" for p, s in planned(what) if pair in (None, p)]
     return [folder for folder in named if (folder / "outcome.json").exists()]
 
 
@@ -43,7 +53,7 @@ def study_rows(runs: Path = ROOT / "runs") -> pd.DataFrame:
     """One row a finished run of the study (and rule), as ``runs_table`` has them, with a ``label`` for figures."""
     import pandas as pd
 
-    found = [f for pair in PAIRS for what in PLANNED for f in folders(what, pair, runs)]
+    found = [f for pair in (*PAIRS, *ONCE) for what in PLANNED for f in folders(what, pair, runs)]
     if not found:
         return pd.DataFrame()
     table = runs_table(found)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 from study_claims import CLAIMS, Study, verdict
-from study_runs import PAIRS, PLANNED, ROOT, SPLITS, folders, recipe_of
+from study_runs import PAIRS, PLANNED, ROOT, SPLITS, folders, planned, recipe_of
 
 from mechtransplant.experiment import reported_power, reported_results, runs_table
 from mechtransplant.experiment.words import head_of, row_of
@@ -71,7 +71,7 @@ HARM = ["perplexity, %", "worst other task, points"]
 
 def status() -> str:
     """How much of the study is there."""
-    said = [f"{what} {len(folders(what))} of {len(PAIRS) * len(splits)}" for what, splits in PLANNED.items()]
+    said = [f"{what} {len(folders(what))} of {len(planned(what))}" for what in PLANNED]
     return f"Finished runs: {', '.join(said)}.\n"
 
 

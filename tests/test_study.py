@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import study_claims  # noqa: E402
 from study_claims import CLAIMS, Evidence, Study, verdict  # noqa: E402
-from study_runs import PAIRS, SPLITS  # noqa: E402
+from study_recipes import RECIPES  # noqa: E402
+from study_runs import PAIRS, PLANNED, SPLITS, planned  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,21 @@ def test_several_splits_together() -> None:
     assert verdict([open_, open_], 2) == "undecided"
     assert verdict([yes, no, open_]) == "undecided (holds 1×, undecided 1×, does not 1×)"
     assert len(CLAIMS) == 7
+
+
+def test_every_planned_run_has_a_config_of_its_name() -> None:
+    for what in PLANNED:
+        for pair, split in planned(what):
+            path = ROOT / "configs" / "study" / f"{pair}-{what}-{split}.yaml"
+            # those of recipes are written when their screen has finished
+            assert path.exists() or what in RECIPES, path.name
+            if path.exists():
+                config = read_config(path)
+                assert config.name == f"study-{pair}-{what}-{split}" and config.split.test >= 500
+                assert config.random_sets >= 100 and config.split.seed == split
+                assert (config.gate is not None) == ("gated" in what)
+    for path in (ROOT / "configs" / "study").glob("*-screen-*.yaml"):
+        assert read_screen(path).name == f"study-{path.stem}"
 
 
 def test_the_studys_configs_ask_for_what_it_promises() -> None:
