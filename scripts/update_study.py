@@ -85,6 +85,23 @@ def setting() -> str:
     return markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
 
 
+def screens() -> str:
+    """The best recipe of every kind of modules in every finished screen, by what screens compare: no result."""
+    rows = []
+    for folder in sorted((ROOT / "runs").glob("study-*-screen-*")):
+        if not (folder / "screen.csv").exists():
+            continue
+        table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
+        table = table[table.log_probability.notna()].sort_values("log_probability", ascending=False, kind="stable")
+        for row in table.drop_duplicates("kind").to_dict("records"):
+            size = f"{row['k']} ({100 * row['parameters']:.1f} %)"
+            cells = [folder.name.removeprefix("study-"), row["kind"], f"`{row['rule']}`", row["operator"]]
+            cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", f"{100 * row['accuracy']:.1f}"]
+            rows.append([*cells, f"{100 * row['perplexity_change']:+.1f}"])
+    columns = ["screen", "kind", "best rule", "operator", "strength", "K (of the parameters)"]
+    return markdown([*columns, "log-probability, nats", "right on choose, %", "perplexity, %"], rows)
+
+
 def recipes() -> str:
     """The recipes that a screen chose, on every split."""
     rows = []
@@ -152,6 +169,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "setting": setting,
         "beside": beside,
         "verdicts": verdicts,
+        "screens": screens,
         "recipes": recipes,
         "parts": parts,
     },
