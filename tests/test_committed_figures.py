@@ -109,11 +109,15 @@ def test_committed_figures_are_what_the_tables_give(name: str, tmp_path: Path) -
     assert not stale, "figures that the tables do not give any more"
 
 
+#: of several runs; the study's once one of its runs has finished
+ACROSS = ("reported_rows", "run_rows", *["study"] * bool(len(make_figures.study_rows())))
+
+
 def test_published_figures_are_the_runs_own(tmp_path: Path) -> None:
     for source, target in make_figures.published(make_figures.finished([])).items():
         assert source.read_bytes() == target.read_bytes(), f"{target.name}: run make figures"
     make_figures.draw_across(tmp_path)
-    for name in ("reported_rows", "run_rows"):
+    for name in ACROSS:
         check_same(tmp_path, ROOT / "figures", name)
 
 
@@ -123,7 +127,7 @@ def test_the_benchmarks_figures_are_what_their_results_give(tmp_path: Path) -> N
         check_same(tmp_path, ROOT / "figures", name)
         check_layout(figure)
     assert {p.stem for p in (ROOT / "figures").glob("*.png")} == {
-        *benchmarks_report.pictures(), *make_figures.PUBLISHED, "reported_rows", "run_rows",
+        *benchmarks_report.pictures(), *make_figures.PUBLISHED, *ACROSS,
     }  # fmt: skip
 
 

@@ -219,6 +219,21 @@ def test_side_effects_of_another_budget_say_what_this_run_gains(tmp_path: Path) 
     assert long.outcomes[8].difference != short.outcomes[2].difference
 
 
+def test_the_gate_of_another_run_is_taken(gated: Any, tmp_path: Path) -> None:
+    more = Run(config(k=[5], gate=GATE, side_effects=None), tmp_path / "more", progress=False, reuse=gated.folder)
+    more.execute()
+    assert (tmp_path / "more" / "gate.json").read_bytes() == (gated.folder / "gate.json").read_bytes()
+    other = Run(config(gate={**GATE, "layer": 0}), tmp_path / "other", progress=False, reuse=gated.folder)
+    assert other.reused.gate is None
+
+
+@pytest.mark.parametrize(("effects", "said"), [(None, False), ({"questions": 4, "texts": 0}, False)])
+def test_the_page_says_what_harm_was_measured_on(effects: Any, said: bool, gated: Any, tmp_path: Path) -> None:
+    run = run_experiment(config(gate=GATE, side_effects=effects), tmp_path / "run", False, reuse=gated.folder)
+    assert ("other texts of the same making" in run.summary) == said
+    assert "other texts of the same making" in gated.summary
+
+
 def test_what_is_no_run_gives_no_cells(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no run whose cells could be used again"):
         run_experiment(config(), tmp_path / "run", progress=False, reuse=tmp_path / "nothing")

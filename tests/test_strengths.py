@@ -214,7 +214,8 @@ def test_random_sets_have_the_same_strengths_or_their_own(finished: Any, generat
     assert table.refitted_n == 2 and table.refitted_beaten == (rows.accuracy < table.after).sum()
     assert "2 of them with strengths fitted to them" in finished.summary
     assert "matched random sets with its strengths dealt anew" in finished.summary
-    assert f"it beats {table.refitted_beaten:.0f} of 2 of these sets" in finished.summary
+    assert f"it beats {table.refitted_beaten:.0f} of 2 of them (p = " in finished.summary
+    assert "of which the smallest possible is 0.33)." in finished.summary
     lowest = pd.read_csv(finished.folder / "rankings" / f"pruned-{k}.csv")[::-1][:k]
     (bottom,) = [c for c in cells if c["role"] == "bottom"]
     assert bottom["strengths"] == list(lowest.strength)
@@ -224,7 +225,14 @@ def test_random_sets_have_the_same_strengths_or_their_own(finished: Any, generat
 def test_what_strengths_do_not_go_with(generations: Pair, splits: Splits, tmp_path: Path) -> None:
     for changes, said in (
         ({"operator": "slerp"}, "fits strengths for the operator replace"),
-        ({"rule": "lae", "rule_options": {}}, "none of the rules fits strengths"),
+        ({"rule": "lae", "rule_options": {}}, "no rule with controls fits strengths"),
+        (
+            {"rule": ["lae", "pruned"], "rule_options": {"pruned": FAST}, "controlled": ["lae"]},
+            "no rule with controls fits strengths",
+        ),
+        ({"random_sets": 1}, "2 of 1 random sets cannot be fitted to"),
+        ({"kind": ["attn", "head"]}, "may share weights: give one kind, or head and mlp"),
+        ({"kind": "head", "kv": "group"}, "leave kv out"),
     ):
         with pytest.raises(UsageError, match=said):
             run_experiment(config(**changes), tmp_path / "run", progress=False)
@@ -242,7 +250,7 @@ def test_orders_of_a_rule_that_is_told_its_k(tmp_path: Path) -> None:
     for k in (2, 4, 9):
         drawn = [c for c in cells if c["role"] == "random" and c["k"] == k]
         assert drawn and all(sorted(c["strengths"]) == sorted(order.strength[:k]) for c in drawn)
-    assert "not which modules matter" in run.summary
+    assert "does not separate the choice of modules from the fit." in run.summary
 
 
 def test_any_engine_and_a_second_start(finished: Any, tmp_path: Path) -> None:
@@ -253,8 +261,42 @@ def test_any_engine_and_a_second_start(finished: Any, tmp_path: Path) -> None:
     assert (finished.folder / "cells.jsonl").read_bytes() == before
 
 
-def test_the_explorer_does_not_take_them_for_one_strength(finished: Any) -> None:
-    run = MeasuredRun(finished.folder)
+def test_the_explorer_tells_them_from_one_strength(finished: Any) -> None:
+    run, k = MeasuredRun(finished.folder), len(finished.graft)
     modules = frozenset(map(str, finished.graft.modules))
     assert run.of_set(modules, 1.0, "test", run.budgets[-1]) is None
-    assert run.harm("pruned", len(modules), 1.0) is None
+    found = run.of_set(modules, 1.0, "test", run.budgets[-1], fitted=True)
+    assert found is not None and found.accuracy == finished.outcomes[run.budgets[-1]].after_accuracy
+    again = run.measure(finished.graft.modules, 1.0, "test", finished.graft.strengths)
+    assert again[run.budgets[-1]].accuracy == found.accuracy
+    widget = mt.explore(finished.folder)
+    widget.k.value = k
+    assert widget.graft.modules == finished.graft.modules and widget.graft.strengths == finished.graft.strengths
+    said = widget.text()
+    assert "fitted strengths × 1" in said and "not measured" not in said
+    assert f"strengths={list(finished.graft.strengths)}" in widget.code()
+    widget._clicked(next(iter(widget.chosen)))
+    assert "strengths=" not in widget.code() and set(widget.graft.strengths) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["linear", "head", ["head", "mlp"]])
+def test_a_report_ranks_nothing_more(kind: Any, tmp_path: Path) -> None:
+    # a share that half of the layers would not fit into
+    given = config(kind=kind, k=[2, 3], rule_options={**FAST, "share": 0.15}, side_effects=None, refitted_sets=0)
+    run = run_experiment(given, tmp_path / "run", progress=False)
+    names = {p.name for p in (run.folder / "rankings").iterdir()}
+    assert {n for n in names if "unrelated" not in n} == {"pruned-2.csv", "pruned-3.csv"}
+    assert not (run.folder / "ranking.csv").exists() and len(run.ranking) == len(
+        run.findings.grafts["pruned"]
+    ) - 1 + len(pd.read_csv(run.folder / "rankings" / "pruned-2.csv"))
+    assert (run.folder / "figures" / "k_curve.png").exists()
+    assert ("K of this run, each with a ranking of its own." in run.summary) == (kind == "linear")
+
+
+def test_all_candidates_have_strengths_that_were_fitted_together(tmp_path: Path) -> None:
+    given = {"k": [1.0], "rule_options": FAST, "random_sets": 0, "refitted_sets": 0, "side_effects": None}
+    run = run_experiment(config(**given), tmp_path / "run", progress=False)
+    assert len(run.graft) == 28 and (run.folder / "rankings" / "pruned-28.csv").exists()
+    assert not (run.folder / "ranking.csv").exists()
+    with pytest.raises(UsageError, match="share: no 28 modules"):
+        run_experiment(config(**{**given, "rule_options": {**FAST, "share": 0.5}}), tmp_path / "b", progress=False)

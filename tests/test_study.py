@@ -80,6 +80,9 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                 assert config.name == f"study-{pair}-{what}-{split}" and config.split.test >= 500
                 assert config.random_sets >= 100 and config.split.seed == split
                 assert (config.gate is not None) == ("gated" in what)
+                if "pruned" in what:
+                    assert config.parameters == 0.15 == config.options_of("pruned")["share"]
+                    assert config.refitted_sets == (19 if split == 0 and pair in PAIRS else 0)
     for path in (ROOT / "configs" / "study").glob("*-screen-*.yaml"):
         assert read_screen(path).name == f"study-{path.stem}"
 

@@ -93,8 +93,12 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     from mechtransplant.side_effects import pareto_front
 
     config, title = read_config(folder / "config.yaml"), _pair_of(folder)
-    results, ranking = pd.read_parquet(folder / "results.parquet"), pd.read_csv(folder / "ranking.csv")
-    budget, headline, candidates = int(results.budget.max()), config.rules[0], len(ranking)
+    results = pd.read_parquet(folder / "results.parquet")
+    chosen = {int(b): found for b, found in _json(folder / "outcome.json").items()}
+    budget, headline = int(results.budget.max()), config.rules[0]
+    k = len(chosen[budget]["modules"])
+    ranking = read_ranking(folder, config, headline, k)
+    candidates = len(ranking)
     # verdicts question by question are no figure's
     results = results.drop(columns=["correct", "digest", "beside"], errors="ignore")
     test = results[results.split == "test"]
@@ -103,7 +107,6 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     if len(config.rules) > 1:
         figure, _ = figures.rule_curves(at, budget, candidates, list(config.rules), title=title)
         yield Drawing("rule_curves", figure, at)
-    chosen = {int(b): found for b, found in _json(folder / "outcome.json").items()}
     if len(chosen) > 1:
         marked = {b: len(found["modules"]) for b, found in chosen.items()}
         strength = chosen[budget]["strength"]
@@ -124,8 +127,6 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
             both = pd.concat([grafts, named[named.role == "random"]], ignore_index=True)
             yield Drawing("gain_against_kl", figures.gain_against_harm(both, harm="kl", title=title)[0], both)
     if config.kinds == ("linear",):
-        k = len(chosen[budget]["modules"])
-        ranking = read_ranking(folder, config, headline, k)
         yield Drawing("score_heatmap", figures.score_heatmap(ranking, k, title, f"score by\n{headline}")[0], ranking)
 
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
+from mechtransplant.experiment.rankings import learned_by_k
 from mechtransplant.progress import in_words
+from mechtransplant.ranking import get_rule
 
 if TYPE_CHECKING:
     from mechtransplant.experiment.run import Run
@@ -69,10 +71,15 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
     choose, test = len(run.splits.choose), len(run.splits.test)
     rules, controlled = len(config.rules), len(config.with_controls)
     sizes = [k for k in counts if k < n]
+    refitted = sum(config.refitted_sets for rule in config.with_controls if get_rule(rule).refit)
+    searches = sum(len(counts) if learned_by_k(config, rule) else 1 for rule in config.rules) + refitted
     cells: dict[str, tuple[int, float]] = {
         "on choose": (2 + rules * len(counts) * len(config.strengths), choose),
         "K-curves on test": (2 + rules * len(sizes) + 1, test),
-        "random": (controlled * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets)), test),
+        "random": (
+            controlled * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets)) + refitted,
+            test,
+        ),
     }
     others = controlled * ("bottom" in config.controls)
     others += sum(run.controls.has_unrelated(rule) and run.other is not None for rule in config.with_controls)
@@ -88,7 +95,7 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         length = sum(map(len, [*encoded.prompts, *encoded.completions])) / choose
         cells["side effects"] = (jobs, asked + (spec.texts * spec.tokens / length if run.elsewhere.text is None else 0))
     workers = 1 if run.where.name == "serial" else run.where.count
-    return Estimate(cells, finished, seconds_a_question(run), rules, workers)
+    return Estimate(cells, finished, seconds_a_question(run), searches, workers)
 
 
 def seconds_a_question(run: Run) -> float:

@@ -119,11 +119,14 @@ class Gating:
             shut = set(self.closed(split))
             self.gate.known |= {key: key not in shut for key in split.keys}
 
-    def settle(self, folder: Path) -> None:
-        """Take the gate of a run's folder, or fit one and keep it there; raises FolderError for what is no gate."""
+    def settle(self, folder: Path, known: str | None = None) -> None:
+        """Take the gate of a run's folder, or ``known`` from another, or fit one; it is kept in the folder.
+
+        Raises FolderError for what is no gate.
+        """
         path = folder / "gate.json"
         if not path.exists():
-            write_atomically(path, json.dumps(self.saved()) + "\n")
+            write_atomically(path, known or json.dumps(self.saved()) + "\n")
         try:
             self.use(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -52,6 +52,12 @@ def strengths_in(frame: pd.DataFrame, k: int) -> tuple[float, ...]:
     return tuple(map(float, frame.strength[:k])) if "strength" in frame else ()
 
 
+def learned_by_k(config: RunConfig, rule: str) -> bool:
+    """Whether a rule is learned for one K, which the config leaves to the run."""
+    given = config.options_of(rule)
+    return get_rule(rule).takes("k", given) and "k" not in given
+
+
 class Rankings:
     """Rankings by rule, and by K for rules that are learned for one K."""
 
@@ -80,15 +86,20 @@ class Rankings:
 
     def by_k(self, rule: str) -> bool:
         """Whether the rule is learned for one K, and has another ranking for each."""
-        given = self.config.options_of(rule)
-        return get_rule(rule).takes("k", given) and "k" not in given
+        return learned_by_k(self.config, rule)
 
     def frame(self, rule: str, k: int) -> pd.DataFrame:
         """All modules by a rule, as it is for that K."""
-        if self.by_k(rule) and k < len(self.pair.modules(self.config.kinds)):
+        told = self._told(rule, k)
+        if told:
             path = ranking_path(self.folder, self.config, rule, k)
-            return self._kept(path, lambda: self._rank(rule, self.splits, k=k))
+            return self._kept(path, lambda: self._rank(rule, self.splits, **told))
         return self.of(rule)
+
+    def _told(self, rule: str, k: int) -> dict[str, int]:
+        """The K that a rule is told: all candidates need no search, but strengths that are fitted to them."""
+        some = k < len(self.pair.modules(self.config.kinds)) or get_rule(rule).refit is not None
+        return {"k": k} if some and self.by_k(rule) else {}
 
     def top(self, rule: str, k: int) -> tuple[str, ...]:
         """The K modules to graft."""
@@ -115,7 +126,7 @@ class Rankings:
 
     def unrelated(self, rule: str, splits: Splits, k: int) -> pd.DataFrame:
         """All modules by a rule on another task, as it is for that K."""
-        more = {"k": k} if self.by_k(rule) else {}
+        more = self._told(rule, k)
         name = f"{rule}-{k}-unrelated" if more else f"{rule}-unrelated"
         return self._kept(self.folder / f"rankings/{name}.csv", lambda: self._rank(rule, splits, **more))
 

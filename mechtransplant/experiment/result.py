@@ -68,6 +68,8 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     results.to_parquet(temporary, index=False)
     temporary.replace(run.folder / "results.parquet")
     write_atomically(run.folder / "rules.csv", findings.table.to_csv(index=False, float_format="%.8g"))
+    # before anything says that the run is finished
+    summary = summarise(run, results, findings, plane, effects)
     headline = run.config.rules[0]
     grafts, outcomes = findings.grafts[headline], findings.outcomes[headline]
     gating = run.gating
@@ -77,10 +79,9 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     write_atomically(
         run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
     )
-    summary = summarise(run, results, findings, plane, effects)
     write_atomically(run.folder / "summary.md", summary)
     draw(run.folder)
-    ranking = run.rankings.of(headline)
+    ranking = run.rankings.frame(headline, chosen[run.budget][0])
     return RunResult(run.folder, results, ranking, grafts, outcomes, summary, findings.table, findings, plane)
 
 

@@ -19,6 +19,8 @@ class Reused:
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
     rankings: dict[str, str] = field(default_factory=dict)
     starts: tuple[dict[str, Any], ...] = ()
+    #: its gate, where it is fitted alike
+    gate: str | None = None
     #: what the other run's numbers depend on, besides its config
     began: dict[str, Any] = field(default_factory=dict)
 
@@ -42,16 +44,26 @@ class Reused:
         if all(getattr(config, key) == getattr(other, key) for key in _RANKED_BY):
             paths = [folder / "ranking.csv", *sorted((folder / "rankings").glob("*.csv"))]
             rankings = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in paths if p.exists()}
-        return cls(finished_cells(folder / "cells.jsonl"), rankings, tuple(starts), environment)
+        gate, path = None, folder / "gate.json"
+        if path.exists() and all(getattr(config, key) == getattr(other, key) for key in _GATED_BY):
+            gate = path.read_text(encoding="utf-8")
+        return cls(finished_cells(folder / "cells.jsonl"), rankings, tuple(starts), gate, environment)
 
     def rankings_for(self, began: dict[str, Any]) -> dict[str, str]:
         """The rankings, where they are of the same weights and questions as a run's (see ``run.depends_on``)."""
-        same = all(self.began.get(key) == began.get(key) for key in ("weights", "task", "splits", "explore"))
         others = [content.get("elsewhere", {}).get("unrelated") for content in (self.began, began)]
-        return self.rankings if same and others[0] == others[1] else {}
+        return self.rankings if self._same(began) and others[0] == others[1] else {}
+
+    def gate_for(self, began: dict[str, Any]) -> str | None:
+        """The gate, where it is of the same weights and questions."""
+        return self.gate if self._same(began) else None
+
+    def _same(self, began: dict[str, Any]) -> bool:
+        return all(self.began.get(key) == began.get(key) for key in ("weights", "task", "splits", "explore"))
 
 
-#: keys of a config that decide a ranking
+#: keys of a config that decide a gate, and a ranking
+_GATED_BY = ("pair", "task", "split", "gate", "direction", "batch_size", "dtype", "seed")
 _RANKED_BY = (
     "pair", "task", "split", "rule", "rule_options", "kind", "kv", "budgets", "unrelated", "direction", "batch_size",
     "dtype", "seed",

@@ -90,7 +90,7 @@ class Run(Setup):
         )
         write_compatibility(self.folder, self.pair)
         if self.gating is not None:
-            self.gating.settle(self.folder)
+            self.gating.settle(self.folder, self.reused.gate_for(depends_on(self)))
         self.engine = self.where.make(self, self.elsewhere)
         try:
             result = self._steps()
@@ -306,8 +306,22 @@ def check_strengths(config: RunConfig, rule: str) -> None:
     operator = config.operator if isinstance(config.operator, str) else config.operator.get("name")
     if fits and operator != "replace":
         raise UsageError(f"rule {rule!r} fits strengths for the operator replace: leave operator out, got {operator!r}")
-    if config.refitted_sets and not any(get_rule(r).refit for r in config.rules):
-        raise UsageError("refitted_sets: none of the rules fits strengths (pruned does): leave it out")
+    if fits and len(config.kinds) > 1 and not {*config.kinds} <= {"head", "mlp"}:
+        raise UsageError(
+            f"rule {rule!r} gives every module a strength of its own, and modules of kind {' and '.join(config.kinds)} "
+            "may share weights: give one kind, or head and mlp"
+        )
+    if fits and "head" in config.kinds and config.options_of(rule).get("kv", config.kv) != "never":
+        raise UsageError(
+            f"rule {rule!r} gives every head a strength of its own, and K and V are shared by several: leave kv out"
+        )
+    if config.refitted_sets and not any(get_rule(r).refit for r in config.with_controls):
+        raise UsageError("refitted_sets: no rule with controls fits strengths (pruned does): leave it out")
+    if config.refitted_sets > config.random_sets:
+        raise UsageError(
+            f"refitted_sets: {config.refitted_sets} of {config.random_sets} random sets cannot be fitted to: give as "
+            "many random_sets, or fewer"
+        )
 
 
 def run_experiment(

@@ -113,15 +113,16 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
 
 def _against_refitted(rule: str, findings: Findings) -> str:
     """Where a graft of fitted strengths stands among random sets whose strengths were fitted too, which is fair."""
+    alone = (
+        " Those strengths were not fitted to these sets, so this does not separate the choice of modules from the fit."
+    )
     row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
-    if not row.get("refitted_n"):
-        return (
-            " Those strengths were not fitted to them, so this says that the fit helps, and not which modules matter."
-        )
+    n = row.get("refitted_n")
+    if n is None or math.isnan(n):
+        return alone
     return (
-        f" With strengths fitted to them in as many steps, it beats {row.refitted_beaten:.0f} of "
-        f"{row.refitted_n:.0f} of these sets (p = {row.refitted_p_value:.2g}): that says whether these modules are "
-        "special."
+        f"{alone} With strengths fitted to them in as many steps, it beats {row.refitted_beaten:.0f} of {n:.0f} of "
+        f"them (p = {row.refitted_p_value:.2g}, of which the smallest possible is {1 / (n + 1):.2g})."
     )
 
 
@@ -162,9 +163,11 @@ def _gate(run: Run) -> list[str]:
     said = (
         f"**Conditional.** Every graft is in place only for questions that a gate lets through: {run.gating.open} of "
         f"the {n} `test` questions. It reads the target's residual stream after layer {gate.layer}, and was fitted on "
-        f"the `discover` questions against {' and '.join(against)}. Side effects on texts are measured on other texts "
-        "of the same making."
+        f"the `discover` questions against {' and '.join(against)}."
     )
+    harm = run.config.side_effects
+    if harm is not None and harm.texts and harm.file is None:
+        said += " Side effects on texts are measured on other texts of the same making."
     return [said, ""]
 
 
@@ -329,10 +332,15 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         cells = [point.k, f"{point.strength:g}", percent(point.accuracy)]
         lines.append(row_of([*cells, percent(grafted.iloc[0]) if len(grafted) else "–", band]))
     if run.config.kinds == ("linear",):
-        paper = sorted({max(1, round(share * candidates)) for share in PAPER_SHARES})
-        lines += ["", "## Feed-forward / attention layers among the K highest", ""]
-        lines += ["K at the paper's five shares of the layers: 6.25, 12.5, 25, 50 and 100 %.", ""]
-        lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, paper)))
+        shown, said = (
+            sorted({max(1, round(share * candidates)) for share in PAPER_SHARES}),
+            ("K at the paper's five shares of the layers: 6.25, 12.5, 25, 50 and 100 %."),
+        )
+        if run.rankings.by_k(headline):
+            # there are rankings for the run's own K alone
+            shown, said = run.counts, "K of this run, each with a ranking of its own."
+        lines += ["", "## Feed-forward / attention layers among the K highest", "", said, ""]
+        lines.append(", ".join(f"K = {n}: {f}/{a}" for n, f, a in selected_counts(run, shown)))
     return lines
 
 

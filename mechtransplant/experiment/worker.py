@@ -96,7 +96,7 @@ class CellWorker:
 
 
 def cell_worker(
-    config: dict[str, Any], turned: bool, fingerprints: dict[str, str], gate: dict[str, Any] | None
+    config: dict[str, Any], turned: bool, fingerprints: dict[str, str], gate: dict[str, Any] | None = None
 ) -> CellWorker:
     """The worker of a run in a process of its own; raises UsageError where it finds other weights than the run has."""
     setup = Setup(parse_config(config))

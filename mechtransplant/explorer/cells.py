@@ -76,9 +76,14 @@ class MeasuredRun:
         rows = rows[(rows.role == role) & (rows.split == split) & (rows.budget == budget)]
         return float(rows.accuracy.iloc[0]) if len(rows) else None
 
-    def of_set(self, modules: frozenset[str], strength: float, split: str, budget: int) -> Measured | None:
-        """A set's accuracy, whatever it was measured for; None where this run did not measure it."""
-        correct = self._sets.get((split, modules, float(strength), budget))
+    def of_set(
+        self, modules: frozenset[str], strength: float, split: str, budget: int, fitted: bool = False
+    ) -> Measured | None:
+        """A set's accuracy, whatever it was measured for; None where this run did not measure it.
+
+        ``fitted``: with the strengths that a rule fitted to it, which ``strength`` multiplies.
+        """
+        correct = self._sets.get((split, modules, float(strength), budget, fitted))
         if correct is None:
             return None
         low, high = wilson_interval(int(correct.sum()), len(correct))
@@ -93,15 +98,24 @@ class MeasuredRun:
 
     def harm(self, rule: str, k: int, strength: float) -> dict[str, Any] | None:
         """What a rule's graft costs elsewhere, a row of ``plane.csv``; None where it was not measured."""
-        if self.plane is None or "strength" in self.ranking(rule, k):
+        if self.plane is None:
             return None
         everything = k == len(self.ranking(rule, k))
         mine = (self.plane.role == "all") if everything else (self.plane.role == "graft") & (self.plane["rule"] == rule)
         rows = self.plane[mine & (self.plane.k == k) & (self.plane.strength == strength)]
         return {str(key): value for key, value in rows.iloc[0].items()} if len(rows) else None
 
-    def measure(self, modules: Iterable[str], strength: float = 1.0, split: str = "choose") -> dict[int, Evaluation]:
-        """Measure a set as the run would, and keep nothing: token budget → evaluation. Loads both models."""
+    def measure(
+        self,
+        modules: Iterable[str],
+        strength: float = 1.0,
+        split: str = "choose",
+        strengths: Iterable[float] = (),
+    ) -> dict[int, Evaluation]:
+        """Measure a set as the run would, and keep nothing: token budget → evaluation. Loads both models.
+
+        ``strengths``: the modules' own, which ``strength`` multiplies.
+        """
         from mechtransplant.experiment.evaluator import Cell, Evaluator, unpacked_budgets
         from mechtransplant.experiment.setup import Setup
 
@@ -112,14 +126,13 @@ class MeasuredRun:
             setup.turn()
         if any(noted[role] != setup.fingerprints[role] for role in ("source", "target")):
             raise UsageError("the models' weights are not those of the run any more: its numbers and new ones differ")
-        if setup.gating is not None:
+        if setup.gating is not None and (self.folder / "gate.json").exists():
             setup.gating.settle(self.folder)
         evaluator = Evaluator(setup)
         if split not in evaluator.splits:
             raise UnknownNameError("split", split, evaluator.splits)
-        return unpacked_budgets(
-            evaluator.splits[split], evaluator.compute(Cell(split, "graft", tuple(modules), strength))
-        )
+        cell = Cell(split, "graft", tuple(modules), strength, strengths=tuple(strengths))
+        return unpacked_budgets(evaluator.splits[split], evaluator.compute(cell))
 
     def _recovery(self, correct: Bools, budget: int) -> float | None:
         """Of a set on ``test``, as ``compare`` has it: None where the interval of the gap covers 0."""
@@ -138,18 +151,19 @@ class MeasuredRun:
         return {(str(r["role"]), int(r["budget"])): bools(r["correct"]) for r in rows.to_dict("records")}
 
     @cached_property
-    def _sets(self) -> dict[tuple[str, frozenset[str], float, int], Bools]:
-        """(split, modules, strength, budget) → verdicts."""
+    def _sets(self) -> dict[tuple[str, frozenset[str], float, int, bool], Bools]:
+        """(split, modules, strength, budget, with strengths of their own) → verdicts."""
         known = {}
         for line in (self.folder / "cells.jsonl").read_text(encoding="utf-8").splitlines():
             cell = json.loads(line)
             # of the target under a graft of the source
             if "budgets" not in cell or cell.get("role") in ("source", "reverse", "self"):
                 continue
-            # a chosen set has one strength
-            if "strengths" in cell:
+            fitted = "strengths" in cell
+            # strengths that were dealt, or those of another task
+            if fitted and cell["role"] != "graft":
                 continue
             for budget, found in cell["budgets"].items():
-                key = (cell["split"], frozenset(cell["modules"]), float(cell["strength"]), int(budget))
+                key = (cell["split"], frozenset(cell["modules"]), float(cell["strength"]), int(budget), fitted)
                 known[key] = bools(found["correct"])
         return known

@@ -78,11 +78,20 @@ class Explorer:
         """
         from mechtransplant.grafting import Graft
 
-        config, ranking = self.run.config, self.ranking
-        strength: Any = self.strength.value
-        if "strength" in ranking and set(self.modules) == set(ranking.module[: len(self.modules)]):
-            strength = [strength * own for own in ranking.strength[: len(self.modules)]]
-        return Graft(self.modules, strength, kv=config.kv, operator=config.operator)
+        config, strength = self.run.config, self.strength.value
+        each = [strength * own for own in self.fitted] or strength
+        return Graft(self.modules, each, kv=config.kv, operator=config.operator)
+
+    @property
+    def fitted(self) -> list[float]:
+        """Strengths that the rule fitted to the chosen modules, in their order; [] where it did not."""
+        size = len(self.chosen)
+        ranking = self.run.ranking(self.rule.value, size) if size else self.ranking
+        mine = bool(size) and self.chosen == set(ranking.module[:size])
+        if "strength" not in ranking or not mine:
+            return []
+        own = dict(zip(ranking.module, ranking.strength, strict=True))
+        return [float(own[m]) for m in self.modules]
 
     # --- what moves --------------------------------------------------------------------------------------------------
 
@@ -173,7 +182,10 @@ class Explorer:
         mine = bool(size) and self.chosen == set(run.ranking(rule, size).module[:size])
         name = f"the {size} highest by {rule}" if mine else f"your own {size} modules"
         rows: list[tuple[str, str]] = []
-        measured = {split: run.of_set(frozenset(self.chosen), strength, split, budget) for split in ("choose", "test")}
+        fitted = bool(self.fitted)
+        measured = {
+            split: run.of_set(frozenset(self.chosen), strength, split, budget, fitted) for split in ("choose", "test")
+        }
         for split, found in measured.items():
             rows.append((f"accuracy on {split}", "not measured" if found is None else _share(found)))
         for role in ("target", "source"):
@@ -191,7 +203,8 @@ class Explorer:
             )
         rows += self._harm(rule, strength) if mine else []
         notes = [] if mine else ["Chosen by eye: a number on test is then no held-out number."]
-        parts = [html_table(rows, title=f"{name[0].upper()}{name[1:]}, strength {strength:g}", notes=notes)]
+        how = "fitted strengths × " if fitted else "strength "
+        parts = [html_table(rows, title=f"{name[0].upper()}{name[1:]}, {how}{strength:g}", notes=notes)]
         if all(found is None for found in measured.values()):
             parts.append(f"<p>This run has not measured the set:</p><pre>{escape(self.code())}</pre>")
         if module is not None:
@@ -211,10 +224,11 @@ class Explorer:
     def code(self) -> str:
         """The lines that measure the chosen set as the run would: its splits, direction, operator and token budgets."""
         names = ", ".join(f'"{m}"' for m in self.modules)
+        each = f", strengths={self.fitted}" if self.fitted else ""
         return (
             "from mechtransplant.explorer import MeasuredRun\n\n"
             f"run = MeasuredRun({self.run.folder.as_posix()!r})\n"
-            f"print(run.measure([{names}], strength={self.strength.value:g}))"
+            f"print(run.measure([{names}], strength={self.strength.value:g}{each}))"
         )
 
 

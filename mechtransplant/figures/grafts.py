@@ -107,12 +107,13 @@ def k_curve(
 
 def _orders(random: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(random sets along K, as many at every K, those of one K)."""
+    if "set" in random:
+        # sets with strengths fitted to them are another control
+        random = random[~random["set"].astype(str).str.startswith("refitted")]
     ordered = random.k.notna()
     if "set" in random and random["set"].astype(str).str.startswith("order").any():
         ordered = random["set"].astype(str).str.startswith("order")
-    # sets with strengths fitted to them are another control
-    again = random["set"].astype(str).str.startswith("refitted") if "set" in random else ~ordered & ordered
-    along, alone = random[ordered & ~again], random[~ordered & ~again]
+    along, alone = random[ordered], random[~ordered]
     # one K makes no band
     return (along, alone) if along.k.nunique() > 1 else (along.iloc[:0], random)
 
