@@ -40,11 +40,22 @@ def ranking_path(folder: Path, config: RunConfig, rule: str, k: int | None = Non
 
 
 def read_ranking(folder: Path, config: RunConfig, rule: str, k: int) -> pd.DataFrame:
-    """All modules by a rule as a finished run has them for that K."""
+    """All modules by a rule as a finished run has them for that K.
+
+    Of a rule that is learned for one K, where the run has none for this K, as they are for the nearest.
+    """
     import pandas as pd
 
-    own = ranking_path(folder, config, rule, k)
-    return pd.read_csv(own if own.exists() else ranking_path(folder, config, rule))
+    learned, plain = learned_rankings(folder, rule), ranking_path(folder, config, rule)
+    if k in learned or (learned and not plain.exists()):
+        return pd.read_csv(learned[min(learned, key=lambda size: (abs(size - k), size))])
+    return pd.read_csv(plain)
+
+
+def learned_rankings(folder: Path, rule: str) -> dict[int, Path]:
+    """K → the ranking that a run has for it, of a rule that is learned for one K; {} of any other."""
+    sizes = {path.stem.removeprefix(f"{rule}-"): path for path in (folder / "rankings").glob(f"{rule}-*.csv")}
+    return {int(size): path for size, path in sizes.items() if size.isdigit()}
 
 
 def strengths_in(frame: pd.DataFrame, k: int) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from mechtransplant.errors import UnknownNameError, UsageError
 from mechtransplant.experiment.config import read_config
 from mechtransplant.experiment.drawing import kind_of
 from mechtransplant.experiment.evaluator import bools
-from mechtransplant.experiment.rankings import read_ranking
+from mechtransplant.experiment.rankings import learned_rankings, read_ranking
 from mechtransplant.significance import paired_difference_interval, wilson_interval
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class MeasuredRun:
     def ranking(self, rule: str, k: int) -> pd.DataFrame:
         """All modules by a rule, best first; by a rule that is learned for one K, as it is for that K."""
         return read_ranking(self.folder, self.config, rule, k)
+
+    def is_ranked(self, rule: str, k: int) -> bool:
+        """Whether the run has a rule's ranking for that K: one that is learned for one K has it for the run's own."""
+        learned = learned_rankings(self.folder, rule)
+        return k in learned or not learned
 
     def counts(self, rule: str) -> list[int]:
         """Which K a rule was measured at."""

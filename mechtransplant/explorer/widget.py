@@ -87,8 +87,7 @@ class Explorer:
         """Strengths that the rule fitted to the chosen modules, in their order; [] where it did not."""
         size = len(self.chosen)
         ranking = self.run.ranking(self.rule.value, size) if size else self.ranking
-        mine = bool(size) and self.chosen == set(ranking.module[:size])
-        if "strength" not in ranking or not mine:
+        if "strength" not in ranking or not self._mine():
             return []
         own = dict(zip(ranking.module, ranking.strength, strict=True))
         return [float(own[m]) for m in self.modules]
@@ -179,7 +178,7 @@ class Explorer:
         run, rule, budget, strength = self.run, self.rule.value, self.budget.value, float(self.strength.value)
         # a rule that is learned for one K has another ranking for each
         size = len(self.chosen)
-        mine = bool(size) and self.chosen == set(run.ranking(rule, size).module[:size])
+        mine = self._mine()
         name = f"the {size} highest by {rule}" if mine else f"your own {size} modules"
         rows: list[tuple[str, str]] = []
         fitted = bool(self.fitted)
@@ -211,6 +210,13 @@ class Explorer:
             what = "in the set" if module in self.chosen else "not in the set"
             parts.append(f"<p>{escape(self.buttons[module].tooltip)}, {what}</p>")
         return "\n".join(parts)
+
+    def _mine(self) -> bool:
+        """Whether the chosen modules are the rule's own highest, of a K that it has a ranking for."""
+        size, rule = len(self.chosen), self.rule.value
+        if not size or not self.run.is_ranked(rule, size):
+            return False
+        return self.chosen == set(self.run.ranking(rule, size).module[:size])
 
     def _harm(self, rule: str, strength: float) -> list[tuple[str, str]]:
         row = self.run.harm(rule, len(self.chosen), strength)
