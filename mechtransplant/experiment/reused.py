@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mechtransplant.errors import UsageError
+from mechtransplant.errors import FolderError
 from mechtransplant.experiment.cells import finished_cells
 from mechtransplant.experiment.config import RunConfig, read_config
 
@@ -26,7 +26,7 @@ class Reused:
 
     @classmethod
     def of(cls, folder: Path | None, config: RunConfig) -> Reused:
-        """Those of a run's folder, finished or not; nothing of none. Raises UsageError for what is no run's folder.
+        """Those of a run's folder, finished or not; nothing of none. Raises FolderError for what is no run's folder.
 
         Rankings are taken where the other config agrees with this one in all that decides them.
         """
@@ -37,7 +37,7 @@ class Reused:
             starts = [{"reused": folder.name, **start} for start in environment["starts"]]
             other = read_config(folder / "config.yaml")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
+            raise FolderError(
                 f"{folder} holds no run whose cells could be used again: give a folder that mechtransplant run wrote"
             ) from error
         rankings = {}
