@@ -80,8 +80,10 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
     return RandomSets(list(found.values()), DEPTH_LEVELS[parts])
 
 
-def deal(pair: Pair, modules: Sequence[str], strengths: Sequence[float], drawn: Sequence[str]) -> tuple[float, ...]:
-    """Strengths for a set that is matched to ``modules``: theirs, each to a module of the same class, in order.
+def deal(
+    pair: Pair, modules: Sequence[str], strengths: Sequence[float], sets: Sequence[Sequence[str]]
+) -> list[tuple[float, ...]]:
+    """Strengths for sets that are matched to ``modules``: theirs, each to a module of the same class, in order.
 
     Raises UsageError for a set that is not matched.
     """
@@ -89,10 +91,13 @@ def deal(pair: Pair, modules: Sequence[str], strengths: Sequence[float], drawn: 
     hands: dict[Class, list[float]] = {}
     for module, strength in zip(modules, strengths, strict=True):
         hands.setdefault(group[str(module)], []).append(strength)
-    decks = {its: iter(hand) for its, hand in hands.items()}
-    if Counter(group[str(m)] for m in drawn) != Counter({its: len(hand) for its, hand in hands.items()}):
-        raise UsageError("strengths are dealt to a set that is matched to theirs: draw it by random_matched")
-    return tuple(next(decks[group[str(m)]]) for m in drawn)
+    wanted, found = Counter({its: len(hand) for its, hand in hands.items()}), []
+    for drawn in sets:
+        if Counter(group[str(m)] for m in drawn) != wanted:
+            raise UsageError("strengths are dealt to a set that is matched to theirs: draw it by random_matched")
+        decks = {its: iter(hand) for its, hand in hands.items()}
+        found.append(tuple(next(decks[group[str(m)]]) for m in drawn))
+    return found
 
 
 def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0) -> RandomOrders:

@@ -45,7 +45,7 @@ def worth(pair: Pair, split: Task, modules: Any, strength: Any = 1.0) -> float:
 
 def test_it_climbs_the_derivative(generations: Pair, splits: Splits) -> None:
     modules = ["L0.q_proj", "L2.mlp", "L3H1"]
-    climb = Climb(generations, splits.discover, modules, "never", len(splits.discover), 0.1, 16, 0)
+    climb = Climb(generations, splits.discover, modules, len(splits.discover), 0.1, 16, 0)
     climb.values = np.array([0.7, 1.4, 0.5])
     found = climb._gradient(list(range(len(splits.discover))))
     for at in range(3):
@@ -149,7 +149,7 @@ def test_wrong_input(generations: Pair, splits: Splits) -> None:
     with pytest.raises(UsageError, match="heads that share K and V"):
         rank_modules(generations, splits.discover, "pruned", "head", kv="group")
     with pytest.raises(UsageError, match="strengths are dealt to a set that is matched"):
-        deal(generations, ["L0.q_proj"], [1.0], ["L0.up_proj"])
+        deal(generations, ["L0.q_proj"], [1.0], [("L0.up_proj",)])
 
 
 def test_a_score_for_every_number(generations: Pair, splits: Splits) -> None:

@@ -84,9 +84,6 @@ class Elsewhere:
         """All that decides the side effects of a cell's graft."""
         run, spec = self.run, self.spec
         assert spec is not None
-        fitted = (
-            {"strengths": sorted(zip(map(str, cell.modules), cell.strengths, strict=True))} if cell.strengths else {}
-        )
         return {
             "what": SIDE_EFFECTS,
             **run.fingerprints,
@@ -96,7 +93,7 @@ class Elsewhere:
             "seed": run.config.seed,
             "modules": sorted(cell.modules),
             "strength": cell.strength,
-            **fitted,
+            **cell.own_strengths,
             "test": run.splits.test.fingerprint,
             **({} if run.gating is None else {"gate": run.gating.fingerprint}),
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},

@@ -44,6 +44,12 @@ class Cell:
     whole: bool = True
     strengths: tuple[float, ...] = ()
 
+    @property
+    def own_strengths(self) -> dict[str, Any]:
+        """What the modules' own strengths add to what decides a value: nothing where there are none."""
+        pairs = sorted(zip(map(str, self.modules), self.strengths, strict=True)) if self.strengths else []
+        return {"strengths": pairs} if pairs else {}
+
     def job(self) -> dict[str, Any]:
         """As JSON, for an engine."""
         return {"what": EVALUATION, **asdict(self), "modules": list(map(str, self.modules))}
@@ -98,8 +104,7 @@ class Evaluator:
         }
         if cell.body == "self":
             content["beside"] = "target"
-        if cell.strengths:
-            content["strengths"] = sorted(zip(map(str, cell.modules), cell.strengths, strict=True))
+        content |= cell.own_strengths
         closed = self._closed(cell)
         if closed:
             content["closed"] = sorted(closed)

@@ -54,7 +54,7 @@ class Run(Setup):
         # of the process that ranks alone: a worker may not know a user's own rule
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
-            check_strengths(config, rule)
+        check_strengths(config)
         # before any weights are loaded
         check_folder(config, folder)
         self.reused = Reused.of(reuse, config)
@@ -300,21 +300,23 @@ def check_folder(config: RunConfig, folder: Path) -> None:
         raise FolderError(f"{folder} is not empty and holds no run: choose another --out folder")
 
 
-def check_strengths(config: RunConfig, rule: str) -> None:
-    """Refuse what a rule that fits strengths does not go with, and refitted sets of a rule that fits none."""
-    fits = get_rule(rule).refit is not None
+def check_strengths(config: RunConfig) -> None:
+    """Refuse what rules that fit strengths do not go with, and refitted sets where no rule fits any."""
     operator = config.operator if isinstance(config.operator, str) else config.operator.get("name")
-    if fits and operator != "replace":
-        raise UsageError(f"rule {rule!r} fits strengths for the operator replace: leave operator out, got {operator!r}")
-    if fits and len(config.kinds) > 1 and not {*config.kinds} <= {"head", "mlp"}:
-        raise UsageError(
-            f"rule {rule!r} gives every module a strength of its own, and modules of kind {' and '.join(config.kinds)} "
-            "may share weights: give one kind, or head and mlp"
-        )
-    if fits and "head" in config.kinds and config.options_of(rule).get("kv", config.kv) != "never":
-        raise UsageError(
-            f"rule {rule!r} gives every head a strength of its own, and K and V are shared by several: leave kv out"
-        )
+    for rule in (r for r in config.rules if get_rule(r).refit is not None):
+        if operator != "replace":
+            raise UsageError(
+                f"rule {rule!r} fits strengths for the operator replace: leave operator out, got {operator!r}"
+            )
+        if len(config.kinds) > 1 and not {*config.kinds} <= {"head", "mlp"}:
+            raise UsageError(
+                f"rule {rule!r} gives every module a strength of its own, and modules of kind "
+                f"{' and '.join(config.kinds)} may share weights: give one kind, or head and mlp"
+            )
+        if "head" in config.kinds and config.options_of(rule).get("kv", config.kv) != "never":
+            raise UsageError(
+                f"rule {rule!r} gives every head a strength of its own, and K and V are shared by several: leave kv out"
+            )
     if config.refitted_sets and not any(get_rule(r).refit for r in config.with_controls):
         raise UsageError("refitted_sets: no rule with controls fits strengths (pruned does): leave it out")
     if config.refitted_sets > config.random_sets:

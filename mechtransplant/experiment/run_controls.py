@@ -32,14 +32,12 @@ class Controls:
     def in_sets(self, rule: str, k: int, strength: float) -> list[Job]:
         """Those sets, with the rule's strengths dealt anew where it fits some."""
         run, found = self.run, self.sets(rule, k)
-        top, own = run.rankings.top(rule, k), run.rankings.strengths(rule, k)
+        own = run.rankings.strengths(rule, k)
+        dealt = deal(run.pair, run.rankings.top(rule, k), own, found.sets) if own else [()] * len(found.sets)
         return [
-            Job(
-                "random", rule, drawn, strength, deal(run.pair, top, own, drawn) if own else (),
-                set=f"set-{number}", depth=found.depth,
-            )
-            for number, drawn in enumerate(found.sets)
-        ]  # fmt: skip
+            Job("random", rule, drawn, strength, theirs, set=f"set-{number}", depth=found.depth)
+            for number, (drawn, theirs) in enumerate(zip(found.sets, dealt, strict=True))
+        ]
 
     def curves(self, rule: str) -> tuple[list[dict[int, tuple[str, ...]]], str]:
         """(random curves, each K → a set matched to the rule's own; how depth was matched).

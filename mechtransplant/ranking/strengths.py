@@ -45,16 +45,11 @@ class Climb:
         pair: Pair,
         task: Task,
         modules: Sequence[str],
-        kv: KV,
         sample: int,
         rate: float,
         batch_size: int,
         seed: int,
     ) -> None:
-        if kv != "never" and any(pair.layout.check(m).kind == "head" for m in modules):
-            raise UsageError(
-                "heads that share K and V cannot move them at strengths of their own: fit strengths with kv='never'"
-            )
         self.pair, self.task, self.modules, self.batch_size = pair, task, list(map(str, modules)), batch_size
         self.sample, self.rate, self.rng = min(sample, len(task)), rate, np.random.default_rng(seed)
         self.changes = WeightChanges(pair, self.modules).keep()
@@ -84,7 +79,7 @@ class Climb:
 
     @property
     def importance(self) -> Floats:
-        """What a module does at its strength λ: \|λ ∂L/∂λ\|, and λ times the root mean square of ∂L/∂λ.
+        """What a module does at its strength λ, shape (modules,), in nats: |λ ∂L/∂λ| + λ √mean((∂L/∂λ)²).
 
         At the top of the climb the first is 0 whatever the module does, and the second is not: samples differ.
         """
@@ -133,7 +128,7 @@ def fit_strengths(
     names = list(dict.fromkeys(modules))
     if not names:
         raise UsageError("no modules were named: give those whose strengths are wanted")
-    climb = Climb(pair, task, names, "never", sample, rate, batch_size, seed)
+    climb = Climb(pair, task, names, sample, rate, batch_size, seed)
     for _ in track(range(steps), "strengths", progress):
         climb.step()
     # the names remember these questions, and those that ranked them
@@ -196,6 +191,10 @@ def pruned(
     strength that it had then.
     """
     modules = pair.modules(kind)
+    if kv != "never" and any(pair.layout.check(m).kind == "head" for m in modules):
+        raise UsageError(
+            "heads that share K and V cannot move them at strengths of their own: fit strengths with kv='never'"
+        )
     _check(task, sample=sample, batch_size=batch_size, rate=rate, seed=seed)
     if k is not None and k > len(modules):
         raise UsageError(f"k = {k} is above the {len(modules)} modules: ask for at most that many")
@@ -203,7 +202,7 @@ def pruned(
     wanted = k or 1
     if not 0 < finite_number("share", share) <= 1 or np.sort(sizes)[:wanted].sum() > share * sizes.sum():
         raise UsageError(f"share: no {wanted} modules have together at most {share:g} of the parameters: give more")
-    climb = Climb(pair, task, modules, kv, sample, rate, batch_size, seed)
+    climb = Climb(pair, task, modules, sample, rate, batch_size, seed)
     weight = np.sqrt(sizes) if share < 1 else np.ones(len(sizes))
     score = np.zeros(len(modules))
     for turn in track(range(rounds), "pruning", progress):
