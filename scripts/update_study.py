@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 from study_claims import CLAIMS, Study, verdict
-from study_runs import PAIRS, PLANNED, ROOT, SPLITS, folders, planned, recipe_of
+from study_runs import ONCE, PAIRS, PLANNED, ROOT, SPLITS, folders, planned, recipe_of
 
 from mechtransplant.experiment import reported_power, reported_results, runs_table
 from mechtransplant.experiment.words import head_of, row_of
@@ -82,7 +82,18 @@ def setting() -> str:
         share = f"{row['k']} of {row['candidates']}"
         others = [f"{100 * row[what]:.1f}" for what in ("bottom", "unrelated", "reverse")]
         rows.append([row["pair"], row["seed"], share, *outcome(row), *others, *harm(row)])
-    return markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
+    table = markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
+    return table + pictures("paper", "k_curve", "Accuracy of {} against the number of grafted layers")
+
+
+def pictures(what: str, figure: str, said: str, split: int = 0) -> str:
+    """Figures of the finished runs of a kind on one split, with what they show."""
+    lines = []
+    for pair in (*PAIRS, *ONCE):
+        path = f"runs/study-{pair}-{what}-{split}/figures/{figure}.png"
+        if (ROOT / path).exists():
+            lines.append(f"\n![{said.format(pair)}](../{path})\n")
+    return "".join(lines)
 
 
 def screens() -> str:
@@ -96,10 +107,12 @@ def screens() -> str:
         for row in table.drop_duplicates("kind").to_dict("records"):
             size = f"{row['k']} ({100 * row['parameters']:.1f} %)"
             cells = [folder.name.removeprefix("study-"), row["kind"], f"`{row['rule']}`", row["operator"]]
-            cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", f"{100 * row['accuracy']:.1f}"]
-            rows.append([*cells, f"{100 * row['perplexity_change']:+.1f}"])
+            ends = ", ".join(f"{row[f'{role}_log_probability']:.3f}" for role in ("target", "source"))
+            cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", ends]
+            rows.append([*cells, f"{100 * row['accuracy']:.1f}", f"{100 * row['perplexity_change']:+.1f}"])
     columns = ["screen", "kind", "best rule", "operator", "strength", "K (of the parameters)"]
-    return markdown([*columns, "log-probability, nats", "right on choose, %", "perplexity, %"], rows)
+    columns += ["log-probability, nats", "target, source", "right on choose, %", "perplexity, %"]
+    return markdown(columns, rows) + pictures("screen", "recipe_curves", "Log-probability of {} against parameters")
 
 
 def recipes() -> str:

@@ -33,6 +33,8 @@ def test_the_estimate_counts_the_cells_that_a_run_computes(tmp_path: Path) -> No
     ).estimate()
     assert shared.total == before.total and "shared by 4 workers" in str(shared) and "workers" not in str(before)
     assert f"{before.total:,} cells" in str(before) and f"{computed:,} of them finished" in str(after)
+    again = Run(parse_config(SMALL), tmp_path / "again", progress=False, reuse=tmp_path / "small").estimate()
+    assert f"shares with the {computed:,} cells of the run to reuse" in str(again) and "reuse" not in str(after)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,9 @@ def test_the_numbers_are_those_of_the_library(folder: Path, table: pd.DataFrame)
     assert found.log_probability is not None
     assert row.log_probability == pytest.approx(found.log_probability.mean(), abs=1e-6)
     assert row.accuracy == found.accuracy
+    for role in ("target", "source"):
+        alone = evaluate(getattr(screen.pair, role), screen.splits.choose).log_probability
+        assert alone is not None and row[f"{role}_log_probability"] == pytest.approx(alone.mean(), abs=1e-6)
     texts = neutral_texts(screen.pair.target, 4, 8, 43)
     harm = measure_side_effects(screen.pair, graft, tasks=(), text=texts).frame.set_index("what").change
     assert row.perplexity_change == pytest.approx(harm["perplexity"], abs=1e-6)
@@ -173,3 +176,17 @@ def test_by_the_command(command: Any, tmp_path: Path) -> None:
     assert code == 0, error
     assert "mechtransplant run" in said and {p.suffix for p in (tmp_path / "out" / "figures").iterdir()} >= {".png"}
     assert read_screen(tmp_path / "c.yaml").grafted == (("linear",),)
+
+
+def test_the_figure_draws_the_highest_rules_the_papers_and_both_models() -> None:
+    from mechtransplant.figures import recipe_curves
+
+    names = ["a", "b", "c", "d", "e", "f", "g", "lae"]
+    rows = pd.DataFrame({"rule": names, "kind": "linear", "share": 0.1, "parameters": 0.1})
+    rows = rows.assign(log_probability=[-1.0 - i for i in range(8)], target_log_probability=-9.0)
+    rows = rows.assign(source_log_probability=-0.5)
+    _, (panel,) = recipe_curves(rows)
+    drawn = {line.get_label(): line.get_ydata()[0] for line in panel.lines}
+    assert drawn == {"a": -1, "b": -2, "c": -3, "d": -4, "e": -5, "lae": -8, "target": -9, "source": -0.5}
+    _, (panel,) = recipe_curves(rows[rows["rule"] != "lae"].drop(columns=["target_log_probability"]))
+    assert {line.get_label() for line in panel.lines} == {"a", "b", "c", "d", "e", "f", "source"}

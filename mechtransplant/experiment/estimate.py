@@ -37,6 +37,8 @@ class Estimate:
     seconds: float
     rankings: int
     workers: int = 1
+    #: cells of another run, of which those that this one shares will be taken; how many cannot be known before ranking
+    elsewhere: int = 0
 
     @property
     def total(self) -> int:
@@ -54,6 +56,9 @@ class Estimate:
         done = f", {min(self.finished, self.total):,} of them finished" if self.finished else ""
         rankings = "1 ranking" if self.rankings == 1 else f"{self.rankings} rankings"
         shared = self.remaining_seconds / self.workers
+        others = (
+            f"; less what it shares with the {self.elsewhere:,} cells of the run to reuse" if self.elsewhere else ""
+        )
         together = (
             ""
             if self.workers == 1
@@ -61,7 +66,7 @@ class Estimate:
         )
         return (
             f"{self.total:,} cells{done}, about {in_words(self.remaining_seconds)} on this machine, one after another "
-            f"({1e3 * self.seconds:.3g} ms a question, just measured){together}, and {rankings}: {parts}"
+            f"({1e3 * self.seconds:.3g} ms a question, just measured){together}, and {rankings}: {parts}{others}"
         )
 
 
@@ -95,7 +100,7 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         length = sum(map(len, [*encoded.prompts, *encoded.completions])) / choose
         cells["side effects"] = (jobs, asked + (spec.texts * spec.tokens / length if run.elsewhere.text is None else 0))
     workers = 1 if run.where.name == "serial" else run.where.count
-    return Estimate(cells, finished, seconds_a_question(run), searches, workers)
+    return Estimate(cells, finished, seconds_a_question(run), searches, workers, len(run.reused.cells))
 
 
 def seconds_a_question(run: Run) -> float:

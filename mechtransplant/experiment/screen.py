@@ -168,6 +168,7 @@ class Screen:
                 "kind": "+".join(recipe.kinds), "rule": recipe.rule, "operator": operator,
                 "strength": recipe.strength, "share": recipe.share, "k": len(modules),
             }  # fmt: skip
+            row |= {f"{role}_log_probability": said["log_probability"] for role, said in self.base.items()}
             if modules:
                 graft = Graft(modules, recipe.strength, kv=self.config.kv, operator=recipe.operator)
                 # a set is the same cell whatever ranked it, and whatever else the config compares
@@ -230,7 +231,7 @@ class Screen:
 _DECIDES = ("pair", "task", "split", "rule_options", "kv", "texts", "tokens", "batch_size", "dtype", "seed")
 COLUMNS = [
     "kind", "rule", "operator", "strength", "share", "k", "parameters", "log_probability", "accuracy",
-    "perplexity_change", "kl",
+    "perplexity_change", "kl", "target_log_probability", "source_log_probability",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart; each series also has its own line or marker
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-PURPLE, BLACK = "#CC79A7", "#222222"
+PURPLE, BLACK, SKY = "#CC79A7", "#222222", "#56B4E9"
 COLUMN, PAGE = 3.3, 6.8
 
 STYLE: dict[Any, Any] = {

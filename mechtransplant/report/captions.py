@@ -78,8 +78,8 @@ _CAPTIONS: dict[str, Caption] = {
     "recipe_curves": Caption(
         "The best of",
         "Mean log-probability of the gold answers to the choose questions against the share of parameters that is "
-        "grafted, by kind of module and rule (of more than five, the five that reach highest); every point is the best "
-        "strength and operator.",
+        "grafted, by kind of module and rule (of more than six, those that reach highest, and lae); every point is the "
+        "best strength and operator. Grey: target (dotted) and source (dashed).",
     ),
     "planted_benchmark": Caption(
         "AUROC, pair", "How well every rule finds modules that were planted (AUROC; 0.5 is chance), pair by pair."
