@@ -157,7 +157,7 @@ class RunConfig(Strict):
     strengths: tuple[float, ...] = (1.0,)
     #: what K and strength are chosen by, on ``choose``
     choose_by: Literal["accuracy", "log_probability"] = "accuracy"
-    #: the largest share of the parameters in linear layers that a chosen graft may have
+    #: the largest share of the parameters in linear layers that a chosen graft may change
     parameters: float | None = Field(default=None, gt=0, le=1)
     kv: Literal["never", "group", "whole-group"] = "never"
     operator: str | dict[str, Any] = "replace"
@@ -167,6 +167,8 @@ class RunConfig(Strict):
     curve_sets: int = Field(default=20, ge=0)
     #: of a rule that fits strengths: how many random sets have strengths fitted to them too
     refitted_sets: int = Field(default=0, ge=0)
+    #: with TIES, which keeps the largest changes: how many grafts change as many of the same modules' numbers at random
+    random_weights: int = Field(default=0, ge=0)
     controlled: tuple[str, ...] | None = None
     controls: tuple[Control, ...] = ("bottom", "all", "reverse", "unrelated", "self")
     #: the task whose ranking is the unrelated control; the pair's first other one by default

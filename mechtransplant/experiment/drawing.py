@@ -88,6 +88,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     import pandas as pd
 
     from mechtransplant.experiment.config import read_config
+    from mechtransplant.experiment.jobs import WEIGHTS
     from mechtransplant.experiment.rankings import read_ranking
     from mechtransplant.experiment.summary_effects import label_of
     from mechtransplant.side_effects import pareto_front
@@ -111,7 +112,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
         marked = {b: len(found["modules"]) for b, found in chosen.items()}
         strength = chosen[budget]["strength"]
         figure, _ = figures.budget_grid(test, headline, strength=strength, chosen=marked, title=title)
-        grafts = test[own[test.index] & (test.role != "random")]
+        grafts = test[own[test.index] & ~test.role.isin(["random", WEIGHTS])]
         yield Drawing("budget_grid", figure, grafts)
     if results[(results.role == "graft") & (results["rule"] == headline)].strength.nunique() > 1:
         operator = config.operator if isinstance(config.operator, str) else str(config.operator["name"])

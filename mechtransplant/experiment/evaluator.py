@@ -43,6 +43,8 @@ class Cell:
     body: Body = "graft"
     whole: bool = True
     strengths: tuple[float, ...] = ()
+    #: another operator than the config's
+    operator: dict[str, Any] | None = None
 
     @property
     def own_strengths(self) -> dict[str, Any]:
@@ -61,10 +63,16 @@ class Cell:
         return cls(**{**named, "modules": tuple(job["modules"]), "strengths": tuple(job["strengths"])})
 
 
-def graft_of(config: RunConfig, modules: Sequence[str], strength: float, strengths: Sequence[float] = ()) -> Graft:
+def graft_of(
+    config: RunConfig,
+    modules: Sequence[str],
+    strength: float,
+    strengths: Sequence[float] = (),
+    operator: dict[str, Any] | None = None,
+) -> Graft:
     """A graft as a config makes them; ``strengths`` are the modules' own, which ``strength`` multiplies."""
     each: Any = [strength * own for own in strengths] if strengths else strength
-    return Graft(modules, each, kv=config.kv, operator=config.operator)
+    return Graft(modules, each, kv=config.kv, operator=operator or config.operator)
 
 
 class Evaluator:
@@ -105,6 +113,8 @@ class Evaluator:
         if cell.body == "self":
             content["beside"] = "target"
         content |= cell.own_strengths
+        if cell.operator is not None:
+            content["operator"] = cell.operator
         closed = self._closed(cell)
         if closed:
             content["closed"] = sorted(closed)
@@ -117,7 +127,8 @@ class Evaluator:
 
     def _in_place(self, cell: Cell) -> Graft | ConditionalGraft:
         """A cell's graft; behind the run's gate where that is closed for any of its questions."""
-        plain, gating = self.graft(cell.modules, cell.strength, cell.strengths), self.setup.gating
+        plain = graft_of(self.config, cell.modules, cell.strength, cell.strengths, cell.operator)
+        gating = self.setup.gating
         return plain if gating is None or not self._closed(cell) else ConditionalGraft(plain, accepts=gating.gate)
 
     def compute(self, cell: Cell) -> dict[str, Any]:
@@ -139,6 +150,7 @@ class Evaluator:
             "strength": cell.strength,
             "modules": list(map(str, cell.modules)),
             **({"strengths": list(cell.strengths)} if cell.strengths else {}),
+            **({} if cell.operator is None else {"operator": cell.operator}),
             "budgets": {str(b): packed(e, cell.whole) for b, e in found.items()},
             **({"beside": {str(b): digest(e) for b, e in beside.items()}} if beside else {}),
         }

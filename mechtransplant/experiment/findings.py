@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from mechtransplant.experiment.run import Run
 
 
+#: what is told of a rank among controls
+_RANK = ("n", "beaten", "p_value", "median", "low", "high")
+
+
 @dataclass(frozen=True)
 class Findings:
     """Per rule and token budget the chosen graft and its outcome; ``table`` has one row each."""
@@ -104,9 +108,12 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     }
     for name, ends in (("tir", outcome.tir_interval), ("recovery", outcome.recovery_interval)):
         found[f"{name}_low"], found[f"{name}_high"] = ends or (None, None)
+    changed = graft.changed_count(run.pair)
+    if changed < graft.parameter_count(run.pair) and outcome.parameter_share is not None:
+        found["changed_share"] = outcome.parameter_share * changed / graft.parameter_count(run.pair)
     change, ranks, curve = outcome.log_probability, outcome.controls, outcome.curve
     found["log_probability_change"] = None if change is None else change.change
-    for name in ("n", "beaten", "p_value", "median", "low", "high"):
+    for name in _RANK:
         found[f"random_{name}"] = None if ranks is None else getattr(ranks, name)
     more = outcome.log_probability_controls
     found["random_p_value_log_probability"] = None if more is None else more.p_value
@@ -120,6 +127,11 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
         rank = rank_among(outcome.after_accuracy, again) if again else None
         for name in ("n", "beaten", "p_value", "median"):
             found[f"refitted_{name}"] = None if rank is None else getattr(rank, name)
+    if budget == run.budget and run.controls.reported_weights(rule):
+        drawn = run.controls.reported_weights(rule)
+        heights = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in drawn]
+        rank = rank_among(outcome.after_accuracy, heights)
+        found |= {f"weights_{name}": getattr(rank, name) for name in _RANK} | {"weights_strength": drawn[0].strength}
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)
         found[role] = at[0]["accuracy"] if at and budget == run.budget else None

@@ -82,7 +82,10 @@ def _wanted(stored: dict[str, Any]) -> Cell:
     whole = any("digest" in found for found in stored["budgets"].values())
     body: Any = _BODIES.get(stored["role"], "graft")
     strengths = tuple(stored.get("strengths", ()))
-    return Cell(stored["split"], stored["role"], tuple(stored["modules"]), stored["strength"], body, whole, strengths)
+    return Cell(
+        stored["split"], stored["role"], tuple(stored["modules"]), stored["strength"], body, whole, strengths,
+        stored.get("operator"),
+    )  # fmt: skip
 
 
 def _compared(stored: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -55,10 +55,16 @@ class Run(Setup):
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
         check_strengths(config)
+        check_random_weights(config)
         # before any weights are loaded
         check_folder(config, folder)
         self.reused = Reused.of(reuse, config)
         super().__init__(config)
+        if config.random_weights and self.pair.base is not None:
+            raise UsageError(
+                "random_weights: with an ancestor TIES undoes the target's small changes as well, so as many numbers "
+                "at random are no match: leave base or random_weights out"
+            )
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere, self.controls = Elsewhere(self), Controls(self)
 
@@ -124,6 +130,7 @@ class Run(Setup):
         self._do(choose, sweep, "sweep on choose")
         # as in the paper, every token budget has its own best K
         self.chosen = {rule: {b: self._choose(rule, b) for b in self.budgets} for rule in self.config.rules}
+        self._do(choose, self.controls.weights_on_choose(), "random weights on choose")
         self.baselines = self._baselines(test)
         self._do(test, self._curves(), "K-curves on test")
         for rule in self.config.with_controls:
@@ -246,7 +253,7 @@ class Run(Setup):
         options = [r for r in options if self._small_enough(rule, r["k"])]
         if not options:
             raise UsageError(
-                f"parameters: every graft of {rule} has more than {self.config.parameters:.1%} of the parameters: give "
+                f"parameters: every graft of {rule} changes more than {self.config.parameters:.1%} of them: give "
                 "smaller k, or a larger share"
             )
         if any(r[by] is None for r in options):
@@ -261,7 +268,7 @@ class Run(Setup):
         if limit is None:
             return True
         whole, graft = (self.cells.graft(m, 1.0) for m in (self.pair.modules("linear"), self.rankings.top(rule, k)))
-        return graft.parameter_count(self.pair) <= limit * whole.parameter_count(self.pair)
+        return graft.changed_count(self.pair) <= limit * whole.parameter_count(self.pair)
 
 
 def depends_on(run: Run) -> dict[str, Any]:
@@ -324,6 +331,18 @@ def check_strengths(config: RunConfig) -> None:
             f"refitted_sets: {config.refitted_sets} of {config.random_sets} random sets cannot be fitted to: give as "
             "many random_sets, or fewer"
         )
+
+
+def check_random_weights(config: RunConfig) -> None:
+    """Refuse random weights where the operator keeps all of them, or no rule has controls."""
+    name = config.operator if isinstance(config.operator, str) else config.operator.get("name")
+    if config.random_weights and name != "ties":
+        raise UsageError(
+            f"random_weights: the operator {name} does not keep the largest changes of a module, which is what random "
+            "ones are compared with: give operator: {name: ties, density: …}, or leave random_weights out"
+        )
+    if config.random_weights and not config.with_controls:
+        raise UsageError("random_weights: no rule has controls: name one in controlled, or leave it out")
 
 
 def run_experiment(

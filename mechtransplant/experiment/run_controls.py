@@ -2,6 +2,11 @@
 
 A rule that fits strengths has two kinds of random sets: all have its own strengths, dealt anew within classes of
 modules; ``refitted_sets`` of them are measured again with strengths that are fitted to them as the rule fits its own.
+
+TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules at random,
+divided by the share that is kept (DARE), at the strength among the config's that suits them best on ``choose``. Of a
+graft of all modules, which no random set of modules can be compared with, they say whether it matters which numbers are
+kept.
 """
 
 from __future__ import annotations
@@ -9,8 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
-from mechtransplant.experiment.jobs import Job
+from mechtransplant.experiment.jobs import WEIGHTS, Job
 from mechtransplant.experiment.rankings import strengths_in
+from mechtransplant.grafting import get_operator
+from mechtransplant.grafting.operators import options_of
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -84,12 +91,42 @@ class Controls:
             for number, drawn in enumerate(found.sets[: self.config.refitted_sets])
         ]  # fmt: skip
 
+    def weights(self, rule: str, strength: float, numbers: range) -> list[Job]:
+        """The rule's chosen modules with as many of their numbers as the operator keeps, drawn at random."""
+        k, density = (
+            self.run.chosen[rule][self.run.budget][0],
+            options_of(get_operator(self.config.operator))["density"],
+        )
+        modules, own = self.run.rankings.top(rule, k), self.run.rankings.strengths(rule, k)
+        drawn = {"name": "dare", "density": density, "rescale": "density"}
+        return [
+            Job(
+                WEIGHTS, rule, modules, strength, own, set=f"weights-{number}",
+                operator=drawn | {"seed": self.config.seed + number},
+            )
+            for number in numbers
+        ]  # fmt: skip
+
+    def weights_on_choose(self) -> list[Job]:
+        """One draw at every strength."""
+        rules = self.config.with_controls if self.config.random_weights else ()
+        return [job for rule in rules for s in self.config.strengths for job in self.weights(rule, s, range(1))]
+
+    def reported_weights(self, rule: str) -> list[Job]:
+        """Other draws at the strength that was best on ``choose``; [] where none are wanted."""
+        if not self.config.random_weights or rule not in self.config.with_controls:
+            return []
+        by = self.config.choose_by
+        rows = self.run.rows.where(role=WEIGHTS, split="choose", budget=self.run.budget, rule=rule)
+        best = min(rows, key=lambda row: (-row[by], abs(row["strength"] - 1)))
+        return self.weights(rule, best["strength"], range(1, self.config.random_weights + 1))
+
     def random(self, rule: str) -> list[Job]:
         """Random orders for the whole curve, and random sets at the K that are reported."""
         jobs = [job for curve in self.along(rule) for job in curve]
         for k, strength in dict.fromkeys(self.run.chosen[rule].values()):
             jobs += self.in_sets(rule, k, strength)
-        return [*jobs, *self.refitted(rule)]
+        return [*jobs, *self.refitted(rule), *self.reported_weights(rule)]
 
     def others(self) -> list[Job]:
         """Bottom, unrelated, reverse and self."""

@@ -20,6 +20,11 @@ _FROM_RULES = (
     "random_n", "random_beaten", "random_p_value", "random_median", "random_low", "random_high", "bottom", "unrelated",
     "reverse",
 )  # fmt: skip
+#: columns of grafts whose strengths are fitted, or whose operator drops changes
+_SOMETIMES = (
+    "refitted_n", "refitted_beaten", "refitted_median", "changed_share", "weights_n", "weights_beaten",
+    "weights_p_value", "weights_median", "weights_low", "weights_high", "weights_strength",
+)  # fmt: skip
 
 
 def runs_table(folders: Sequence[str | Path]) -> pd.DataFrame:
@@ -70,8 +75,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             "budget": int(budget),
             "candidates": int(everything.k.iloc[0]) if len(everything) else None,
             **{key: rule[key] for key in _FROM_RULES},
-            # of strengths that were fitted; runs from before there were such have none
-            **{key: rule[key] for key in ("refitted_n", "refitted_beaten", "refitted_median") if key in rule},
+            **{key: rule[key] for key in _SOMETIMES if key in rule},
             "after_low": grafted.low,
             "after_high": grafted.high,
         }

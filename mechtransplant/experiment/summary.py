@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
+from mechtransplant.experiment.jobs import WEIGHTS
 from mechtransplant.experiment.summary_effects import side_effects_of
 from mechtransplant.experiment.words import RATIOS, head_of, interval_of, percent, range_of, ratios, row_of
 from mechtransplant.grafting import Graft
@@ -97,7 +98,7 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
         said = f"no matched random set at K = {len(graft)}: {_no_sets(run)}"
         if curve is not None:
             said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-        return f"`{rule}` has {said}."
+        return f"`{rule}` has {said}.{_against_weights(rule, findings)}"
     sets = run.controls.sets(rule, len(graft))
     fits = bool(run.rankings.strengths(rule, len(graft)))
     what = " with its strengths dealt anew" if fits else ""
@@ -108,7 +109,20 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     )
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-    return f"{said}.{_against_refitted(rule, findings) if fits else ''}"
+    return f"{said}.{_against_refitted(rule, findings) if fits else ''}{_against_weights(rule, findings)}"
+
+
+def _against_weights(rule: str, findings: Findings) -> str:
+    """Where a graft that keeps the largest changes stands among those that keep as many at random; else nothing."""
+    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
+    n = row.get("weights_n")
+    if n is None or math.isnan(n):
+        return ""
+    return (
+        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that change as many numbers, drawn "
+        f"at random (DARE at strength {row.weights_strength:g}, chosen on `choose`; p = {row.weights_p_value:.2g}, of "
+        f"which the smallest possible is {1 / (n + 1):.2g})."
+    )
 
 
 def _against_refitted(rule: str, findings: Findings) -> str:
@@ -189,6 +203,9 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         f"- best K = {k} of {candidates} ({percent(k / candidates)} of the candidates, "
         f"{percent(outcome.parameter_share)} of the numbers in linear layers)",
     ]
+    changed = findings.table[findings.table.rule == headline].sort_values("budget").iloc[-1].get("changed_share")
+    if changed is not None and not math.isnan(changed):
+        lines.append(f"- of those numbers it changes the largest differences alone: {percent(changed)} of all")
     own = run.rankings.strengths(headline, k)
     if own:
         lines.append(
@@ -249,6 +266,11 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     if len(again):
         said = f"the same, {len(again)} of them with strengths fitted to them: median (lowest – highest)"
         lines.append(row_of([said, range_of(again.accuracy), ""]))
+    weights = rows[rows.role == WEIGHTS]
+    if len(weights):
+        said = f"target + as many random numbers of the same modules, {len(weights)} draws at strength "
+        said += f"{weights.strength.iloc[0]:g}: median (lowest – highest)"
+        lines.append(row_of([said, range_of(weights.accuracy), ""]))
     same = self_graft_is_identical(run)
     if same is not None:
         lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
@@ -328,7 +350,8 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
         band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
         if point.k == candidates:
-            band = "a control: all of them select nothing, so this K is never chosen"
+            only = "all of them select nothing"
+            band = only if run.counts == [candidates] else f"a control: {only}, so this K is never chosen"
         cells = [point.k, f"{point.strength:g}", percent(point.accuracy)]
         lines.append(row_of([*cells, percent(grafted.iloc[0]) if len(grafted) else "–", band]))
     if run.config.kinds == ("linear",):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechtransplant.errors import UsageError
-from mechtransplant.figures.style import BLUE, GREEN, GREY, PAGE, new_figure, style
+from mechtransplant.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, new_figure, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,9 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         rows: as :func:`~mechtransplant.experiment.runs_table` has them, the first on top; a column ``label`` names the
             rows, which are otherwise called by run, rule and K.
 
-    Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery); grey is the whole range of the random
-    sets, with their median. Where Recovery is withheld, the right panel has no point. Raises UsageError for lacking
-    columns.
+    Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery); grey is the whole range of the
+    random sets, with their median, and orange that of random weights, where a run has some (columns weights_low,
+    …). Where Recovery is withheld, the right panel has no point. Raises UsageError for lacking columns.
     """
     lacking = [c for c in _NEEDED if c not in getattr(rows, "columns", [])]
     if lacking or not len(rows):
@@ -37,13 +37,14 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
     y = np.arange(len(frame))[::-1]
     with style():
         figure, (left, right) = new_figure(PAGE, 1.15 + 0.24 * len(frame), columns=2)
-        controlled = frame.random_n.notna().to_numpy()
-        band = frame[controlled]
-        left.hlines(
-            y[controlled], 100 * band.random_low, 100 * band.random_high, color=GREY, alpha=0.35, linewidth=6,
-            label="random sets: range, median",
-        )  # fmt: skip
-        left.plot(100 * band.random_median, y[controlled], "|", color=GREY, markersize=7, markeredgewidth=1.2)
+        for kind, name, colour in (("random", "random sets", GREY), ("weights", "random weights", ORANGE)):
+            if f"{kind}_n" not in frame or frame[f"{kind}_n"].isna().all():
+                continue
+            controlled = frame[f"{kind}_n"].notna().to_numpy()
+            low, median, high = (100 * frame[f"{kind}_{end}"][controlled] for end in ("low", "median", "high"))
+            said = f"{name}: range, median"
+            left.hlines(y[controlled], low, high, color=colour, alpha=0.35, linewidth=6, label=said)
+            left.plot(median, y[controlled], "|", color=colour, markersize=7, markeredgewidth=1.2)
         ends = [frame.after - frame.after_low, frame.after_high - frame.after]
         left.errorbar(
             100 * frame.after, y, xerr=100 * np.clip(ends, 0, None), color=BLUE, marker="o", linestyle="none",

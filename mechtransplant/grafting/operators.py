@@ -72,6 +72,12 @@ def get_operator(operator: str | Mapping[str, Any] | Operator) -> Operator:
     return operator
 
 
+def kept_of(operator: Operator, numbers: int, ancestor: bool) -> int:
+    """How many of a part's numbers an operator may change: all, unless it has a method ``kept`` that says fewer."""
+    kept = getattr(operator, "kept", None)
+    return numbers if kept is None else int(kept(numbers, ancestor))
+
+
 def options_of(operator: Operator) -> dict[str, Any]:
     """An operator's options, for a manifest; empty for an operator of your own that is no dataclass."""
     return {f.name: getattr(operator, f.name) for f in fields(operator)} if is_dataclass(operator) else {}
@@ -156,9 +162,13 @@ class Ties:
             merged.div_(torch.where(total != 0, total, 1.0))
         return merged.add_(start)
 
+    def kept(self, numbers: int, ancestor: bool) -> int:
+        """How many of so many numbers change; with an ancestor the target's own small changes are undone as well."""
+        return numbers if ancestor else max(1, int(self.density * numbers))
+
     def _trimmed(self, change: Tensor) -> Tensor:
         """The change, in place, with 0 for all but the largest numbers."""
-        keep = max(1, int(self.density * change.numel()))
+        keep = self.kept(change.numel(), False)
         if keep < change.numel():
             # numpy's selection keeps no table of indices, which would be twice the numbers
             sizes = change.abs().flatten().cpu().numpy()
@@ -193,6 +203,10 @@ class Dare:
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
         change = source - (target if base is None else base)
         return self.dropped(change, self.seed_of(key)).mul_(strength).add_(target)
+
+    def kept(self, numbers: int, ancestor: bool) -> int:
+        """How many of so many numbers change on average."""
+        return round(self.density * numbers)
 
     def seed_of(self, key: str) -> int:
         """The seed of one part's draw."""
