@@ -20,6 +20,8 @@ PLANNED: dict[str, tuple[int, ...]] = {
     "gated": SPLITS,
     "pruned": SPLITS,
     "pruned-gated": SPLITS,
+    "sparse": SPLITS,
+    "sparse-gated": SPLITS,
     "gentle": (0,),
     "heads": (0,),
     "mlps": (0,),
@@ -27,7 +29,7 @@ PLANNED: dict[str, tuple[int, ...]] = {
 
 
 #: a pair that is planned on the first split alone, whose adapter every user trains → what
-ONCE = {"gemma": ("paper", "best", "gated", "pruned", "pruned-gated")}
+ONCE = {"gemma": ("paper", "best", "gated", "pruned", "pruned-gated", "sparse", "sparse-gated")}
 
 
 def planned(what: str) -> list[tuple[str, int]]:

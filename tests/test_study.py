@@ -80,6 +80,8 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                 assert config.name == f"study-{pair}-{what}-{split}" and config.split.test >= 500
                 assert config.random_sets >= 100 and config.split.seed == split
                 assert (config.gate is not None) == ("gated" in what)
+                if "sparse" in what:
+                    assert config.random_weights == 100 and config.parameters == 0.15
                 if "pruned" in what:
                     assert config.parameters == 0.15 == config.options_of("pruned")["share"]
                     assert config.refitted_sets == (19 if split == 0 and pair in PAIRS else 0)
@@ -97,3 +99,5 @@ def test_the_studys_configs_ask_for_what_it_promises() -> None:
                 assert config.split.seed == split and config.split.test == 512 and config.split.choose == 64
             assert run.rule == "lae" and run.random_sets == 100 and set(run.counts(210)) >= {13, 26, 52, 105, 210}
             assert max(screen.shares) == 0.15
+            sparse = read_screen(ROOT / "configs" / "study" / f"{pair}-sparse-screen-{split}.yaml")
+            assert sparse.split == screen.split and sparse.task == screen.task and sparse.counted == "changes"

@@ -106,8 +106,10 @@ class Screen:
         self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))
         self._check_questions()
         self.everything = Graft(self.pair.modules("linear")).parameter_count(self.pair)
-        self._sizes: dict[tuple[str, ...], int] = {}
-        smallest = min(self._size([m]) for kinds in config.grafted for m in self.pair.modules(kinds))
+        self._sizes: dict[tuple[tuple[str, ...], str], int] = {}
+        smallest = min(
+            self._size([m], o) for kinds in config.grafted for m in self.pair.modules(kinds) for o in config.operators
+        )
         if smallest > max(config.shares) * self.everything:
             raise UsageError(
                 f"shares: the smallest module has {smallest / self.everything:.2g} of the parameters, more than "
@@ -162,7 +164,7 @@ class Screen:
         rows = []
         for recipe in track(list(self.recipes()), "recipes", progress):
             order = self._ranking(recipe, folder / "rankings" / f"{'-'.join(recipe.kinds)}-{recipe.rule}.csv")
-            modules = self._within(order, recipe.share)
+            modules = self._within(order, recipe.share, recipe.operator)
             operator = recipe.operator if isinstance(recipe.operator, str) else json.dumps(recipe.operator)
             row: dict[str, Any] = {
                 "kind": "+".join(recipe.kinds), "rule": recipe.rule, "operator": operator,
@@ -175,7 +177,7 @@ class Screen:
                 content = {key: self.began[key] for key in ("settings", "weights", "questions")}
                 content |= {"modules": sorted(modules), "strength": recipe.strength, "operator": operator}
                 found = store.get(content, partial(self._measured, graft))
-                row |= {"parameters": self._size(modules) / self.everything}
+                row |= {"parameters": self._size(modules, recipe.operator) / self.everything}
                 row |= {key: found[key] for key in ("log_probability", "accuracy", "perplexity_change", "kl")}
             rows.append(row)
         return pd.DataFrame(rows, columns=COLUMNS)
@@ -196,20 +198,22 @@ class Screen:
             write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
         return plain_modules(pd.read_csv(path), recipe.rule, "a screen")
 
-    def _within(self, order: Sequence[str], share: float) -> list[str]:
-        """The longest beginning of a ranking that has at most a share of the parameters."""
+    def _within(self, order: Sequence[str], share: float, operator: Any = "replace") -> list[str]:
+        """The longest beginning of a ranking that has (or changes) at most a share of the parameters."""
         limit, low, high = share * self.everything, 0, len(order)
         # sizes grow with the set
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._size(order[:middle]) <= limit else (low, middle - 1)
+            low, high = (middle, high) if self._size(order[:middle], operator) <= limit else (low, middle - 1)
         return list(order[:low])
 
-    def _size(self, modules: Sequence[str]) -> int:
-        names = tuple(sorted(modules))
-        if names not in self._sizes:
-            self._sizes[names] = Graft(names, kv=self.config.kv).parameter_count(self.pair)
-        return self._sizes[names]
+    def _size(self, modules: Sequence[str], operator: Any = "replace") -> int:
+        key = (tuple(sorted(modules)), json.dumps(operator))
+        if key not in self._sizes:
+            graft = Graft(key[0], kv=self.config.kv, operator=operator)
+            changes = self.config.counted == "changes"
+            self._sizes[key] = graft.changed_count(self.pair) if changes else graft.parameter_count(self.pair)
+        return self._sizes[key]
 
     def _asked(self, model: Any) -> dict[str, float | None]:
         choose = self.splits.choose

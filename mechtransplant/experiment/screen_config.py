@@ -25,8 +25,8 @@ class ScreenConfig(Strict):
     """Every combination of ``kinds``, ``rules``, ``operators``, ``strengths`` and ``shares`` is a recipe.
 
     ``kinds`` holds kinds, or lists of kinds that are ranked together. ``shares`` are of the parameters in linear
-    layers. ``texts`` (of so many ``tokens``) measure harm, and ``perplexity`` is the highest rise that the best recipe
-    may have (null: any).
+    layers, of which a graft may have, or (``counted: changes``) change, so much. ``texts`` (of so many ``tokens``)
+    measure harm, and ``perplexity`` is the highest rise that the best recipe may have (null: any).
     """
 
     name: str = "screen"
@@ -39,6 +39,8 @@ class ScreenConfig(Strict):
     operators: tuple[str | dict[str, Any], ...] = ("replace",)
     strengths: tuple[float, ...] = (1.0,)
     shares: tuple[float, ...] = (0.05, 0.1, 0.15)
+    #: what a share counts: the numbers of the grafted modules, or those that the operator changes (TIES drops some)
+    counted: Literal["modules", "changes"] = "modules"
     kv: Literal["never", "group", "whole-group"] = "never"
     texts: int = Field(default=32, ge=0)
     tokens: int = Field(default=64, ge=2)

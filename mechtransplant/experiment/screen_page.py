@@ -57,6 +57,8 @@ def page_of(
             f"| {row['kind']} | `{row['rule']}` | {row['strength']:g} | {row['k']} | {row['parameters']:.1%} | "
             f"{row['log_probability']:.3f} |"
         )
+    if config.counted == "changes":
+        lines += ["", "Parameters are the numbers that a graft changes; where an operator drops changes, it has more."]
     empty = len(table) - len(measured)
     if empty:
         lines += ["", f"{empty} recipes have no module: the first of their ranking is larger than the share."]
