@@ -50,8 +50,23 @@ def outcome(row: dict[str, Any]) -> list[str]:
     )
     recovery = f"{row['recovery']:.0f} {interval(row['recovery_low'], row['recovery_high'], digits=0)}"
     found.append("withheld" if pd.isna(row["recovery"]) else recovery)
-    span = f"{100 * row['random_median']:.1f} ({100 * row['random_low']:.1f} – {100 * row['random_high']:.1f})"
-    return [*found, span, f"{row['random_beaten']:.0f} of {row['random_n']:.0f} (p = {row['random_p_value']:.2g})"]
+    return [*found, *among(row, "random")]
+
+
+def among(row: dict[str, Any], controls: str) -> list[str]:
+    """Median and range of random sets ("random") or random weights ("weights"), and how many are beaten."""
+    n = row.get(f"{controls}_n")
+    if n is None or pd.isna(n):
+        return ["–", "–"]
+    low, median, high = (f"{100 * row[f'{controls}_{end}']:.1f}" for end in ("low", "median", "high"))
+    beaten = f"{row[f'{controls}_beaten']:.0f} of {n:.0f} (p = {row[f'{controls}_p_value']:.2g})"
+    return [f"{median} ({low} – {high})", beaten]
+
+
+def changed(row: dict[str, Any]) -> str:
+    """The share of the candidates' numbers that a graft changes, in per cent."""
+    share = row.get("changed_share")
+    return f"{100 * (row['parameter_share'] if share is None or pd.isna(share) else share):.1f}"
 
 
 OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
@@ -118,15 +133,33 @@ def screens() -> str:
 def recipes() -> str:
     """The recipes that a screen chose, on every split."""
     rows = []
-    for what in ("best", "gated", "gentle", "pruned", "pruned-gated"):
+    for what in ("best", "gated", "gentle", "sparse", "sparse-gated", "pruned", "pruned-gated"):
         for row in runs_table(folders(what)).to_dict("records"):
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
             again = row.get("refitted_n")
             refitted = "–" if pd.isna(again) or not again else refitted_of(row)
-            cells = [row["pair"], row["seed"], what, recipe_of(row), size, *outcome(row), refitted, *harm(row)]
-            rows.append(cells)
-    columns = ["pair", "split", "what", "recipe", "K (of the parameters)", *OUTCOME]
+            weights = ", ".join(dict.fromkeys(among(row, "weights")))
+            cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), *outcome(row)]
+            rows.append([*cells, weights, refitted, *harm(row)])
+    columns = ["pair", "split", "what", "recipe", "K (of the parameters)", "numbers changed, %", *OUTCOME]
+    columns += ["random weights: median (range), %, beaten"]
     return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
+
+
+def headline() -> str:
+    """What README says of the study: every finished run of the paper's rule and of a recipe on the first split."""
+    rows = []
+    for pair in (*PAIRS, *ONCE):
+        for what in ("paper", "best", "gated", "gentle", "sparse", "sparse-gated", "pruned", "pruned-gated"):
+            for row in runs_table([f for f in folders(what, pair) if f.name.endswith("-0")]).to_dict("records"):
+                run = f"[{row['run'].removeprefix('study-')}](runs/{row['run']}/summary.md)"
+                found = outcome(row)[:5]
+                sets, weights = (among(row, which) for which in ("random", "weights"))
+                random = sets if sets[0] != "–" else [f"weights: {weights[0]}", weights[1]]
+                size = f"{row['k']} of {row['candidates']}"
+                rows.append([run, recipe_of(row), size, changed(row), *found, *random, harm(row)[0]])
+    columns = ["run", "recipe", "K", "numbers changed, %", *OUTCOME[:5], "random: median (range), %", "beaten"]
+    return markdown([*columns, HARM[0]], rows)
 
 
 def refitted_of(row: dict[str, Any]) -> str:
@@ -176,6 +209,7 @@ def verdicts() -> str:
 
 #: page → marker → what stands there
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "../README.md": {"study": headline},
     "paper-recipes.md": {"power": power},
     "study.md": {
         "status": status,
