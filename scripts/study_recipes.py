@@ -59,6 +59,7 @@ def written(path: Path, what: str, recipe: Recipe) -> str | None:
     table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
     at = best_recipe(table, recipe.limit)
     if at is None:
+        print(f"{path.stem}: no recipe is {what}")
         return None
     content = yaml.safe_load(run_config(config, table.loc[at]))
     content |= {"name": f"study-{pair}-{what}-{config.split.seed}", "parameters": max(config.shares), "curve_sets": 0}

@@ -16,7 +16,7 @@ import pandas as pd
 from study_claims import CLAIMS, Study, verdict
 from study_runs import ONCE, PAIRS, PLANNED, ROOT, SPLITS, folders, planned, recipe_of
 
-from mechtransplant.experiment import reported_power, reported_results, runs_table
+from mechtransplant.experiment import read_screen, reported_power, reported_results, runs_table
 from mechtransplant.experiment.words import head_of, row_of
 
 
@@ -64,7 +64,7 @@ def among(row: dict[str, Any], controls: str) -> list[str]:
 
 
 def changed(row: dict[str, Any]) -> str:
-    """The share of the candidates' numbers that a graft changes, in per cent."""
+    """The share of the numbers in linear layers that a graft changes, in per cent."""
     share = row.get("changed_share")
     return f"{100 * (row['parameter_share'] if share is None or pd.isna(share) else share):.1f}"
 
@@ -120,9 +120,10 @@ def screens() -> str:
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
         table = table[table.log_probability.notna()].sort_values("log_probability", ascending=False, kind="stable")
         for row in table.drop_duplicates("kind").to_dict("records"):
-            size = f"{row['k']} ({100 * row['parameters']:.1f} %)"
+            counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
+            size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
             cells = [folder.name.removeprefix("study-"), row["kind"], f"`{row['rule']}`", row["operator"]]
-            ends = ", ".join(f"{row[f'{role}_log_probability']:.3f}" for role in ("target", "source"))
+            ends = ", ".join(f"{row.get(f'{role}_log_probability', float('nan')):.3f}" for role in ("target", "source"))
             cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", ends]
             rows.append([*cells, f"{100 * row['accuracy']:.1f}", f"{100 * row['perplexity_change']:+.1f}"])
     columns = ["screen", "kind", "best rule", "operator", "strength", "K (of the parameters)"]
@@ -154,11 +155,11 @@ def headline() -> str:
             for row in runs_table([f for f in folders(what, pair) if f.name.endswith("-0")]).to_dict("records"):
                 run = f"[{row['run'].removeprefix('study-')}](runs/{row['run']}/summary.md)"
                 found = outcome(row)[:5]
-                sets, weights = (among(row, which) for which in ("random", "weights"))
-                random = sets if sets[0] != "–" else [f"weights: {weights[0]}", weights[1]]
                 size = f"{row['k']} of {row['candidates']}"
-                rows.append([run, recipe_of(row), size, changed(row), *found, *random, harm(row)[0]])
-    columns = ["run", "recipe", "K", "numbers changed, %", *OUTCOME[:5], "random: median (range), %", "beaten"]
+                beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "weights")]
+                rows.append([run, recipe_of(row), size, changed(row), *found, *beside, harm(row)[0]])
+    columns = ["run", "recipe", "K", "numbers changed, %", *OUTCOME[:5]]
+    columns += [f"random {which}: median (range), %, beaten" for which in ("sets", "weights")]
     return markdown([*columns, HARM[0]], rows)
 
 

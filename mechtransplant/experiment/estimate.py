@@ -77,7 +77,7 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
     rules, controlled = len(config.rules), len(config.with_controls)
     sizes = [k for k in counts if k < n]
     refitted = sum(config.refitted_sets for rule in config.with_controls if get_rule(rule).refit)
-    weights = controlled if config.random_weights else 0
+    weights = 3 * controlled if config.random_weights else 0
     searches = sum(len(counts) if learned_by_k(config, rule) else 1 for rule in config.rules) + refitted
     cells: dict[str, tuple[int, float]] = {
         "on choose": (2 + (rules * len(counts) + weights) * len(config.strengths), choose),

@@ -334,8 +334,14 @@ def check_strengths(config: RunConfig) -> None:
 
 
 def check_random_weights(config: RunConfig) -> None:
-    """Refuse random weights where the operator keeps all of them, or no rule has controls."""
-    name = config.operator if isinstance(config.operator, str) else config.operator.get("name")
+    """Refuse random weights where the operator does not choose some, or no rule has controls."""
+    given = {"name": config.operator} if isinstance(config.operator, str) else config.operator
+    name = given.get("name")
+    if config.random_weights and (given.get("density") == 1 or given.get("normalize")):
+        raise UsageError(
+            "random_weights: TIES at density 1 keeps every change, and with normalize it ignores the strength: give a "
+            "density below 1 and leave normalize out, or leave random_weights out"
+        )
     if config.random_weights and name != "ties":
         raise UsageError(
             f"random_weights: the operator {name} does not keep the largest changes of a module, which is what random "

@@ -3,21 +3,21 @@
 A rule that fits strengths has two kinds of random sets: all have its own strengths, dealt anew within classes of
 modules; ``refitted_sets`` of them are measured again with strengths that are fitted to them as the rule fits its own.
 
-TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules at random,
-divided by the share that is kept (DARE), at the strength among the config's that suits them best on ``choose``. Of a
-graft of all modules, which no random set of modules can be compared with, they say whether it matters which numbers are
-kept.
+TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules' changes at
+random (DARE). How far those are moved is chosen on ``choose``, from the config's strengths times three scales: each
+number as far as in the source, all as long together (L2) as the whole change, or as large on average. Of a graft of all
+modules, which no random set of modules can be compared with, they say whether it matters which numbers are kept.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
 from mechtransplant.experiment.jobs import WEIGHTS, Job
 from mechtransplant.experiment.rankings import strengths_in
-from mechtransplant.grafting import get_operator
-from mechtransplant.grafting.operators import options_of
+from mechtransplant.grafting import Graft
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -91,14 +91,23 @@ class Controls:
             for number, drawn in enumerate(found.sets[: self.config.refitted_sets])
         ]  # fmt: skip
 
+    @cached_property
+    def _densities(self) -> dict[str, float]:
+        """By rule the share of the differing numbers of its chosen modules that its graft changes."""
+        found = {}
+        for rule in self.config.with_controls:
+            modules = self.run.rankings.top(rule, self.run.chosen[rule][self.run.budget][0])
+            changed = Graft(modules, kv=self.config.kv, operator=self.config.operator).changed_count(self.run.pair)
+            everything = {"name": "ties", "density": 1.0}
+            differing = Graft(modules, kv=self.config.kv, operator=everything).changed_count(self.run.pair)
+            found[rule] = round(changed / max(1, differing), 4)
+        return found
+
     def weights(self, rule: str, strength: float, numbers: range) -> list[Job]:
-        """The rule's chosen modules with as many of their numbers as the operator keeps, drawn at random."""
-        k, density = (
-            self.run.chosen[rule][self.run.budget][0],
-            options_of(get_operator(self.config.operator))["density"],
-        )
+        """The rule's chosen modules with as many of their changes as the operator keeps, drawn at random."""
+        k = self.run.chosen[rule][self.run.budget][0]
         modules, own = self.run.rankings.top(rule, k), self.run.rankings.strengths(rule, k)
-        drawn = {"name": "dare", "density": density, "rescale": "density"}
+        drawn = {"name": "dare", "density": self._densities[rule], "rescale": "density"}
         return [
             Job(
                 WEIGHTS, rule, modules, strength, own, set=f"weights-{number}",
@@ -109,8 +118,12 @@ class Controls:
 
     def weights_on_choose(self) -> list[Job]:
         """One draw at every strength."""
-        rules = self.config.with_controls if self.config.random_weights else ()
-        return [job for rule in rules for s in self.config.strengths for job in self.weights(rule, s, range(1))]
+        jobs: list[Job] = []
+        for rule in self.config.with_controls if self.config.random_weights else ():
+            scales = [self._densities[rule] ** power for power in (1.0, 0.5, 0.0)]
+            strengths = dict.fromkeys(strength * scale for scale in scales for strength in self.config.strengths)
+            jobs += [job for strength in strengths for job in self.weights(rule, strength, range(1))]
+        return jobs
 
     def reported_weights(self, rule: str) -> list[Job]:
         """Other draws at the strength that was best on ``choose``; [] where none are wanted."""
@@ -118,7 +131,7 @@ class Controls:
             return []
         by = self.config.choose_by
         rows = self.run.rows.where(role=WEIGHTS, split="choose", budget=self.run.budget, rule=rule)
-        best = min(rows, key=lambda row: (-row[by], abs(row["strength"] - 1)))
+        best = min(rows, key=lambda row: (-row[by], row["strength"]))
         return self.weights(rule, best["strength"], range(1, self.config.random_weights + 1))
 
     def random(self, rule: str) -> list[Job]:
@@ -135,10 +148,12 @@ class Controls:
         for rule in config.with_controls:
             k, strength = run.chosen[rule][run.budget]
             ranked, order = run.ranked(rule, k, strength), run.rankings.frame(rule, k)
-            if "bottom" in config.controls:
+            # of everything the lowest-ranked are the highest-ranked, whatever the task
+            some = k < len(run.candidates)
+            if "bottom" in config.controls and some:
                 lowest = order[::-1]
                 jobs.append(Job("bottom", rule, tuple(lowest.module[:k]), strength, strengths_in(lowest, k)))
-            if self.has_unrelated(rule) and run.other is not None:
+            if self.has_unrelated(rule) and run.other is not None and some:
                 names = run.rankings.unrelated(rule, run.other.split(**self._other_sizes(run.other)), k)
                 jobs.append(Job("unrelated", rule, tuple(names.module[:k]), strength, strengths_in(names, k)))
             if "reverse" in config.controls:

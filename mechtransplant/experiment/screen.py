@@ -106,7 +106,8 @@ class Screen:
         self.splits = self.task.split(**config.split.model_dump(), explore=exploring_task(run))
         self._check_questions()
         self.everything = Graft(self.pair.modules("linear")).parameter_count(self.pair)
-        self._sizes: dict[tuple[tuple[str, ...], str], int] = {}
+        self._sizes: dict[tuple[str, ...], int] = {}
+        self._changed: dict[tuple[str, str], int] = {}
         smallest = min(
             self._size([m], o) for kinds in config.grafted for m in self.pair.modules(kinds) for o in config.operators
         )
@@ -208,12 +209,20 @@ class Screen:
         return list(order[:low])
 
     def _size(self, modules: Sequence[str], operator: Any = "replace") -> int:
-        key = (tuple(sorted(modules)), json.dumps(operator))
-        if key not in self._sizes:
-            graft = Graft(key[0], kv=self.config.kv, operator=operator)
-            changes = self.config.counted == "changes"
-            self._sizes[key] = graft.changed_count(self.pair) if changes else graft.parameter_count(self.pair)
-        return self._sizes[key]
+        if self.config.counted == "changes" and operator != "replace":
+            # module by module: counting changes computes them, and a set is one of many
+            return sum(self._changes(module, json.dumps(operator)) for module in modules)
+        names = tuple(sorted(modules))
+        if names not in self._sizes:
+            self._sizes[names] = Graft(names, kv=self.config.kv).parameter_count(self.pair)
+        return self._sizes[names]
+
+    def _changes(self, module: str, operator: str) -> int:
+        """How many numbers of a module a graft changes at strength 1."""
+        if (module, operator) not in self._changed:
+            graft = Graft([module], kv=self.config.kv, operator=json.loads(operator))
+            self._changed[module, operator] = graft.changed_count(self.pair)
+        return self._changed[module, operator]
 
     def _asked(self, model: Any) -> dict[str, float | None]:
         choose = self.splits.choose

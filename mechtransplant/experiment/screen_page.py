@@ -58,7 +58,10 @@ def page_of(
             f"{row['log_probability']:.3f} |"
         )
     if config.counted == "changes":
-        lines += ["", "Parameters are the numbers that a graft changes; where an operator drops changes, it has more."]
+        lines += [
+            "",
+            "Parameters are those that a graft changes; where an operator drops changes, its modules have more.",
+        ]
     empty = len(table) - len(measured)
     if empty:
         lines += ["", f"{empty} recipes have no module: the first of their ranking is larger than the share."]
@@ -79,9 +82,10 @@ def _verdict(config: ScreenConfig, measured: pd.DataFrame, best: Any) -> str:
     limit = (
         "" if config.perplexity is None else f" among those that raise perplexity by at most {config.perplexity:.1%}"
     )
+    changed = " changed" if config.counted == "changes" else ""
     return (
         f"**Best{limit}**: K = {row.k} ({row.kind}) by `{row['rule']}`, strength {row.strength:g}, {row.operator}, "
-        f"{row.parameters:.1%} of the parameters: {row.log_probability:.3f} nats."
+        f"{row.parameters:.1%} of the parameters{changed}: {row.log_probability:.3f} nats."
     )
 
 

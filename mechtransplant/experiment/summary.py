@@ -75,7 +75,9 @@ def summarise(
 def _chosen_by(config: RunConfig) -> str:
     said = " by the gold answer's log-probability" if config.choose_by == "log_probability" else ""
     within = (
-        "" if config.parameters is None else f" among grafts of at most {percent(config.parameters)} of the parameters"
+        ""
+        if config.parameters is None
+        else f" among grafts that change at most {percent(config.parameters)} of the parameters"
     )
     return said + within
 
@@ -120,8 +122,8 @@ def _against_weights(rule: str, findings: Findings) -> str:
         return ""
     return (
         f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that change as many numbers, drawn "
-        f"at random (DARE at strength {row.weights_strength:g}, chosen on `choose`; p = {row.weights_p_value:.2g}, of "
-        f"which the smallest possible is {1 / (n + 1):.2g})."
+        f"at random (DARE at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, "
+        f"of which the smallest possible is {1 / (n + 1):.2g})."
     )
 
 
@@ -205,7 +207,8 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     ]
     changed = findings.table[findings.table.rule == headline].sort_values("budget").iloc[-1].get("changed_share")
     if changed is not None and not math.isnan(changed):
-        lines.append(f"- of those numbers it changes the largest differences alone: {percent(changed)} of all")
+        which = "the largest changes of every module" if graft.operator.name == "ties" else "changes drawn at random"
+        lines.append(f"- it keeps {which}: {percent(changed)} of the numbers in linear layers change")
     own = run.rankings.strengths(headline, k)
     if own:
         lines.append(
@@ -269,12 +272,14 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     weights = rows[rows.role == WEIGHTS]
     if len(weights):
         said = f"target + as many random numbers of the same modules, {len(weights)} draws at strength "
-        said += f"{weights.strength.iloc[0]:g}: median (lowest – highest)"
+        said += f"{weights.strength.iloc[0]:.3g}: median (lowest – highest)"
         lines.append(row_of([said, range_of(weights.accuracy), ""]))
     same = self_graft_is_identical(run)
     if same is not None:
         lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
     wanted = run.config.controls if headline in run.config.with_controls else ()
+    if k == len(run.candidates) and {"bottom", "unrelated"} & {*wanted}:
+        lines += ["", "All candidates are grafted: the lowest-ranked, and another task's, would be the same graft."]
     left_out = [c for c in ("bottom", "reverse", "unrelated", "self") if c not in wanted]
     if left_out:
         lines += ["", f"Left out, as the config asked: {', '.join(left_out)}."]

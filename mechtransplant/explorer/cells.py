@@ -164,6 +164,9 @@ class MeasuredRun:
             # of the target under a graft of the source
             if "budgets" not in cell or cell.get("role") in ("source", "reverse", "self"):
                 continue
+            # of the same modules, but numbers at random
+            if "operator" in cell:
+                continue
             fitted = "strengths" in cell
             # strengths that were dealt, or those of another task
             if fitted and cell["role"] != "graft":

@@ -112,6 +112,12 @@ def write(operator: Operator, pair: Pair, region: Region, strength: float, saved
         target.copy_(written(operator, pair, region, strength))
 
 
+def differing(pair: Pair, operator: Operator, region: Region, strength: float) -> int:
+    """How many of a region's numbers the graft would change, as the target stores them."""
+    target = region.of(pair.target_parameters[region.parameter])
+    return int((written(operator, pair, region, strength).to(target) != target).sum())
+
+
 def written(operator: Operator, pair: Pair, region: Region, strength: float) -> Any:
     """A region's new numbers."""
     import torch

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
-from mechtransplant.grafting.applied import Applied, written
-from mechtransplant.grafting.operators import Operator, Replace, get_operator, kept_of, options_of
+from mechtransplant.grafting.applied import Applied, differing, written
+from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
 from mechtransplant.selection import (
@@ -156,16 +156,17 @@ class Graft:
 
     def parameter_count(self, pair: Pair) -> int:
         """How many numbers the graft's modules have."""
-        return sum(self._sizes(pair))
+        parameters = pair.target_parameters
+        return sum(region.of(parameters[region.parameter]).numel() for region in self.regions(pair))
 
     def changed_count(self, pair: Pair) -> int:
-        """How many of them it may change: fewer where the operator drops changes (TIES without an ancestor, DARE)."""
-        return sum(kept_of(self.operator, size, pair.base is not None) for size in self._sizes(pair))
+        """How many of them it changes: all, but for operators that drop changes (TIES, DARE), where they are counted.
 
-    def _sizes(self, pair: Pair) -> list[int]:
-        """How many numbers each written region has."""
-        parameters = pair.target_parameters
-        return [region.of(parameters[region.parameter]).numel() for region in self.regions(pair)]
+        Call it while no graft is in place.
+        """
+        if not getattr(self.operator, "drops", False):
+            return self.parameter_count(pair)
+        return sum(differing(pair, self.operator, *part) for part in self.regions(pair).items())
 
     def consequences(self, pair: Pair) -> list[str]:
         """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""

@@ -72,12 +72,6 @@ def get_operator(operator: str | Mapping[str, Any] | Operator) -> Operator:
     return operator
 
 
-def kept_of(operator: Operator, numbers: int, ancestor: bool) -> int:
-    """How many of a part's numbers an operator may change: all, unless it has a method ``kept`` that says fewer."""
-    kept = getattr(operator, "kept", None)
-    return numbers if kept is None else int(kept(numbers, ancestor))
-
-
 def options_of(operator: Operator) -> dict[str, Any]:
     """An operator's options, for a manifest; empty for an operator of your own that is no dataclass."""
     return {f.name: getattr(operator, f.name) for f in fields(operator)} if is_dataclass(operator) else {}
@@ -140,6 +134,8 @@ class Ties:
     density: float = 0.2
     normalize: bool | None = None
     name: ClassVar[str] = "ties"
+    #: leaves some numbers as they are (see ``Graft.changed_count``)
+    drops: ClassVar[bool] = True
     equation: ClassVar[str] = "b + elect(trim(t − b), λ trim(s − b))"
 
     def __post_init__(self) -> None:
@@ -162,13 +158,9 @@ class Ties:
             merged.div_(torch.where(total != 0, total, 1.0))
         return merged.add_(start)
 
-    def kept(self, numbers: int, ancestor: bool) -> int:
-        """How many of so many numbers change; with an ancestor the target's own small changes are undone as well."""
-        return numbers if ancestor else max(1, int(self.density * numbers))
-
     def _trimmed(self, change: Tensor) -> Tensor:
         """The change, in place, with 0 for all but the largest numbers."""
-        keep = self.kept(change.numel(), False)
+        keep = max(1, int(self.density * change.numel()))
         if keep < change.numel():
             # numpy's selection keeps no table of indices, which would be twice the numbers
             sizes = change.abs().flatten().cpu().numpy()
@@ -185,13 +177,15 @@ class Dare:
     """Drop changes at random and rescale the rest (Yu et al. 2024, arXiv 2311.03099).
 
     ``density`` is the probability of keeping a number. ``rescale`` divides by it ("density", the paper's), or restores
-    the sum of absolute changes ("l1", mergekit's). The draw depends on ``seed`` and the part's name, not on the order.
+    the sum of absolute changes ("l1", mergekit's). The draw depends on ``seed`` and the part's name, not on the order
+    or the device.
     """
 
     density: float = 0.5
     seed: int = 0
     rescale: Literal["l1", "density"] = "l1"
     name: ClassVar[str] = "dare"
+    drops: ClassVar[bool] = True
     equation: ClassVar[str] = "t + λ rescale(drop(s − b))"
 
     def __post_init__(self) -> None:
@@ -204,10 +198,6 @@ class Dare:
         change = source - (target if base is None else base)
         return self.dropped(change, self.seed_of(key)).mul_(strength).add_(target)
 
-    def kept(self, numbers: int, ancestor: bool) -> int:
-        """How many of so many numbers change on average."""
-        return round(self.density * numbers)
-
     def seed_of(self, key: str) -> int:
         """The seed of one part's draw."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}|{key}".encode()).digest()[:7], "big")
@@ -218,8 +208,10 @@ class Dare:
 
         if self.density == 1:
             return change
-        generator = torch.Generator(change.device).manual_seed(seed)
-        mask = torch.bernoulli(torch.full_like(change, self.density), generator=generator)
+        # drawn on the CPU: another device's generator has other numbers
+        generator = torch.Generator().manual_seed(seed)
+        chances = torch.full(change.shape, self.density, dtype=change.dtype)
+        mask = torch.bernoulli(chances, generator=generator).to(change.device)
         if self.rescale == "density":
             return change.mul_(mask).div_(self.density)
         before = change.abs().sum()
