@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 #: the study's runs are called study-PAIR-WHAT-SPLIT
 PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
-#: what → the splits that it is planned on, in the order of tables and figures
-PLANNED: dict[str, tuple[int, ...]] = {
-    "paper": SPLITS,
-    "best": SPLITS,
-    "gated": SPLITS,
-    "pruned": SPLITS,
-    "pruned-gated": SPLITS,
-    "sparse": SPLITS,
-    "sparse-gated": SPLITS,
-    "gentle": (0,),
-    "heads": (0,),
-    "mlps": (0,),
+#: whose adapter every user trains, so that its runs are of the first split alone
+ONCE = ("gemma",)
+_FIRST = (0,)
+_BOTH = {"generations": _FIRST, "instruct": _FIRST}
+#: what → pair → the splits that it is planned on, in the order of tables and figures; what reaches the source with the
+#: fewest parameters on the first split of a pair is repeated on the others
+PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
+    "paper": {"generations": SPLITS, "instruct": SPLITS, "gemma": _FIRST},
+    "best": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
+    "gated": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
+    "sparse": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
+    "sparse-gated": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
+    "gentle": _BOTH,
+    "pruned": {"instruct": _FIRST},
+    "pruned-gated": {"instruct": _FIRST},
+    "heads": _BOTH,
+    "mlps": _BOTH,
 }
-
-
-#: a pair that is planned on the first split alone, whose adapter every user trains → what
-ONCE = {"gemma": ("paper", "best", "gated", "pruned", "pruned-gated", "sparse", "sparse-gated")}
 
 
 def planned(what: str) -> list[tuple[str, int]]:
     """(pair, split) of the runs of a kind."""
-    once = [(pair, 0) for pair, kinds in ONCE.items() if what in kinds]
-    return [*((pair, split) for pair in PAIRS for split in PLANNED[what]), *once]
+    return [(pair, split) for pair, splits in PLANNED[what].items() for split in splits]
 
 
 def folders(what: str, pair: str | None = None, runs: Path = ROOT / "runs") -> list[Path]:
