@@ -135,7 +135,8 @@ CLAIMS: dict[str, tuple[str, Callable[[Study], Evidence]]] = {
     "Few modules suffice": ("Recovery with one eighth of the candidates, against 50 %", few),
     "An inner K is better than all": ("the difference to all candidates, against 0", inner),
     "The target's character is preserved": (
-        "perplexity on its own text (1 %) and accuracy on the worst other task (5 points)",
+        "holds: perplexity's interval up to +1 % and the worst other task's from −5 points; does not: surely more than "
+        "+1 %, or any sure loss on that task",
         preserves,
     ),
 }

@@ -17,8 +17,8 @@ PAIRS, SPLITS = ("generations", "instruct"), (0, 1, 2)
 ONCE = ("gemma",)
 _FIRST = (0,)
 _BOTH = {"generations": _FIRST, "instruct": _FIRST}
-#: what → pair → the splits that it is planned on, in the order of tables and figures; what reaches the source with the
-#: fewest parameters on the first split of a pair is repeated on the others
+#: what → pair → the splits that it is planned on, in the order of tables and figures: the paper's method and one recipe
+#: a pair on all three, chosen by screens and trials on ``choose`` of the first
 PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "paper": {"generations": SPLITS, "instruct": SPLITS, "gemma": _FIRST},
     "best": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},

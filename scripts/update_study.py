@@ -69,14 +69,17 @@ def changed(row: dict[str, Any]) -> str:
     return f"{100 * (row['parameter_share'] if share is None or pd.isna(share) else share):.1f}"
 
 
+#: a graft's size: whose layers, and how much of them
+TOUCHED, CHANGED = "layers touched (of linear layers' weights)", "weights changed (of linear layers'), %"
 OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
 
 
 def harm(row: dict[str, Any]) -> list[str]:
     low, high = row["perplexity_change_low"], row["perplexity_change_high"]
     worst = interval(row["worst_change_low"], row["worst_change_high"], 100)
+    shut = row["gate"] and low == high == 0
     return [
-        f"{100 * row['perplexity_change']:+.1f} {interval(low, high, 100)}",
+        "0 (gate shut for every text)" if shut else f"{100 * row['perplexity_change']:+.1f} {interval(low, high, 100)}",
         f"{row['worst_task']} {100 * row['worst_change']:+.1f} {worst}",
     ]
 
@@ -86,8 +89,8 @@ HARM = ["perplexity, %", "worst other task, points"]
 
 def status() -> str:
     """How much of the study is there."""
-    said = [f"{what} {len(folders(what))} of {len(planned(what))}" for what in PLANNED]
-    return f"Finished runs: {', '.join(said)}.\n"
+    said = [f"`{what}` {len(folders(what))} of {len(planned(what))}" for what in PLANNED]
+    return f"Finished runs so far: {', '.join(said)}.\n"
 
 
 def setting() -> str:
@@ -111,14 +114,20 @@ def pictures(what: str, figure: str, said: str, split: int = 0) -> str:
     return "".join(lines)
 
 
+#: nats that 64 questions hardly tell apart
+NEAR = 0.03
+
+
 def screens() -> str:
     """The best recipe of every kind of modules in every finished screen, by what screens compare: no result."""
-    rows = []
+    rows, near = [], []
     for folder in sorted((ROOT / "runs").glob("study-*-screen-*")):
         if not (folder / "screen.csv").exists():
             continue
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
         table = table[table.log_probability.notna()].sort_values("log_probability", ascending=False, kind="stable")
+        close = int((table.log_probability >= table.log_probability.iloc[0] - NEAR).sum()) - 1
+        near.append(f"In {folder.name} {close} of {len(table)} recipes lie within {NEAR} nats of the first.")
         for row in table.drop_duplicates("kind").to_dict("records"):
             counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
             size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
@@ -126,9 +135,10 @@ def screens() -> str:
             ends = ", ".join(f"{row.get(f'{role}_log_probability', float('nan')):.3f}" for role in ("target", "source"))
             cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", ends]
             rows.append([*cells, f"{100 * row['accuracy']:.1f}", f"{100 * row['perplexity_change']:+.1f}"])
-    columns = ["screen", "kind", "best rule", "operator", "strength", "K (of the parameters)"]
+    columns = ["screen", "kind", "best rule", "operator", "strength", "K (of linear layers' weights)"]
     columns += ["log-probability, nats", "target, source", "right on choose, %", "perplexity, %"]
-    return markdown(columns, rows) + pictures("screen", "recipe_curves", "Log-probability of {} against parameters")
+    shown = pictures("screen", "recipe_curves", "Log-probability of {} against parameters")
+    return markdown(columns, rows) + "\n" + " ".join(near) + "\n" + shown
 
 
 def recipes() -> str:
@@ -137,13 +147,14 @@ def recipes() -> str:
     for what in ("best", "gated", "gentle", "sparse", "sparse-gated", "pruned", "pruned-gated"):
         for row in runs_table(folders(what)).to_dict("records"):
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
+            unrelated = "–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}"
             again = row.get("refitted_n")
             refitted = "–" if pd.isna(again) or not again else refitted_of(row)
             weights = ", ".join(dict.fromkeys(among(row, "weights")))
             cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), *outcome(row)]
-            rows.append([*cells, weights, refitted, *harm(row)])
-    columns = ["pair", "split", "what", "recipe", "K (of the parameters)", "numbers changed, %", *OUTCOME]
-    columns += ["random weights: median (range), %, beaten"]
+            rows.append([*cells, unrelated, weights, refitted, *harm(row)])
+    columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME, "another task's layers, %"]
+    columns += ["as many changes at random: median (range), %, beaten"]
     return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
 
 
@@ -157,10 +168,11 @@ def headline() -> str:
                 found = outcome(row)[:5]
                 size = f"{row['k']} of {row['candidates']}"
                 beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "weights")]
-                rows.append([run, recipe_of(row), size, changed(row), *found, *beside, harm(row)[0]])
-    columns = ["run", "recipe", "K", "numbers changed, %", *OUTCOME[:5]]
-    columns += [f"random {which}: median (range), %, beaten" for which in ("sets", "weights")]
-    return markdown([*columns, HARM[0]], rows)
+                beside.append("–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}")
+                rows.append([run, recipe_of(row), size, changed(row), *found, *beside, *harm(row)])
+    columns = ["run", "recipe", "layers touched", CHANGED, *OUTCOME[:5]]
+    columns += [f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes at random")]
+    return markdown([*columns, "another task's layers, %", *HARM], rows) + "\n" + status()
 
 
 def refitted_of(row: dict[str, Any]) -> str:
@@ -175,7 +187,7 @@ def parts() -> str:
         for row in runs_table(folders(what)).to_dict("records"):
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
             rows.append([row["pair"], row["kind"], f"`{row['rule']}`", size, *outcome(row), *harm(row)])
-    return markdown(["pair", "kind", "rule", "K (of the parameters)", *OUTCOME, *HARM], rows)
+    return markdown(["pair", "kind", "rule", TOUCHED, *OUTCOME, *HARM], rows)
 
 
 def beside() -> str:

@@ -146,7 +146,7 @@ def test_the_page_and_the_table_say_where_the_graft_stands(run: Any) -> None:
     assert "never chosen" not in run.summary and "would be the same graft" in run.summary
     assert not set(run.results.role) & {"bottom", "unrelated"}
     _, (left, _) = run_rows(table)
-    assert any("random weights" in str(h.get_label()) for h in left.get_legend_handles_labels()[0])
+    assert any("as many changes at random" in str(h.get_label()) for h in left.get_legend_handles_labels()[0])
 
 
 def test_a_draw_is_the_same_when_it_is_computed_again(run: Any) -> None:
@@ -172,7 +172,7 @@ def test_the_estimate_counts_them(run: Any, tmp_path: Any) -> None:
             {"pair": {"source": "repo:family/first", "target": "repo:family/second", "base": "repo:family/first"}},
             "with an ancestor",
         ),
-        ({"operator": {"name": "ties", "density": 0.2}}, "changes more than 16.0% of them"),
+        ({"operator": {"name": "ties", "density": 0.2}}, "changes more than 16.0% of the parameters"),
     ],
 )
 def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: str, tmp_path: Any) -> None:

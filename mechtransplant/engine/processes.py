@@ -67,6 +67,9 @@ class Processes:
         finally:
             for thread in threads:
                 thread.join()
+            if stop.is_set():
+                # what was being started meanwhile
+                self.close()
 
     def close(self) -> None:
         """End the processes."""

@@ -253,8 +253,8 @@ class Run(Setup):
         options = [r for r in options if self._small_enough(rule, r["k"])]
         if not options:
             raise UsageError(
-                f"parameters: every graft of {rule} changes more than {self.config.parameters:.1%} of them: give "
-                "smaller k, or a larger share"
+                f"parameters: every graft of {rule} changes more than {self.config.parameters:.1%} of the parameters: "
+                "give smaller k, or a larger share"
             )
         if any(r[by] is None for r in options):
             raise UsageError(f"choose_by: {by} is not known of this task's answers: choose by accuracy")

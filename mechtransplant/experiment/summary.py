@@ -49,9 +49,8 @@ def summarise(
         "",
         f"Source `{run.pair.source.name}`, target `{run.pair.target.name}`; {len(run.candidates)} candidates "
         f"({', '.join(config.kinds)}). "
-        f"Found on {len(run.splits.discover)} `discover` questions{explored}, K and strength chosen on "
-        f"{len(run.splits.choose)} `choose` questions{explored}{_chosen_by(config)}, reported on "
-        f"{len(run.splits.test)} `test` questions that selected nothing.",
+        f"Found on {len(run.splits.discover)} `discover` questions{explored}, {_chosen_how(run, explored)}, reported "
+        f"on {len(run.splits.test)} `test` questions that selected nothing.",
         "",
         f"**Verdict.** {verdict(run, headline, findings)}{_against_lowest(run, results, findings)}",
         "",
@@ -70,6 +69,13 @@ def summarise(
     lines += _searches(run, results)
     lines += _consequences(run, findings.grafts[headline][run.budget], outcomes[run.budget])
     return "\n".join(lines) + "\n"
+
+
+def _chosen_how(run: Run, explored: str) -> str:
+    """What K and strength were chosen on, where there was a choice."""
+    if len(run.counts) * len(run.config.strengths) == 1:
+        return "K and strength as the config gives them"
+    return f"K and strength chosen on {len(run.splits.choose)} `choose` questions{explored}{_chosen_by(run.config)}"
 
 
 def _chosen_by(config: RunConfig) -> str:
@@ -259,6 +265,8 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         if len(found):
             row = found.iloc[0]
             said = label.format(k=k, strength=strength, all=len(run.candidates), other=other)
+            if role == "all" and (strength != 1 or graft.operator.name != "replace"):
+                said += f" at strength {strength:g}, {graft.operator.name}: not the source"
             lines.append(row_of([said, percent(row.accuracy), interval_of((row.low, row.high))]))
     drawn = rows[(rows.role == "random") & (rows.k == k) & (rows.strength == strength)]
     drawn = drawn[drawn.set.str.startswith("set")]
@@ -353,7 +361,8 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         same = test[(test.k == point.k) & (test.strength == point.strength)]
         grafted = same[same.role == "graft"].accuracy
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
-        band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else _no_sets(run) if len(grafted) else "–"
+        none = _no_sets(run) if run.config.curve_sets else "no random order was asked for"
+        band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else none if len(grafted) else "–"
         if point.k == candidates:
             only = "all of them select nothing"
             band = only if run.counts == [candidates] else f"a control: {only}, so this K is never chosen"
@@ -401,7 +410,8 @@ def _consequences(run: Run, graft: Graft, outcome: Outcome) -> list[str]:
     if graft.operator.name != "replace":
         options = ", ".join(f"{key} = {value}" for key, value in options_of(graft.operator).items())
         said = f" ({options})" if options else ""
-        ancestor = "" if run.pair.base is None else f"; ancestor b: {run.pair.base.name}"
+        alone = "; no ancestor, so b = t" if " b" in graft.operator.equation else ""
+        ancestor = alone if run.pair.base is None else f"; ancestor b: {run.pair.base.name}"
         consequences.insert(0, f"operator {graft.operator.name}{said}: {graft.operator.equation}{ancestor}")
     if graft.kv != "never" and "head" in run.config.kinds and outcome.controls is not None:
         consequences.append("random sets have as many heads, but K/V that follow them may be more or fewer")

@@ -46,9 +46,19 @@ def side_effects_of(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> lis
         lines += [
             "",
             f"{len(random)} of the random sets: gain {points(gain.min())} to {points(gain.max())} points, accuracy "
-            f"elsewhere {points(kept.min())} to {points(kept.max())} points.",
+            f"elsewhere {points(kept.min())} to {points(kept.max())} points{_random_texts(effects)}.",
         ]
     return lines
+
+
+def _random_texts(effects: pd.DataFrame) -> str:
+    """What random sets do to texts: a graft that beats them may also move the model further."""
+    said = ""
+    for what, form in (("perplexity", "{:+.1%}"), ("KL", "{:.3g}")):
+        found = effects[(effects.role == "random") & (effects.what == what)].change
+        if len(found):
+            said += f", {what} {form.format(found.min())} to {form.format(found.max())}"
+    return said
 
 
 def _texts(run: Run, effects: pd.DataFrame) -> str:
