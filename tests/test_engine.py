@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -133,6 +134,23 @@ def test_a_recipe_that_fails_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not engine._started
     with pytest.raises(UsageError, match="workers must be a whole number of at least 1"):
         Processes(RECIPE, 0)
+
+
+def test_a_process_that_was_being_started_is_ended_too(two: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, both, ends = Processes._start, threading.Barrier(2), threading.Lock()
+
+    def start(self: Processes) -> Any:
+        both.wait()
+        if ends.acquire(blocking=False):
+            raise UsageError("the first of two")
+        # the other has failed by now, and the engine has ended what it had
+        time.sleep(0.3)
+        return real(self)
+
+    monkeypatch.setattr(Processes, "_start", start)
+    with pytest.raises(UsageError, match="the first of two"):
+        two.run(numbers(4), lambda at, result: None)
+    assert not two._started
 
 
 def test_a_process_that_cannot_make_its_worker_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
