@@ -54,7 +54,8 @@ def outcome(row: dict[str, Any]) -> list[str]:
 
 
 def among(row: dict[str, Any], controls: str) -> list[str]:
-    """Median and range of random sets ("random") or random weights ("weights"), and how many are beaten."""
+    """Median and range of random sets ("random"; "tuned": at their own strength) or random weights ("weights"), and how
+    many are beaten."""
     n = row.get(f"{controls}_n")
     if n is None or pd.isna(n):
         return ["–", "–"]
@@ -150,10 +151,11 @@ def recipes() -> str:
             unrelated = "–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}"
             again = row.get("refitted_n")
             refitted = "–" if pd.isna(again) or not again else refitted_of(row)
-            weights = ", ".join(dict.fromkeys(among(row, "weights")))
+            tuned, weights = (", ".join(dict.fromkeys(among(row, which))) for which in ("tuned", "weights"))
             cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), *outcome(row)]
-            rows.append([*cells, unrelated, weights, refitted, *harm(row)])
-    columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME, "another task's layers, %"]
+            rows.append([*cells, tuned, unrelated, weights, refitted, *harm(row)])
+    columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME]
+    columns += ["at the strength that suits them", "another task's layers, %"]
     columns += ["as many changes at random: median (range), %, beaten"]
     return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
 

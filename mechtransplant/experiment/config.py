@@ -165,6 +165,8 @@ class RunConfig(Strict):
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=100, ge=0)
     curve_sets: int = Field(default=20, ge=0)
+    #: strengths among which, and the graft's, the one that suits random sets best on ``choose`` is found
+    random_strengths: tuple[float, ...] = ()
     #: of a rule that fits strengths: how many random sets have strengths fitted to them too
     refitted_sets: int = Field(default=0, ge=0)
     #: with TIES, which keeps the largest changes: how many grafts change as many of the same modules' numbers at random
@@ -185,7 +187,7 @@ class RunConfig(Strict):
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 
-    @field_validator("k", "strengths", "budgets", mode="before")
+    @field_validator("k", "strengths", "random_strengths", "budgets", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         values = [value] if isinstance(value, int | float) else value

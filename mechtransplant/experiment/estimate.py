@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.experiment.rankings import learned_by_k
+from mechtransplant.experiment.run_controls import TRIED
 from mechtransplant.progress import in_words
 from mechtransplant.ranking import get_rule
 
@@ -78,14 +79,21 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
     sizes = [k for k in counts if k < n]
     refitted = sum(config.refitted_sets for rule in config.with_controls if get_rule(rule).refit)
     weights = 3 * controlled if config.random_weights else 0
+    tuned = controlled if config.random_strengths else 0
     searches = sum(len(counts) if learned_by_k(config, rule) else 1 for rule in config.rules) + refitted
     cells: dict[str, tuple[int, float]] = {
-        "on choose": (2 + (rules * len(counts) + weights) * len(config.strengths), choose),
+        "on choose": (
+            2
+            + (rules * len(counts) + weights) * len(config.strengths)
+            + TRIED * tuned * (1 + len(config.random_strengths)),
+            choose,
+        ),
         "K-curves on test": (2 + rules * len(sizes) + 1, test),
         "random": (
             controlled
             * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets) + config.random_weights)
-            + refitted,
+            + refitted
+            + tuned * config.random_sets,
             test,
         ),
     }

@@ -127,11 +127,11 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
         rank = rank_among(outcome.after_accuracy, again) if again else None
         for name in ("n", "beaten", "p_value", "median"):
             found[f"refitted_{name}"] = None if rank is None else getattr(rank, name)
-    if budget == run.budget and run.controls.reported_weights(rule):
-        drawn = run.controls.reported_weights(rule)
-        heights = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in drawn]
-        rank = rank_among(outcome.after_accuracy, heights)
-        found |= {f"weights_{name}": getattr(rank, name) for name in _RANK} | {"weights_strength": drawn[0].strength}
+    for what, jobs in (("tuned", run.controls.tuned(rule)), ("weights", run.controls.reported_weights(rule))):
+        if budget == run.budget and jobs:
+            heights = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in jobs]
+            rank = rank_among(outcome.after_accuracy, heights)
+            found |= {f"{what}_{name}": getattr(rank, name) for name in _RANK} | {f"{what}_strength": jobs[0].strength}
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)
         found[role] = at[0]["accuracy"] if at and budget == run.budget else None

@@ -130,6 +130,7 @@ class Run(Setup):
         self._do(choose, sweep, "sweep on choose")
         # as in the paper, every token budget has its own best K
         self.chosen = {rule: {b: self._choose(rule, b) for b in self.budgets} for rule in self.config.rules}
+        self._do(choose, self.controls.tuned_on_choose(), "strengths of random sets on choose")
         self._do(choose, self.controls.weights_on_choose(), "random weights on choose")
         self.baselines = self._baselines(test)
         self._do(test, self._curves(), "K-curves on test")

@@ -3,6 +3,9 @@
 A rule that fits strengths has two kinds of random sets: all have its own strengths, dealt anew within classes of
 modules; ``refitted_sets`` of them are measured again with strengths that are fitted to them as the rule fits its own.
 
+Random sets have the graft's strength, which was chosen for the graft. With ``random_strengths`` the strength that suits
+three of them best on ``choose`` is found, and all are measured at that one too.
+
 TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules' changes at
 random (DARE). How far those are moved is chosen on ``choose``, from the config's strengths times three scales: each
 number as far as in the source, all as long together (L2) as the whole change, or as large on average. Of a graft of all
@@ -11,6 +14,7 @@ modules, which no random set of modules can be compared with, they say whether i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +27,10 @@ from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
     from mechtransplant.experiment.run import Run
+
+
+#: random sets that strengths are tried on
+TRIED = 3
 
 
 class Controls:
@@ -91,6 +99,36 @@ class Controls:
             for number, drawn in enumerate(found.sets[: self.config.refitted_sets])
         ]  # fmt: skip
 
+    def tuned_on_choose(self) -> list[Job]:
+        """Three random sets of every rule's reported graft, at every strength that may suit them better."""
+        jobs: list[Job] = []
+        for rule in self.config.with_controls if self.config.random_strengths else ():
+            k, own = self.run.chosen[rule][self.run.budget]
+            for strength in dict.fromkeys((own, *self.config.random_strengths)):
+                jobs += self._tuned(self.in_sets(rule, k, strength)[:TRIED])
+        return jobs
+
+    def tuned(self, rule: str) -> list[Job]:
+        """The random sets of a rule's reported graft at the strength that suits them best on ``choose``.
+
+        [] where none is asked for; where it is the graft's own, they are its random sets.
+        """
+        if not self.config.random_strengths or rule not in self.config.with_controls:
+            return []
+        k, own = self.run.chosen[rule][self.run.budget]
+        rows = self.run.rows.where(role="random", split="choose", budget=self.run.budget, rule=rule)
+        by: dict[float, list[float]] = {}
+        for row in rows:
+            by.setdefault(row["strength"], []).append(row[self.config.choose_by])
+        if not by:
+            return []
+        best = max(by, key=lambda strength: (sum(by[strength]), strength == own))
+        return self._tuned(self.in_sets(rule, k, best))
+
+    @staticmethod
+    def _tuned(jobs: list[Job]) -> list[Job]:
+        return [replace(job, set=job.set.replace("set", "tuned")) for job in jobs]
+
     @cached_property
     def _densities(self) -> dict[str, float]:
         """By rule the share of the differing numbers of its chosen modules that its graft changes."""
@@ -139,7 +177,7 @@ class Controls:
         jobs = [job for curve in self.along(rule) for job in curve]
         for k, strength in dict.fromkeys(self.run.chosen[rule].values()):
             jobs += self.in_sets(rule, k, strength)
-        return [*jobs, *self.refitted(rule), *self.reported_weights(rule)]
+        return [*jobs, *self.refitted(rule), *self.tuned(rule), *self.reported_weights(rule)]
 
     def others(self) -> list[Job]:
         """Bottom, unrelated, reverse and self."""

@@ -23,7 +23,8 @@ _FROM_RULES = (
 #: columns of grafts whose strengths are fitted, or whose operator drops changes
 _SOMETIMES = (
     "refitted_n", "refitted_beaten", "refitted_median", "changed_share", "weights_n", "weights_beaten",
-    "weights_p_value", "weights_median", "weights_low", "weights_high", "weights_strength",
+    "weights_p_value", "weights_median", "weights_low", "weights_high", "weights_strength", "tuned_n", "tuned_beaten",
+    "tuned_p_value", "tuned_median", "tuned_low", "tuned_high", "tuned_strength",
 )  # fmt: skip
 
 

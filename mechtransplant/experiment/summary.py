@@ -117,7 +117,22 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     )
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-    return f"{said}.{_against_refitted(rule, findings) if fits else ''}{_against_weights(rule, findings)}"
+    more = _against_refitted(rule, findings) if fits else ""
+    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(rule, findings)}"
+
+
+def _against_tuned(rule: str, findings: Findings) -> str:
+    """Where a graft stands among random sets at the strength that suits those best on ``choose``; else nothing."""
+    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
+    n = row.get("tuned_n")
+    if n is None or math.isnan(n):
+        return ""
+    if row.tuned_strength == row.strength:
+        return " On `choose` its strength suits random sets best as well."
+    return (
+        f" At strength {row.tuned_strength:g}, which suits random sets best on `choose`, it beats "
+        f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})."
+    )
 
 
 def _against_weights(rule: str, findings: Findings) -> str:
@@ -273,6 +288,11 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     if len(drawn):
         said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
         lines.append(row_of([said, range_of(drawn.accuracy), ""]))
+    tuned = rows[(rows.role == "random") & rows.set.str.startswith("tuned") & (rows.strength != strength)]
+    if len(tuned):
+        said = f"the same at strength {tuned.strength.iloc[0]:g}, which suits them best on choose: "
+        said += "median (lowest – highest)"
+        lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     again = rows[(rows.role == "random") & rows.set.str.startswith("refitted")]
     if len(again):
         said = f"the same, {len(again)} of them with strengths fitted to them: median (lowest – highest)"

@@ -108,8 +108,8 @@ def k_curve(
 def _orders(random: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(random sets along K, as many at every K, those of one K)."""
     if "set" in random:
-        # sets with strengths fitted to them are another control
-        random = random[~random["set"].astype(str).str.startswith("refitted")]
+        # sets with strengths fitted to them, or chosen for them, are other controls
+        random = random[~random["set"].astype(str).str.startswith(("refitted", "tuned"))]
     ordered = random.k.notna()
     if "set" in random and random["set"].astype(str).str.startswith("order").any():
         ordered = random["set"].astype(str).str.startswith("order")
