@@ -48,7 +48,9 @@ def recipe_of(row: dict[Any, Any]) -> str:
     """A run's recipe in words: rule, kind, operator and strength."""
     strength = "a strength each" if row["rule"] == "pruned" else f"strength {row['strength']:g}"
     gated = ", behind a gate" if row["gate"] else ""
-    return f"`{row['rule']}`, {row['kind']}, {row['operator']}, {strength}{gated}"
+    # of everything the rule says nothing
+    which = f"all, {row['kind']}" if row["k"] == row["candidates"] else f"`{row['rule']}`, {row['kind']}"
+    return f"{which}, {row['operator']}, {strength}{gated}"
 
 
 def study_rows(runs: Path = ROOT / "runs") -> pd.DataFrame:
@@ -61,5 +63,6 @@ def study_rows(runs: Path = ROOT / "runs") -> pd.DataFrame:
     table = runs_table(found)
     what = table.run.str.extract(r"study-(\w+?)-([\w-]+)-(\d)")
     size = table.k.astype(str) + " of " + table.candidates.astype(str)
-    table["label"] = what[0] + " " + what[2] + ", " + what[1] + ": " + table["rule"] + ", " + size
+    rule = table["rule"].where(table.k != table.candidates, "all")
+    table["label"] = what[0] + " " + what[2] + ", " + what[1] + ": " + rule + ", " + size
     return table

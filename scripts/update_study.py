@@ -132,7 +132,9 @@ def screens() -> str:
         for row in table.drop_duplicates("kind").to_dict("records"):
             counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
             size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
-            cells = [folder.name.removeprefix("study-"), row["kind"], f"`{row['rule']}`", row["operator"]]
+            same = table[(table.kind == row["kind"]) & (table.log_probability == row["log_probability"])]
+            rule = f"`{row['rule']}`" if same["rule"].nunique() < table["rule"].nunique() else "any: all of them"
+            cells = [folder.name.removeprefix("study-"), row["kind"], rule, row["operator"].replace('"', "")]
             ends = ", ".join(f"{row.get(f'{role}_log_probability', float('nan')):.3f}" for role in ("target", "source"))
             cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", ends]
             rows.append([*cells, f"{100 * row['accuracy']:.1f}", f"{100 * row['perplexity_change']:+.1f}"])

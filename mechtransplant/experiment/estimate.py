@@ -79,7 +79,9 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
     sizes = [k for k in counts if k < n]
     refitted = sum(config.refitted_sets for rule in config.with_controls if get_rule(rule).refit)
     weights = 3 * controlled if config.random_weights else 0
-    tuned = controlled if config.random_strengths else 0
+    # everything grafted has no random set
+    drawn = config.random_sets if sizes else 0
+    tuned = controlled if config.random_strengths and sizes else 0
     searches = sum(len(counts) if learned_by_k(config, rule) else 1 for rule in config.rules) + refitted
     cells: dict[str, tuple[int, float]] = {
         "on choose": (
@@ -90,10 +92,9 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
         ),
         "K-curves on test": (2 + rules * len(sizes) + 1, test),
         "random": (
-            controlled
-            * (config.curve_sets * len(sizes) + config.random_sets * len(run.budgets) + config.random_weights)
+            controlled * (config.curve_sets * len(sizes) + drawn * len(run.budgets) + config.random_weights)
             + refitted
-            + tuned * config.random_sets,
+            + tuned * drawn,
             test,
         ),
     }
