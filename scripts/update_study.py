@@ -127,13 +127,16 @@ def screens() -> str:
             continue
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
         table = table[table.log_probability.notna()].sort_values("log_probability", ascending=False, kind="stable")
-        close = int((table.log_probability >= table.log_probability.iloc[0] - NEAR).sum()) - 1
-        near.append(f"In {folder.name} {close} of {len(table)} recipes lie within {NEAR} nats of the first.")
+        # a set that several rules rank first is one graft
+        grafts = table.drop_duplicates(["kind", "operator", "strength", "k", "log_probability"])
+        close = int((grafts.log_probability >= grafts.log_probability.iloc[0] - NEAR).sum()) - 1
+        near.append(f"In {folder.name} {close} of {len(grafts) - 1} other grafts lie within {NEAR} nats of the first.")
+        candidates = {path.stem: len(pd.read_csv(path)) for path in (folder / "rankings").glob("*.csv")}
         for row in table.drop_duplicates("kind").to_dict("records"):
             counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
             size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
-            same = table[(table.kind == row["kind"]) & (table.log_probability == row["log_probability"])]
-            rule = f"`{row['rule']}`" if same["rule"].nunique() < table["rule"].nunique() else "any: all of them"
+            everything = candidates[f"{row['kind'].replace('+', '-')}-{row['rule']}"]
+            rule = "any: all of them" if row["k"] == everything else f"`{row['rule']}`"
             cells = [folder.name.removeprefix("study-"), row["kind"], rule, row["operator"].replace('"', "")]
             ends = ", ".join(f"{row.get(f'{role}_log_probability', float('nan')):.3f}" for role in ("target", "source"))
             cells += [f"{row['strength']:g}", size, f"{row['log_probability']:.3f}", ends]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,3 +179,22 @@ def test_the_estimate_counts_them(run: Any, tmp_path: Any) -> None:
 def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: str, tmp_path: Any) -> None:
     with pytest.raises(UsageError, match=said):
         run_experiment(config(**changes), tmp_path / "wrong", progress=False)
+
+
+def test_few_changes_leave_nothing_to_draw(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    again = Run(config(), run.folder, progress=False)
+    again.chosen = {"weight_delta": {again.budget: (28, 1.0)}}
+    again.rankings = SimpleNamespace(top=lambda rule, k: tuple(again.candidates))  # type: ignore[assignment]
+    assert again.controls._densities["weight_delta"] == pytest.approx(0.15, abs=2e-3)
+    with torch.no_grad():
+        for name, p in again.pair.source_parameters.items():
+            p[1:] = again.pair.target_parameters[name][1:]
+    del again.controls._densities
+    with pytest.raises(UsageError, match=r"keeps all .* changes of weight_delta's modules"):
+        again.controls.weights_on_choose()
+
+
+def test_a_screen_counts_changes_of_modules_that_share_none() -> None:
+    for wrong in ({"kv": "group"}, {"kinds": [["linear", "mlp"]]}):
+        with pytest.raises(ValueError, match="counted by module"):
+            ScreenConfig.model_validate({"pair": "family/generations", "counted": "changes", **wrong})

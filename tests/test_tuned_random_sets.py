@@ -52,7 +52,10 @@ def test_the_table_and_the_page_say_both(run: Any) -> None:
     own = test[test["set"].str.startswith("set")].accuracy
     assert row.random_median == pytest.approx(np.median(own)) and row.random_n == 5
     said = f"which suits random sets best on `choose`, it beats {row.tuned_beaten:.0f} of 5"
-    assert f"At strength {row.tuned_strength:g}, {said}" in run.summary and "the same at strength" in run.summary
+    assert (
+        f"At strength {row.tuned_strength:g}, {said}" in run.summary
+        and "the same random sets at strength" in run.summary
+    )
     assert recheck(run.folder, cells=99).same.all()
 
 
@@ -61,7 +64,10 @@ def test_where_the_grafts_strength_suits_them_nothing_more_is_computed(run: Any,
     same = run_experiment(config(strengths=[best]), tmp_path / "same", progress=False, reuse=run.folder)
     row = runs_table([same.folder]).iloc[0]
     assert row.strength == row.tuned_strength and row.random_beaten == row.tuned_beaten
-    assert "its strength suits random sets best as well" in same.summary and "the same at strength" not in same.summary
+    assert (
+        "its strength suits random sets best as well" in same.summary
+        and "the same random sets at strength" not in same.summary
+    )
     plain = run_experiment(config(random_strengths=[]), tmp_path / "plain", progress=False, reuse=run.folder)
     assert "tuned_n" not in runs_table([plain.folder]) and "suits random sets" not in plain.summary
 
@@ -75,6 +81,9 @@ def test_the_estimate_counts_them(run: Any, tmp_path: Path) -> None:
 def test_strengths_are_numbers(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="random_strengths"):
         parse_config(small(random_strengths=["strong"]))
+    for changes in ({"random_sets": 2}, {"controlled": []}):
+        with pytest.raises(UsageError, match="random_strengths: they are tried on 3 random sets"):
+            Run(config(**changes), tmp_path / "none", progress=False)
     # everything grafted has no random sets
     everything = run_experiment(config(k=[28]), tmp_path / "all", progress=False)
     assert "tuned_n" not in runs_table([everything.folder])

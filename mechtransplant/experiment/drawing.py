@@ -117,7 +117,8 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     if results[(results.role == "graft") & (results["rule"] == headline)].strength.nunique() > 1:
         operator = config.operator if isinstance(config.operator, str) else str(config.operator["name"])
         figure, _ = figures.strength_curve(results, headline, title=title, operator=operator)
-        yield Drawing("strength_curve", figure, results[own & (results.split == "choose")])
+        shown = own & (results.split == "choose") & ~results.role.isin(["random", WEIGHTS])
+        yield Drawing("strength_curve", figure, results[shown])
     if (folder / "plane.csv").exists():
         plane = pd.read_csv(folder / "plane.csv")
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])

@@ -26,7 +26,7 @@ from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.reused import Reused
 from mechtransplant.experiment.rows import Rows
-from mechtransplant.experiment.run_controls import Controls
+from mechtransplant.experiment.run_controls import TRIED, Controls
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
 from mechtransplant.progress import announce, bar
@@ -335,7 +335,12 @@ def check_strengths(config: RunConfig) -> None:
 
 
 def check_random_weights(config: RunConfig) -> None:
-    """Refuse random weights where the operator does not choose some, or no rule has controls."""
+    """Refuse random weights where the operator does not choose some, and controls of no rule or no random set."""
+    if config.random_strengths and (config.random_sets < TRIED or not config.with_controls):
+        raise UsageError(
+            f"random_strengths: they are tried on {TRIED} random sets, and there are {config.random_sets} of "
+            f"{len(config.with_controls)} rules: give random_sets and controlled, or leave random_strengths out"
+        )
     given = {"name": config.operator} if isinstance(config.operator, str) else config.operator
     name = given.get("name")
     if config.random_weights and (given.get("density") == 1 or given.get("normalize")):

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
+from mechtransplant.errors import UsageError
 from mechtransplant.experiment.jobs import WEIGHTS, Job
 from mechtransplant.experiment.rankings import strengths_in
 from mechtransplant.grafting import Graft
@@ -122,7 +124,8 @@ class Controls:
             by.setdefault(row["strength"], []).append(row[self.config.choose_by])
         if not by:
             return []
-        best = max(by, key=lambda strength: (sum(by[strength]), strength == own))
+        # exact sums: equal numbers of right answers are equal
+        best = max(by, key=lambda strength: (fsum(by[strength]), strength == own))
         return self._tuned(self.in_sets(rule, k, best))
 
     @staticmethod
@@ -138,7 +141,12 @@ class Controls:
             changed = Graft(modules, kv=self.config.kv, operator=self.config.operator).changed_count(self.run.pair)
             everything = {"name": "ties", "density": 1.0}
             differing = Graft(modules, kv=self.config.kv, operator=everything).changed_count(self.run.pair)
-            found[rule] = round(changed / max(1, differing), 4)
+            if changed == differing:
+                raise UsageError(
+                    f"random_weights: the operator keeps all {changed:,} changes of {rule}'s modules, because many are "
+                    "equally large or 0, so none can be drawn: give a lower density, or leave random_weights out"
+                )
+            found[rule] = float(f"{changed / differing:.4g}")
         return found
 
     def weights(self, rule: str, strength: float, numbers: range) -> list[Job]:

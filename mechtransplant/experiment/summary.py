@@ -281,22 +281,22 @@ def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
             row = found.iloc[0]
             said = label.format(k=k, strength=strength, all=len(run.candidates), other=other)
             if role == "all" and (strength != 1 or graft.operator.name != "replace"):
-                said += f" at strength {strength:g}, {graft.operator.name}: not the source"
+                said += f" at strength {strength:g} ({graft.operator.name})"
             lines.append(row_of([said, percent(row.accuracy), interval_of((row.low, row.high))]))
     drawn = rows[(rows.role == "random") & (rows.k == k) & (rows.strength == strength)]
     drawn = drawn[drawn.set.str.startswith("set")]
     if len(drawn):
         said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
         lines.append(row_of([said, range_of(drawn.accuracy), ""]))
-    tuned = rows[(rows.role == "random") & rows.set.str.startswith("tuned") & (rows.strength != strength)]
-    if len(tuned):
-        said = f"the same at strength {tuned.strength.iloc[0]:g}, which suits them best on choose: "
-        said += "median (lowest – highest)"
-        lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     again = rows[(rows.role == "random") & rows.set.str.startswith("refitted")]
     if len(again):
         said = f"the same, {len(again)} of them with strengths fitted to them: median (lowest – highest)"
         lines.append(row_of([said, range_of(again.accuracy), ""]))
+    tuned = rows[(rows.role == "random") & rows.set.str.startswith("tuned") & (rows.strength != strength)]
+    if len(tuned):
+        said = f"target + the same random sets at strength {tuned.strength.iloc[0]:g}, which suits them best on "
+        said += "choose: median (lowest – highest)"
+        lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     weights = rows[rows.role == WEIGHTS]
     if len(weights):
         said = f"target + as many random numbers of the same modules, {len(weights)} draws at strength "
