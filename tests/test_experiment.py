@@ -154,7 +154,7 @@ def test_numbers_of_the_summary_come_from_the_table(finished: Any) -> None:
 
 def test_controls_beside_the_random_sets(finished: Any, generations: Any) -> None:
     from mechtransplant.evaluation import evaluate
-    from mechtransplant.experiment.summary import self_graft_is_identical
+    from mechtransplant.experiment.summary_controls import self_graft_is_identical
     from mechtransplant.grafting import Graft
 
     test = finished.results[finished.results.split == "test"].set_index("role")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
 from mechtransplant.experiment.rankings import learned_by_k
-from mechtransplant.experiment.run_controls import TRIED
+from mechtransplant.experiment.run_controls import SCALES, TRIED
 from mechtransplant.progress import in_words
 from mechtransplant.ranking import get_rule
 
@@ -78,7 +78,7 @@ def estimate(run: Run, finished: int = 0) -> Estimate:
     rules, controlled = len(config.rules), len(config.with_controls)
     sizes = [k for k in counts if k < n]
     refitted = sum(config.refitted_sets for rule in config.with_controls if get_rule(rule).refit)
-    weights = 3 * controlled if config.random_weights else 0
+    weights = len(SCALES) * controlled if config.random_weights else 0
     # everything grafted has no random set
     drawn = config.random_sets if sizes else 0
     tuned = controlled if config.random_strengths and sizes else 0

@@ -29,6 +29,10 @@ class Findings:
     outcomes: dict[str, dict[int, Outcome]]
     table: pd.DataFrame
 
+    def headline(self, rule: str) -> pd.Series:
+        """A rule's row at the largest token budget."""
+        return self.table[self.table["rule"] == rule].sort_values("budget").iloc[-1]
+
 
 def find(run: Run) -> Findings:
     """Compare what the run's cells hold; computes no cell."""
@@ -127,8 +131,10 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
         rank = rank_among(outcome.after_accuracy, again) if again else None
         for name in ("n", "beaten", "p_value", "median"):
             found[f"refitted_{name}"] = None if rank is None else getattr(rank, name)
-    for what, jobs in (("tuned", run.controls.tuned(rule)), ("weights", run.controls.reported_weights(rule))):
-        if budget == run.budget and jobs:
+    more_controls = {"tuned": run.controls.tuned, "weights": run.controls.reported_weights}
+    for what, asked in more_controls.items() if budget == run.budget else ():
+        jobs = asked(rule)
+        if jobs:
             heights = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in jobs]
             rank = rank_among(outcome.after_accuracy, heights)
             found |= {f"{what}_{name}": getattr(rank, name) for name in _RANK} | {f"{what}_strength": jobs[0].strength}

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: random sets that strengths are tried on
 TRIED = 3
+#: powers of the share of changes that is kept, by which random weights are scaled (see above)
+SCALES = (1.0, 0.5, 0.0)
 
 
 class Controls:
@@ -166,7 +168,7 @@ class Controls:
         """One draw at every strength."""
         jobs: list[Job] = []
         for rule in self.config.with_controls if self.config.random_weights else ():
-            scales = [self._densities[rule] ** power for power in (1.0, 0.5, 0.0)]
+            scales = [self._densities[rule] ** power for power in SCALES]
             strengths = dict.fromkeys(strength * scale for scale in scales for strength in self.config.strengths)
             jobs += [job for strength in strengths for job in self.weights(rule, strength, range(1))]
         return jobs

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
-from mechtransplant.experiment.jobs import WEIGHTS
+from mechtransplant.experiment.summary_controls import against_lowest, controls_of, no_sets, verdict
 from mechtransplant.experiment.summary_effects import side_effects_of
 from mechtransplant.experiment.words import RATIOS, head_of, interval_of, percent, range_of, ratios, row_of
 from mechtransplant.grafting import Graft
@@ -52,12 +52,12 @@ def summarise(
         f"Found on {len(run.splits.discover)} `discover` questions{explored}, {_chosen_how(run, explored)}, reported "
         f"on {len(run.splits.test)} `test` questions that selected nothing.",
         "",
-        f"**Verdict.** {verdict(run, headline, findings)}{_against_lowest(run, results, findings)}",
+        f"**Verdict.** {verdict(run, headline, findings)}{against_lowest(run, results, findings)}",
         "",
         *_starts(run),
         *_gate(run),
         *_result(run, results, findings),
-        *_controls(run, results, findings),
+        *controls_of(run, results, findings),
     ]
     if len(config.rules) > 1:
         lines += _rules(run, findings)
@@ -86,91 +86,6 @@ def _chosen_by(config: RunConfig) -> str:
         else f" among grafts that change at most {percent(config.parameters)} of the parameters"
     )
     return said + within
-
-
-#: how random sets are matched in depth, in words
-_DEPTHS = {
-    "thirds": "as many in each third of the layers",
-    "halves": "as many in each half of the layers",
-    "not matched": "depth not matched: too few different sets",
-}
-
-
-def verdict(run: Run, rule: str, findings: Findings) -> str:
-    """One plain sentence: where a rule's graft stands among matched random sets on ``test``, and its whole curve."""
-    graft, outcome = findings.grafts[rule][run.budget], findings.outcomes[rule][run.budget]
-    ranks, curve = outcome.controls, outcome.curve
-    if ranks is None:
-        if rule not in run.config.with_controls:
-            return f"`{rule}` has no random sets of its own (`controlled` names the rules that have)."
-        said = f"no matched random set at K = {len(graft)}: {_no_sets(run)}"
-        if curve is not None:
-            said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-        return f"`{rule}` has {said}.{_against_weights(rule, findings)}"
-    sets = run.controls.sets(rule, len(graft))
-    fits = bool(run.rankings.strengths(rule, len(graft)))
-    what = " with its strengths dealt anew" if fits else ""
-    said = (
-        f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets{what} at K = {len(graft)} "
-        f"({_DEPTHS[sets.depth]}; one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is "
-        f"{1 / (ranks.n + 1):.2g})"
-    )
-    if curve is not None:
-        said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-    more = _against_refitted(rule, findings) if fits else ""
-    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(rule, findings)}"
-
-
-def _against_tuned(rule: str, findings: Findings) -> str:
-    """Where a graft stands among random sets at the strength that suits those best on ``choose``; else nothing."""
-    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
-    n = row.get("tuned_n")
-    if n is None or math.isnan(n):
-        return ""
-    if row.tuned_strength == row.strength:
-        return " On `choose` its strength suits random sets best as well."
-    return (
-        f" At strength {row.tuned_strength:g}, which suits random sets best on `choose`, it beats "
-        f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})."
-    )
-
-
-def _against_weights(rule: str, findings: Findings) -> str:
-    """Where a graft that keeps the largest changes stands among those that keep as many at random; else nothing."""
-    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
-    n = row.get("weights_n")
-    if n is None or math.isnan(n):
-        return ""
-    return (
-        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that change as many numbers, drawn "
-        f"at random (DARE at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, "
-        f"of which the smallest possible is {1 / (n + 1):.2g})."
-    )
-
-
-def _against_refitted(rule: str, findings: Findings) -> str:
-    """Where a graft of fitted strengths stands among random sets whose strengths were fitted too, which is fair."""
-    alone = (
-        " Those strengths were not fitted to these sets, so this does not separate the choice of modules from the fit."
-    )
-    row = findings.table[findings.table.rule == rule].sort_values("budget").iloc[-1]
-    n = row.get("refitted_n")
-    if n is None or math.isnan(n):
-        return alone
-    return (
-        f"{alone} With strengths fitted to them in as many steps, it beats {row.refitted_beaten:.0f} of {n:.0f} of "
-        f"them (p = {row.refitted_p_value:.2g}, of which the smallest possible is {1 / (n + 1):.2g})."
-    )
-
-
-def _against_lowest(run: Run, results: pd.DataFrame, findings: Findings) -> str:
-    """A sentence where the modules that the headline ranks lowest do better than its highest; else nothing."""
-    headline = run.config.rules[0]
-    k, after = len(findings.grafts[headline][run.budget]), findings.outcomes[headline][run.budget].after_accuracy
-    rows = results[(results.role == "bottom") & (results["rule"] == headline) & (results.budget == run.budget)]
-    if rows.empty or rows.accuracy.iloc[0] <= after:
-        return ""
-    return f" The {k} modules that it ranks lowest reach {percent(rows.accuracy.iloc[0])}, its graft {percent(after)}."
 
 
 def _starts(run: Run) -> list[str]:
@@ -226,7 +141,7 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         f"- best K = {k} of {candidates} ({percent(k / candidates)} of the candidates, "
         f"{percent(outcome.parameter_share)} of the numbers in linear layers)",
     ]
-    changed = findings.table[findings.table.rule == headline].sort_values("budget").iloc[-1].get("changed_share")
+    changed = findings.headline(headline).get("changed_share")
     if changed is not None and not math.isnan(changed):
         which = "the largest changes of every module" if graft.operator.name == "ties" else "changes drawn at random"
         lines.append(f"- it keeps {which}: {percent(changed)} of the numbers in linear layers change")
@@ -252,79 +167,6 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
             f"{percent(area.area_rank.high)}), p = {area.area_rank.p_value:.2g}"
         )
     return lines + [f"- {note}" for note in outcome.notes]
-
-
-_ROLES = {
-    "target": "target",
-    "source": "source",
-    "graft": "target + the graft: K = {k} at strength {strength:g}",
-    "bottom": "target + the {k} lowest-ranked",
-    "unrelated": "target + the {k} highest-ranked on `{other}`",
-    "all": "target + all {all}",
-    "reverse": "source + the target's own {k} (reverse)",
-    "self": "target + its own {k} (self)",
-}
-
-
-def _controls(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
-    headline, budget = run.config.rules[0], run.budget
-    graft = findings.grafts[headline][budget]
-    k, strength = len(graft), run.chosen[headline][budget][1]
-    rows = results[(results.split == "test") & (results.budget == budget) & results.rule.isin(["", headline])]
-    other = "" if run.other is None else run.other.name
-    lines = ["", "## Controls", "", *head_of(["", "accuracy", "95 % interval"])]
-    for role, label in _ROLES.items():
-        found = rows[rows.role == role]
-        if role in ("graft", "all"):
-            found = found[(found.strength == strength) & ((found.k == k) | (role == "all"))]
-        if len(found):
-            row = found.iloc[0]
-            said = label.format(k=k, strength=strength, all=len(run.candidates), other=other)
-            if role == "all" and (strength != 1 or graft.operator.name != "replace"):
-                said += f" at strength {strength:g} ({graft.operator.name})"
-            lines.append(row_of([said, percent(row.accuracy), interval_of((row.low, row.high))]))
-    drawn = rows[(rows.role == "random") & (rows.k == k) & (rows.strength == strength)]
-    drawn = drawn[drawn.set.str.startswith("set")]
-    if len(drawn):
-        said = f"target + random, {len(drawn)} matched sets of {k}: median (lowest – highest)"
-        lines.append(row_of([said, range_of(drawn.accuracy), ""]))
-    again = rows[(rows.role == "random") & rows.set.str.startswith("refitted")]
-    if len(again):
-        said = f"the same, {len(again)} of them with strengths fitted to them: median (lowest – highest)"
-        lines.append(row_of([said, range_of(again.accuracy), ""]))
-    tuned = rows[(rows.role == "random") & rows.set.str.startswith("tuned") & (rows.strength != strength)]
-    if len(tuned):
-        said = f"target + the same random sets at strength {tuned.strength.iloc[0]:g}, which suits them best on "
-        said += "choose: median (lowest – highest)"
-        lines.append(row_of([said, range_of(tuned.accuracy), ""]))
-    weights = rows[rows.role == WEIGHTS]
-    if len(weights):
-        said = f"target + as many random numbers of the same modules, {len(weights)} draws at strength "
-        said += f"{weights.strength.iloc[0]:.3g}: median (lowest – highest)"
-        lines.append(row_of([said, range_of(weights.accuracy), ""]))
-    same = self_graft_is_identical(run)
-    if same is not None:
-        lines += ["", f"The self-graft's answers and log-probabilities are {'' if same else 'NOT '}bit-identical."]
-    wanted = run.config.controls if headline in run.config.with_controls else ()
-    if k == len(run.candidates) and {"bottom", "unrelated"} & {*wanted}:
-        lines += ["", "All candidates are grafted: the lowest-ranked, and another task's, would be the same graft."]
-    left_out = [c for c in ("bottom", "reverse", "unrelated", "self") if c not in wanted]
-    if left_out:
-        lines += ["", f"Left out, as the config asked: {', '.join(left_out)}."]
-    if "unrelated" in wanted and run.other is None:
-        lines += ["", "No unrelated ranking: the pair names no other task (give `unrelated:`)."]
-    elif "unrelated" in wanted and not run.controls.has_unrelated(headline):
-        lines += ["", f"No unrelated ranking: `{headline}` looks at no task."]
-    return lines
-
-
-def self_graft_is_identical(run: Run) -> bool | None:
-    """Whether the target with its own modules grafted answers exactly as the target, to the last bit of every
-    log-probability; None where it was not asked."""
-    found = run.rows.where(split="test", role="self")
-    if not found:
-        return None
-    return all(r["digest"] == r["beside"] for r in found)
 
 
 def _rules(run: Run, findings: Findings) -> list[str]:
@@ -381,7 +223,7 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
         same = test[(test.k == point.k) & (test.strength == point.strength)]
         grafted = same[same.role == "graft"].accuracy
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
-        none = _no_sets(run) if run.config.curve_sets else "no random order was asked for"
+        none = no_sets(run) if run.config.curve_sets else "no random order was asked for"
         band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else none if len(grafted) else "–"
         if point.k == candidates:
             only = "all of them select nothing"
@@ -439,8 +281,3 @@ def _consequences(run: Run, graft: Graft, outcome: Outcome) -> list[str]:
         lines += ["", "## What the graft does to the model", "", *(f"- {text}" for text in consequences)]
     lines += ["", "## What stays the target's", ""]
     return lines + ([f"- {text}" for text in run.pair.compatibility.stays] or ["- nothing differs outside the layers"])
-
-
-def _no_sets(run: Run) -> str:
-    """Why there is no random set."""
-    return "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
