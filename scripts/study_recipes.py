@@ -2,12 +2,13 @@
 
     python scripts/study_recipes.py
 
-``best`` has the highest log-probability of the gold answers to `choose`, ``gentle`` (on the first split) the highest
-among those that raise perplexity by at most 1 %; ``gated`` is the best behind a gate, which shares its cells with it
-(``mechtransplant run … --reuse runs/study-PAIR-best-SPLIT``). ``sparse`` and ``sparse-gated`` are the same of the
-screen of grafts that change few numbers of many modules; they are compared with as many numbers at random. What only a
-run has is added: no random orders along K (there is one K), the limit of 15 %, side effects of random sets on the first
-split alone.
+``best`` has the highest log-probability of the gold answers to `choose` in a split's screens (of neurons too, where
+there is one), ``gentle`` (on the first split) the highest among those that raise perplexity by at most 1 %; ``gated``
+is the best behind a gate, which shares its cells with it (``mechtransplant run … --reuse runs/study-PAIR-best-SPLIT``).
+``sparse`` and ``sparse-gated`` are the same of the screen of grafts that change few numbers of many modules; they are
+compared with as many numbers at random. What only a run has is added: no random orders along K (there is one K), the
+limit of 15 %, and on the first split alone side effects of random sets, and random sets at the strength of the screen's
+that suits them best.
 """
 
 from __future__ import annotations
@@ -22,52 +23,64 @@ import yaml
 from study_runs import ROOT, planned
 
 from mechtransplant.experiment.screen import best_recipe, run_config
-from mechtransplant.experiment.screen_config import read_screen
+from mechtransplant.experiment.screen_config import ScreenConfig, read_screen
+
+CONFIGS = ROOT / "configs" / "study"
 
 
 class Recipe(NamedTuple):
-    """What makes a run of a screen's best recipe: the limit to the rise of perplexity, more of the config, in words."""
+    """What makes a run of the best recipe of some screens: the limit to the rise of perplexity, more of the config."""
 
-    screen: str
+    screens: tuple[str, ...]
     said: str
     limit: float | None = None
     more: Mapping[str, Any] = MappingProxyType({})
 
 
+WHOLE, SPARSE = ("screen", "neuron-screen"), ("sparse-screen",)
 HIGHEST = "the recipe of the highest log-probability"
 OPEN = "behind a gate that lets this task's questions through"
 RECIPES = {
-    "best": Recipe("screen", HIGHEST),
-    "gated": Recipe("screen", f"{HIGHEST}, {OPEN}", more={"gate": {}}),
-    "gentle": Recipe("screen", f"{HIGHEST} that raises perplexity by at most 1 %", 0.01),
-    "sparse": Recipe("sparse-screen", f"{HIGHEST} that changes 15 % of the numbers", more={"random_weights": 100}),
+    "best": Recipe(WHOLE, HIGHEST),
+    "gated": Recipe(WHOLE, f"{HIGHEST}, {OPEN}", more={"gate": {}}),
+    "gentle": Recipe(WHOLE, f"{HIGHEST} that raises perplexity by at most 1 %", 0.01),
+    "sparse": Recipe(SPARSE, f"{HIGHEST} that changes 15 % of the numbers", more={"random_weights": 100}),
     "sparse-gated": Recipe(
-        "sparse-screen",
+        SPARSE,
         f"{HIGHEST} that changes 15 % of the numbers, {OPEN}",
         more={"random_weights": 100, "gate": {}},
     ),
 }
 
 
-def written(path: Path, what: str, recipe: Recipe) -> str | None:
-    """The config of a recipe from a screen's config, or None where the screen is not finished or finds none."""
-    config = read_screen(path)
-    screened = ROOT / "runs" / config.name / "screen.csv"
-    pair = path.stem.split("-")[0]
-    if not screened.exists() or (pair, config.split.seed) not in planned(what):
+def written(pair: str, split: int, what: str, recipe: Recipe) -> str | None:
+    """The config of a recipe, or None where one of its screens is not finished or none finds any."""
+    found: list[tuple[float, Path, ScreenConfig, pd.Series[Any]]] = []
+    for screen in recipe.screens:
+        path = CONFIGS / f"{pair}-{screen}-{split}.yaml"
+        if not path.exists():
+            continue
+        screened = ROOT / "runs" / f"study-{path.stem}" / "screen.csv"
+        if not screened.exists():
+            return None
+        table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
+        at = best_recipe(table, recipe.limit)
+        if at is not None:
+            found.append((float(table.log_probability[at]), path, read_screen(path), table.loc[at]))
+    if not found:
+        print(f"{pair}, split {split}: no recipe is {what}")
         return None
-    table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
-    at = best_recipe(table, recipe.limit)
-    if at is None:
-        print(f"{path.stem}: no recipe is {what}")
-        return None
-    content = yaml.safe_load(run_config(config, table.loc[at]))
-    content |= {"name": f"study-{pair}-{what}-{config.split.seed}", "parameters": max(config.shares), "curve_sets": 0}
+    _, path, config, best = max(found, key=lambda one: one[0])
+    content = yaml.safe_load(run_config(config, best))
+    content |= {"name": f"study-{pair}-{what}-{split}", "parameters": max(config.shares), "curve_sets": 0}
     content |= recipe.more
     if "random_weights" in recipe.more:
         # random numbers want another strength: both are chosen from the screen's, as the screen chose
         content |= {"strengths": list(config.strengths), "choose_by": "log_probability"}
-    if config.split.seed:
+    elif split == 0:
+        # and so may random modules
+        content["random_strengths"] = list(config.strengths)
+    if split:
         # what random sets do elsewhere is measured on the first split
         content["side_effects"] = {"random": 0}
     head = f"# {recipe.said} in {path.relative_to(ROOT)}, on `choose`; no `test` question was asked for it\n"
@@ -76,13 +89,10 @@ def written(path: Path, what: str, recipe: Recipe) -> str | None:
 
 def main() -> None:
     for what, recipe in RECIPES.items():
-        for path in sorted((ROOT / "configs" / "study").glob(f"*-{recipe.screen}-[0-9].yaml")):
-            pair, split = path.stem.split("-")[0], path.stem.split("-")[-1]
-            if path.stem != f"{pair}-{recipe.screen}-{split}":
-                continue
-            content = written(path, what, recipe)
+        for pair, split in planned(what):
+            content = written(pair, split, what, recipe)
             if content is not None:
-                (path.parent / f"{pair}-{what}-{split}.yaml").write_text(content, encoding="utf-8")
+                (CONFIGS / f"{pair}-{what}-{split}.yaml").write_text(content, encoding="utf-8")
                 print(f"configs/study/{pair}-{what}-{split}.yaml")
 
 

@@ -123,7 +123,7 @@ def test_refusals(generations: Pair, addition: Task) -> None:
         rank_modules(generations, splits.discover, alignment="sideways")
     with pytest.raises(UsageError, match="unknown option of rule 'lae' 'colour'"):
         rank_modules(generations, splits.discover, colour="red")
-    with pytest.raises(UsageError, match="scores kind linear or head or mlp or attn, not 'block'"):
+    with pytest.raises(UsageError, match="scores kind linear, head, neuron, mlp or attn, not 'block'"):
         rank_modules(generations, splits.discover, kind="block")
     with pytest.raises(UsageError, match="own-text is measured for linear layers, not for head"):
         rank_modules(generations, splits.discover, kind="head", alignment="own-text")

@@ -621,7 +621,7 @@ def test_single_patch_is_what_a_patch_of_one_module_gains(drifted: Pair, heads: 
 
 def test_rules_of_patches_have_no_linear_layers(generations: Pair, splits: Any) -> None:
     for rule in PATCHES:
-        with pytest.raises(UsageError, match="scores kind head or mlp or attn, not 'linear'"):
+        with pytest.raises(UsageError, match="scores kind head, neuron, mlp or attn, not 'linear'"):
             rank_modules(generations, splits.discover, rule, "linear")
 
 

@@ -74,6 +74,10 @@ def outputs(hf: Any, layout: Any, ids: list[int]) -> dict[str, torch.Tensor]:
         for head in range(layout.heads):
             columns = slice(head * layout.d_head, (head + 1) * layout.d_head)
             found[f"L{layer}H{head}"] = seen[attention + " in"][:, columns] @ inward[columns]
+        weight = hf.get_submodule(layout.linears[mlp]).weight
+        inward = weight if type(hf.get_submodule(layout.linears[mlp])).__name__ == "Conv1D" else weight.T
+        for neuron in range(len(inward)):
+            found[f"L{layer}N{neuron}"] = seen[mlp + " in"][:, neuron : neuron + 1] * inward[neuron]
     return found
 
 
@@ -91,10 +95,10 @@ def hybrid(pair: Pair, prefix: str) -> Any:
 def moved_outputs(pair: Pair, address: str, ids: list[int]) -> torch.Tensor:
     """f^S(x^T): in a target whose one block is the source's, the block's input is still the target's own."""
     layout = pair.layout
-    layer = int(address[1:].replace("H", ".").split(".")[0])
+    layer = int(address[1:].replace("H", ".").replace("N", ".").split(".")[0])
     if address in layout.linears:
         prefix = layout.linears[address]
-    elif address.endswith("mlp"):
+    elif address.endswith("mlp") or "N" in address:
         prefix = layout.linears[layout.mlp_output(layer)].rsplit(".", 1)[0] + "."
     else:
         prefix = layout.linears[layout.attention_output(layer)].rsplit(".", 1)[0] + "."
@@ -106,6 +110,11 @@ def slow_values(pair: Pair, address: str, ids: list[int], span: slice) -> dict[s
     a_s, a_t = (outputs(m.hf, pair.layout, ids)[address][span] for m in (pair.source, pair.target))
     moved = moved_outputs(pair, address, ids)[span]
     scale = (a_s.norm(dim=-1) + a_t.norm(dim=-1)) / 2
+    if "N" in address:
+        # what all neurons of the layer write
+        names = pair.layout.neurons_of(int(address[1:].split("N")[0]))
+        alls = [outputs(m.hf, pair.layout, ids) for m in (pair.source, pair.target)]
+        scale = sum(sum(found[n] for n in names)[span].norm(dim=-1) for found in alls) / 2  # type: ignore[index]
     return {
         "magnitude": float((a_s.abs().mean(-1) - a_t.abs().mean(-1)).mean()),
         "distance": float(((a_s - a_t).norm(dim=-1) / scale).mean()),
@@ -115,10 +124,22 @@ def slow_values(pair: Pair, address: str, ids: list[int], span: slice) -> dict[s
 
 
 def test_every_measure_equals_its_definition(pair: Pair, task: Task) -> None:
-    shifts = measure_shifts(pair, task, ("head", "attn", "mlp", "linear"), DIRECT, "answer", batch_size=3)
+    kinds = ("head", "neuron", "attn", "mlp", "linear")
+    shifts = measure_shifts(pair, task, kinds, DIRECT, "answer", batch_size=3)
     indexed = shifts.set_index(["module", "prompt", "measure"]).value
     encoded = encode(task, pair.target.tokenizer)
-    addresses = ["L0H1", "L1H0", "L1H3", "L0.attn", "L1.attn", "L1.mlp", pair.modules("linear")[-2]]
+    addresses = [
+        "L0H1",
+        "L1H0",
+        "L1H3",
+        "L0N0",
+        "L1N47",
+        "L1N13",
+        "L0.attn",
+        "L1.attn",
+        "L1.mlp",
+        pair.modules("linear")[-2],
+    ]
     for address in addresses:
         for prompt in (0, 4):
             ids = encoded.prompts[prompt] + encoded.completions[prompt][:-1]
@@ -135,7 +156,7 @@ def test_every_measure_equals_its_definition(pair: Pair, task: Task) -> None:
 
 def test_batch_size_padding_side_and_order_change_nothing(pair: Pair, task: Task) -> None:
     def values(t: Task = task, **options: Any) -> np.ndarray:
-        frame = measure_shifts(pair, t, ("head", "attn", "mlp", "linear"), MEASURES[:5], **options)
+        frame = measure_shifts(pair, t, ("head", "neuron", "attn", "mlp", "linear"), MEASURES[:5], **options)
         return frame.pivot(index=["measure", "module"], columns="prompt", values="value").to_numpy()
 
     reference = values(batch_size=1)
@@ -217,9 +238,9 @@ def explicit_shift_vectors(pair: Pair, task: Task, address: str) -> np.ndarray:
     return np.array(rows)
 
 
-@pytest.mark.parametrize("address", ["L1H2", "L2H7", "L3.mlp", "L1.attn"])
+@pytest.mark.parametrize("address", ["L1H2", "L2H7", "L3.mlp", "L1.attn", "L2N11"])
 def test_alignment_and_projection_equal_their_definitions(generations: Pair, task: Task, address: str) -> None:
-    vectors = shift_vectors(generations, task, ("head", "mlp", "attn"))
+    vectors = shift_vectors(generations, task, ("head", "mlp", "attn", "neuron"))
     explicit = explicit_shift_vectors(generations, task, address)
     np.testing.assert_allclose(vectors.gram(address), explicit @ explicit.T, rtol=1e-4, atol=1e-5)
     cosines = []
@@ -231,7 +252,7 @@ def test_alignment_and_projection_equal_their_definitions(generations: Pair, tas
     assert sorted([*fit, *project]) == list(range(len(task)))
     direction = explicit[fit].mean(0)
     expected = explicit[project] @ direction / np.linalg.norm(direction)
-    frame = measure_shifts(generations, task, ("head", "mlp", "attn"), "projection", seed=3)
+    frame = measure_shifts(generations, task, ("head", "mlp", "attn", "neuron"), "projection", seed=3)
     found = frame[frame.module == address].set_index("prompt").value
     assert list(found.index) == list(project), "the half that fixed the direction is not tested"
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -246,8 +267,8 @@ def test_a_model_does_not_shift_from_itself(generations: Pair, task: Task) -> No
     itself = make_pair(
         generations.target, LanguageModel("copy", generations.target.hf, generations.target.tokenizer), "self"
     )
-    shifts = measure_shifts(itself, task, ("head", "mlp", "attn", "linear"), DIRECT)
-    assert (shifts.value == 0).all() and len(shifts) == 4 * 8 * (32 + 4 + 4 + 28)
+    shifts = measure_shifts(itself, task, ("head", "mlp", "attn", "linear", "neuron"), DIRECT)
+    assert (shifts.value == 0).all() and len(shifts) == 4 * 8 * (32 + 4 + 4 + 28 + 4 * 384)
     vectors = shift_vectors(itself, task)
     assert np.isnan(vectors.alignment("L0H0")).all() and not vectors.gram("L0.mlp").any()
 

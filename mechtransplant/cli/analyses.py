@@ -90,7 +90,7 @@ def shifts(
     prompts: Annotated[int, typer.Option(help="How many prompts of each.")] = 64,
     unit: Annotated[str, typer.Option(help="prompt, or template: prompts that share one are averaged.")] = "prompt",
     positions: Annotated[str, typer.Option(help="all, last, answer or decoding.")] = "answer",
-    kinds: Annotated[str, typer.Option(help="head, mlp, attn, linear; several with commas.")] = "head,mlp",
+    kinds: Annotated[str, typer.Option(help="head, neuron, mlp, attn, linear; several with commas.")] = "head,mlp",
     correction: Annotated[str, typer.Option(help="max-t, max-t-step-down, holm, by, bh, …")] = "max-t",
     permutations: Annotated[int, typer.Option(help="Of every test: the smallest p is one over them.")] = 10_000,
     text: Annotated[

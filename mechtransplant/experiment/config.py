@@ -108,7 +108,7 @@ def folder_name(value: str) -> str:
 
 
 Control = Literal["bottom", "all", "reverse", "unrelated", "self"]
-GraftedKind = Literal["linear", "head", "mlp", "attn", "block", "part"]
+GraftedKind = Literal["linear", "head", "neuron", "mlp", "attn", "block", "part"]
 
 
 class SideEffectSpec(Strict):

@@ -29,6 +29,7 @@ from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.run_controls import TRIED, Controls
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
+from mechtransplant.modules import share_no_weights
 from mechtransplant.progress import announce, bar
 from mechtransplant.ranking import get_rule
 from mechtransplant.significance import paired_difference_interval
@@ -316,10 +317,10 @@ def check_strengths(config: RunConfig) -> None:
             raise UsageError(
                 f"rule {rule!r} fits strengths for the operator replace: leave operator out, got {operator!r}"
             )
-        if len(config.kinds) > 1 and not {*config.kinds} <= {"head", "mlp"}:
+        if not share_no_weights(config.kinds):
             raise UsageError(
                 f"rule {rule!r} gives every module a strength of its own, and modules of kind "
-                f"{' and '.join(config.kinds)} may share weights: give one kind, or head and mlp"
+                f"{' and '.join(config.kinds)} may share weights: give one kind, or head and mlp or neuron"
             )
         if "head" in config.kinds and config.options_of(rule).get("kv", config.kv) != "never":
             raise UsageError(

@@ -19,6 +19,7 @@ from mechtransplant.experiment.config import (
     parse_as,
     read_mapping,
 )
+from mechtransplant.modules import share_no_weights
 
 
 class ScreenConfig(Strict):
@@ -68,9 +69,7 @@ class ScreenConfig(Strict):
         strange = [rule for rule in self.rule_options if rule not in self.rules]
         if strange:
             raise ValueError(f"rule_options: {strange[0]} is none of the rules {', '.join(self.rules)}")
-        if self.counted == "changes" and (
-            self.kv != "never" or any(len(kinds) > 1 and not {*kinds} <= {"head", "mlp"} for kinds in self.grafted)
-        ):
+        if self.counted == "changes" and (self.kv != "never" or not all(map(share_no_weights, self.grafted))):
             raise ValueError("counted: changes are counted by module: give kv: never, and kinds that share no weights")
         if self.perplexity is not None and not self.texts:
             raise ValueError("perplexity: a limit needs texts: give texts, or leave the limit out")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.display import html_table, percent
+from mechtransplant.errors import UsageError
 from mechtransplant.explorer.cells import Measured, MeasuredRun
 from mechtransplant.modules import parse_address
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: width and height of a cell, in pixels
 _CELL = (34, 20)
+#: buttons that a browser still draws in seconds
+_MOST = 2000
 
 
 def explore(run: str | Path | RunResult) -> Explorer:
@@ -32,9 +35,17 @@ def explore(run: str | Path | RunResult) -> Explorer:
         run: the run's folder, or what ``run_experiment`` returned.
 
     Raises:
-        UsageError: no finished run.
+        UsageError: no finished run, or one of more modules than can be shown (neurons are thousands).
     """
-    return Explorer(MeasuredRun(run if isinstance(run, (str, Path)) else run.folder))
+    measured = MeasuredRun(run if isinstance(run, (str, Path)) else run.folder)
+    rule = measured.rules[0]
+    count = len(measured.ranking(rule, measured.counts(rule)[0]))
+    if count > _MOST:
+        raise UsageError(
+            f"{measured.folder} is a run of {count:,} modules, and the explorer has a button for each: it shows at "
+            f"most {_MOST:,}; read its rankings as frames"
+        )
+    return Explorer(measured)
 
 
 class Explorer:
@@ -248,6 +259,8 @@ def _place(module: str) -> tuple[int, str]:
     address = parse_address(module)
     if address.head is not None:
         return address.layer, str(address.head)
+    if address.neuron is not None:
+        return address.layer, f"N{address.neuron}"
     return address.layer, module.partition(".")[2].removesuffix("_proj") or "block"
 
 

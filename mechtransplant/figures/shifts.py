@@ -21,8 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELS = {"effect_size": "Cohen's d", "effect": "mean shift"}
-MARKERS = {"head": "o", "mlp": "s", "attn": "^", "linear": "D", "block": "v"}
-NAMES = {"head": "heads", "mlp": "MLPs", "attn": "attention blocks", "linear": "linear layers", "block": "blocks"}
+MARKERS = {"head": "o", "mlp": "s", "attn": "^", "linear": "D", "block": "v", "neuron": "."}
+NAMES = {
+    "head": "heads",
+    "mlp": "MLPs",
+    "attn": "attention blocks",
+    "linear": "linear layers",
+    "block": "blocks",
+    "neuron": "neurons",
+}
 
 
 def _addressed(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:

@@ -32,8 +32,8 @@ def graft_effects(
     that is faster (see ``evaluation.sweeps``). Questions that are to report an effect must not have been asked here.
 
     Args:
-        modules: addresses of heads, MLPs, attention blocks, linear layers or blocks. strength, kv, operator: as
-            :class:`Graft` has them.
+        modules: addresses of heads, neurons, MLPs, attention blocks, linear layers or blocks.
+        strength, kv, operator: as :class:`Graft` has them.
 
     Returns:
         (outcomes of shape (questions,), outcomes of shape (modules, questions)): whether the answer is right, its

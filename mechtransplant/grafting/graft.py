@@ -25,7 +25,7 @@ from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
 from mechtransplant.grafting.applied import Applied, differing, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
-from mechtransplant.grafting.overlaps import Claim, resolve
+from mechtransplant.grafting.overlaps import Claim, joined, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
 from mechtransplant.selection import (
     SelectedModule,
@@ -312,7 +312,7 @@ def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
                     f"the source's {name} holds NaN or Inf: nothing was grafted; use intact weights"
                 )
             pair.known_finite[name] = state
-    return regions
+    return joined(regions) if getattr(graft.operator, "elementwise", False) else regions
 
 
 def _strengths(names: list[str], strength: Any) -> list[float]:

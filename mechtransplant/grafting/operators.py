@@ -83,6 +83,8 @@ class Replace:
     """The default: a straight line from the target through the source; at λ = 1 the source's bytes as they are."""
 
     name: ClassVar[str] = "replace"
+    #: every number by itself: neighbouring parts may be written as one
+    elementwise: ClassVar[bool] = True
     equation: ClassVar[str] = "t + λ (s − t)"
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
@@ -96,6 +98,7 @@ class Linear:
     """Linear interpolation as mergekit's ``linear`` computes it: the same line as "replace", rounded otherwise."""
 
     name: ClassVar[str] = "linear"
+    elementwise: ClassVar[bool] = True
     equation: ClassVar[str] = "(1 − λ) t + λ s"
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:
@@ -114,6 +117,7 @@ class TaskArithmetic:
     """What the source learned since the ancestor is added to the target (Ilharco et al. 2023, arXiv 2212.04089)."""
 
     name: ClassVar[str] = "task_arithmetic"
+    elementwise: ClassVar[bool] = True
     equation: ClassVar[str] = "t + λ (s − b)"
 
     def __call__(self, target: Tensor, source: Tensor, base: Tensor | None, strength: float, key: str) -> Tensor:

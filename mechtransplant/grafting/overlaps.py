@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mechtransplant.errors import UsageError
@@ -47,6 +47,25 @@ def resolve(claims: Iterable[Claim], strict: bool = False) -> dict[Region, float
                 merged.append((claim, start, stop))
         for claim, start, stop in merged:
             found[Region(parameter, claim.region.axis, start, stop)] = claim.strength
+    return found
+
+
+def joined(regions: Mapping[Region, float]) -> dict[Region, float]:
+    """The same numbers in fewer regions: neighbours of one strength are one (a layer's neurons, its heads).
+
+    For operators that treat every number by itself; ``regions`` as :func:`resolve` gives them, in order of place.
+    """
+    found: dict[Region, float] = {}
+    last: tuple[Region, float] | None = None
+    for region, strength in regions.items():
+        if last is not None:
+            before, at = last
+            next_to = (before.parameter, before.axis, before.stop) == (region.parameter, region.axis, region.start)
+            if region.axis is not None and next_to and at == strength:
+                del found[before]
+                region = Region(before.parameter, before.axis, before.start, region.stop)
+        found[region] = strength
+        last = region, strength
     return found
 
 

@@ -1,6 +1,14 @@
 """Modules of a model: ``addresses`` (names), ``layout`` (where they are), ``regions`` (parts of parameters)."""
 
-from mechtransplant.modules.addresses import KINDS, Address, Kind, heads_in_words, module_frame, parse_address
+from mechtransplant.modules.addresses import (
+    KINDS,
+    Address,
+    Kind,
+    heads_in_words,
+    module_frame,
+    parse_address,
+    share_no_weights,
+)
 from mechtransplant.modules.layout import Layout, is_linear, layout_of
 from mechtransplant.modules.regions import Region
 
@@ -15,4 +23,5 @@ __all__ = [
     "layout_of",
     "module_frame",
     "parse_address",
+    "share_no_weights",
 ]

@@ -1,8 +1,9 @@
 """Addresses of modules: parse and print.
 
-``L5H3`` is a head, ``L5.mlp`` an MLP, ``L5.attn`` an attention block, ``L5.q_proj`` a linear layer (or a part of one,
-where a layer holds several projections), ``L5`` a whole transformer block. Norms and embeddings have addresses too
-(``L5.input_layernorm``, ``embed_tokens``), but are in no other module: they move only when they are named.
+``L5H3`` is a head, ``L5N12`` a neuron of an MLP, ``L5.mlp`` the MLP, ``L5.attn`` an attention block, ``L5.q_proj`` a
+linear layer (or a part of one, where a layer holds several projections), ``L5`` a whole transformer block. Norms and
+embeddings have addresses too (``L5.input_layernorm``, ``embed_tokens``), but are in no other module: they move only
+when they are named.
 """
 
 from __future__ import annotations
@@ -18,31 +19,43 @@ from mechtransplant.errors import UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["linear", "head", "mlp", "attn", "block", "part", "norm", "embedding"]
+Kind = Literal["linear", "head", "neuron", "mlp", "attn", "block", "part", "norm", "embedding"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-_IN_BLOCK = re.compile(r"^L(?P<layer>\d+)(?:H(?P<head>\d+)|\.(?P<name>[A-Za-z_][\w.]*))?$")
+_IN_BLOCK = re.compile(
+    r"^L(?P<layer>\d+)(?:H(?P<head>\d+)|N(?P<neuron>\d+)|\.(?P<name>[A-Za-z_][\w.]*))?$",
+)
 _OUTSIDE = re.compile(r"^[a-z]{2,}[a-z0-9_]*$")
 _NORM = re.compile(r"norm|(^|\.)ln_")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A parsed address; ``name`` is the layer's short name, ``head`` the head's index, ``layer`` −1 outside blocks."""
+    """A parsed address; ``name`` is the layer's short name, ``head`` and ``neuron`` are indices, ``layer`` −1 outside
+    blocks."""
 
     kind: Kind
     layer: int
     head: int | None = None
     name: str | None = None
+    neuron: int | None = None
 
     def __str__(self) -> str:
         if self.layer < 0:
             return str(self.name)
         if self.kind == "head":
             return f"L{self.layer}H{self.head}"
+        if self.kind == "neuron":
+            return f"L{self.layer}N{self.neuron}"
         if self.kind == "block":
             return f"L{self.layer}"
         return f"L{self.layer}.{self.name or self.kind}"
+
+
+def share_no_weights(kinds: Iterable[str]) -> bool:
+    """Whether modules of these kinds have no number in common: of one kind, or heads beside MLPs or their neurons."""
+    found = set(kinds)
+    return len(found) == 1 or found in ({"head", "mlp"}, {"head", "neuron"})
 
 
 def is_norm(name: str) -> bool:
@@ -58,17 +71,21 @@ def parse_address(text: str) -> Address:
     return _parsed(str(text).strip())
 
 
-# a layout asks for the same few hundred again and again
-@lru_cache(maxsize=1 << 16)
+# a layout asks for the same few hundred again and again, or for all neurons of a model
+@lru_cache(maxsize=1 << 18)
 def _parsed(text: str) -> Address:
     if _OUTSIDE.match(text):
         return Address("norm" if is_norm(text) else "embedding", -1, name=text)
     match = _IN_BLOCK.match(text)
     if match is None:
-        raise UsageError(f"{text!r} is not a module address: expected L5H3 (head), L5.mlp, L5.attn, L5.q_proj, or L5")
+        raise UsageError(
+            f"{text!r} is not a module address: expected L5H3 (head), L5N12 (neuron), L5.mlp, L5.attn, L5.q_proj, or L5"
+        )
     layer, head, name = int(match["layer"]), match["head"], match["name"]
     if head is not None:
         return Address("head", layer, head=int(head))
+    if match["neuron"] is not None:
+        return Address("neuron", layer, neuron=int(match["neuron"]))
     if name is None:
         return Address("block", layer)
     if name in ("mlp", "attn"):

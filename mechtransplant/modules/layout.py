@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,7 @@ class Layout:
     ``linears`` maps address → qualified module name, in the order of layers; ``heads`` and ``kv_heads`` are counts
     per layer, ``d_head`` is the width of one head. ``parts`` are the projections of layers that hold several,
     ``others`` the norms and embeddings, and ``transposed`` the layers whose weight is (in, out) (GPT-2's Conv1D).
+    ``neurons`` is how many the MLP of each layer has, 0 where its last layer cannot be told.
     """
 
     linears: dict[str, str]
@@ -41,6 +42,7 @@ class Layout:
     parts: dict[str, Projection] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    neurons: tuple[int, ...] = ()
 
     @property
     def group_size(self) -> int:
@@ -65,6 +67,9 @@ class Layout:
             return [a for linear in self.linears for a in inside.get(linear, [linear])]
         if kind == "head":
             return [f"L{layer}H{head}" for layer in range(self.layers) for head in range(self.heads)]
+        if kind == "neuron":
+            # says which layer of an MLP cannot be told
+            return [a for layer in range(self.layers) if self.mlp_output(layer) for a in self.neurons_of(layer)]
         if kind in ("mlp", "attn"):
             return [f"L{layer}.{kind}" for layer in range(self.layers)]
         if kind == "block":
@@ -83,15 +88,32 @@ class Layout:
             return Address("norm" if is_norm(name) else "embedding", parsed.layer, name=parsed.name)
         if name in self.linears:
             return Address("linear", parsed.layer, name=parsed.name)
-        if parsed.kind not in ("head", "mlp", "attn", "block") or name not in self.of_kind(parsed.kind):
-            near = [*self.linears, *self.parts, *self.others] if parsed.name else self.of_kind(parsed.kind)
-            near += [f"L{parsed.layer}.mlp", f"L{parsed.layer}.attn"] if 0 <= parsed.layer < self.layers else []
+        inside = 0 <= parsed.layer < self.layers
+        indices = {"head": (parsed.head, self.heads), "neuron": (parsed.neuron, self.neurons_in(parsed.layer))}
+        index, count = indices.get(parsed.kind, (0, int(parsed.kind in ("mlp", "attn", "block"))))
+        if not inside or index is None or index >= count:
+            near = [*self.linears, *self.parts, *self.others] if parsed.name else self._examples(parsed.kind)
+            near += [f"L{parsed.layer}.mlp", f"L{parsed.layer}.attn"] if inside else []
             advice = f"Layers are 0 to {self.layers - 1}"
-            advice += f", heads 0 to {self.heads - 1}." if parsed.kind == "head" else "."
+            advice += f", {parsed.kind}s 0 to {count - 1}." if parsed.kind in indices and count else "."
             if name == "lm_head":
                 advice += " The output head is tied to the embedding, which is one address."
             raise UnknownNameError("module", address, near, advice)
         return parsed
+
+    def neurons_in(self, layer: int) -> int:
+        """How many neurons the MLP of a layer has."""
+        return self.neurons[layer] if 0 <= layer < len(self.neurons) else 0
+
+    def neurons_of(self, layer: int) -> list[str]:
+        """The addresses of a layer's neurons."""
+        return [f"L{layer}N{neuron}" for neuron in range(self.neurons_in(layer))]
+
+    def _examples(self, kind: str) -> list[str]:
+        """Addresses of a kind for an error to name: of neurons the last of every layer, else all."""
+        if kind == "neuron":
+            return [f"L{layer}N{count - 1}" for layer, count in enumerate(self.neurons) if count]
+        return self.of_kind(kind)
 
     def linears_of(self, address: str) -> list[str]:
         """The linear layers inside an address (an MLP's, an attention block's, a whole block's, or itself)."""
@@ -139,10 +161,12 @@ class Layout:
     def regions(self, address: str, parameters: Mapping[str, Any]) -> list[Region]:
         """The parts of parameters that an address stands for; a head is its Q rows and O columns, with Q's bias.
 
+        A neuron is its rows of the MLP's first layers (gate, up), with their biases, and its column of the last one.
         ``parameters`` maps names to tensors. K and V belong to a head's group (:meth:`kv_regions`); the bias of the
         output projection, and norms of queries and keys, belong to no head.
 
-        Raises UsageError for a head where the layout of Q, K and V is not known.
+        Raises UsageError for a head where the layout of Q, K and V is not known, and for a neuron of an MLP whose first
+        layers cannot be told apart by neurons.
         """
         parsed = self.check(address)
         if parsed.kind == "head":
@@ -152,6 +176,9 @@ class Layout:
             axis = 0 if output in self.transposed else 1
             columns = Region(f"{self.linears[output]}.weight", axis, *span)
             return [*self._projected(parsed.layer, "q_proj", span, parameters), columns]
+        if parsed.neuron is not None:
+            lines = self._neuron_lines(parsed.layer, parameters)
+            return [Region(name, axis, at + parsed.neuron, at + parsed.neuron + 1) for name, axis, at in lines]
         if parsed.kind == "part":
             projection = self.parts[str(parsed)]
             return self._outputs(projection, (0, sum(b - a for a, b in projection.chunks)), parameters)
@@ -171,6 +198,36 @@ class Layout:
     def group(self, head: int) -> int:
         """The K/V head that a query head reads."""
         return head // self.group_size
+
+    def _neuron_lines(self, layer: int, parameters: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+        """Where the first neuron of a layer is: its row of all that the MLP begins with, its column of the last layer.
+
+        (parameter, axis, place); the others follow it. Looked up once, since there are thousands.
+        """
+        if layer not in self._lines:
+            found, output, count = [], self.mlp_output(layer), self.neurons_in(layer)
+            fused = {projection.linear for projection in self.parts.values()}
+            begins = [p for p in self.parts.values() if p.linear in self.linears_of(f"L{layer}.mlp")]
+            for linear in self.linears_of(f"L{layer}.mlp"):
+                if linear != output and linear not in fused:
+                    weight = parameters[f"{self.linears[linear]}.weight"]
+                    begins.append(Projection(linear, ((0, weight.shape[1 if linear in self.transposed else 0]),)))
+            for projection in begins:
+                width = sum(b - a for a, b in projection.chunks)
+                if width != count:
+                    raise UsageError(
+                        f"{projection.linear} has {width} outputs for {count} neurons: they cannot be told apart; use "
+                        "the MLP or its linear layers"
+                    )
+                for region in self._outputs(projection, (0, 1), parameters):
+                    found.append((region.parameter, region.axis or 0, region.start))
+            found.append((f"{self.linears[output]}.weight", 0 if output in self.transposed else 1, 0))
+            self._lines[layer] = found
+        return self._lines[layer]
+
+    @cached_property
+    def _lines(self) -> dict[int, list[tuple[str, int, int]]]:
+        return {}
 
     def _projected(self, layer: int, name: str, span: tuple[int, int], parameters: Mapping[str, Any]) -> list[Region]:
         address = f"L{layer}.{name}"
@@ -254,14 +311,27 @@ def layout_of(model: Any) -> Layout:
         "kv_heads": int(getattr(config, "num_key_value_heads", None) or heads),
         "d_head": int(getattr(config, "head_dim", None) or config.hidden_size // heads),
     }
-    return Layout(
+    layout = Layout(
         linears,
-        layers=max(layer for layer, _, _ in found) + 1,
-        **sizes,
+        max(layer for layer, _, _ in found) + 1,
+        sizes["heads"],
+        sizes["kv_heads"],
+        sizes["d_head"],
         parts=_parts(model, linears, str(config.model_type), sizes),
         others=others,
         transposed=frozenset(a for a, name in linears.items() if is_transposed(model.get_submodule(name))),
     )
+    return replace(layout, neurons=tuple(_neurons(model, layout, layer) for layer in range(layout.layers)))
+
+
+def _neurons(model: Any, layout: Layout, layer: int) -> int:
+    """How many numbers the last layer of an MLP reads; 0 where it is not known which layer that is."""
+    try:
+        output = layout.mlp_output(layer)
+    except UsageError:
+        return 0
+    shape = model.get_submodule(layout.linears[output]).weight.shape
+    return int(shape[0 if output in layout.transposed else 1])
 
 
 def _parts(model: Any, linears: dict[str, str], model_type: str, sizes: dict[str, int]) -> dict[str, Projection]:

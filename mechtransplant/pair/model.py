@@ -86,14 +86,21 @@ class LanguageModel:
 
     def output_weights(self, layer: int) -> Any:
         """W_O of every head of a layer, shape (head, d_head, d_model): a head's write is z @ W_O[head]."""
-        linear = self.hf.get_submodule(self.layout.linears[self.layout.attention_output(layer)])
-        weight = linear.weight.detach()
-        # GPT-2's Conv1D keeps its weight the other way round
+        inward = self._inward(self.layout.attention_output(layer))
         heads, d_head = self.layout.heads, self.layout.d_head
-        if weight.shape[0 if self.layout.attention_output(layer) in self.layout.transposed else 1] != heads * d_head:
+        if len(inward) != heads * d_head:
             raise UsageError(f"the output projection of L{layer} does not read {heads} heads of {d_head} numbers each")
-        inward = weight if self.layout.attention_output(layer) in self.layout.transposed else weight.T
-        return inward.reshape(self.layout.heads, self.layout.d_head, -1)
+        return inward.reshape(heads, d_head, -1)
+
+    def neuron_weights(self, layer: int) -> Any:
+        """What every neuron of a layer writes for one unit of activation, shape (neuron, d_model)."""
+        return self._inward(self.layout.mlp_output(layer))
+
+    def _inward(self, address: str) -> Any:
+        """A linear layer's weight as (in, out)."""
+        weight = self.hf.get_submodule(self.layout.linears[address]).weight.detach()
+        # GPT-2's Conv1D keeps its weight the other way round
+        return weight if address in self.layout.transposed else weight.T
 
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.hf.parameters()) / 1e6

@@ -72,7 +72,7 @@ class Pair:
         return _in_place(self.target.hf)[1]
 
     def modules(self, kind: Kind | Iterable[Kind]) -> list[str]:
-        """Every address of a kind, or of several: "linear", "head", "mlp", "attn", "block", "part", "norm" or
+        """Every address of a kind, or of several: "linear", "head", "neuron", "mlp", "attn", "block", "part", "norm" or
         "embedding"."""
         kinds = [kind] if isinstance(kind, str) else kind
         return list(dict.fromkeys(m for each in kinds for m in self.layout.of_kind(each)))

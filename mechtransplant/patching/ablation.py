@@ -43,14 +43,14 @@ class Ablation:
     """Modules of one model without what they say.
 
     Args:
-        modules: heads, MLPs, attention blocks or the residual stream.
+        modules: heads, neurons, MLPs, attention blocks or the residual stream.
         method: "zero"; "mean" (the reference's mean over a prompt's positions, then over prompts); "resample" (what the
             module says at a random position of the reference, one draw for all modules of a position).
         reference: for "mean" and "resample": :func:`reference_activations` of the same model.
         positions: see :class:`Patch`.
         seed: of "resample"; a draw depends on the token and its position, not on the batch.
 
-    A head is ablated at ``hook_z``, so the bias of the output projection stays.
+    A head is ablated at ``hook_z``, so the bias of the output projection stays; a neuron at ``hook_post``.
     """
 
     modules: tuple[str, ...]
@@ -111,19 +111,19 @@ class _Ablating:
 
     def __init__(self, patch: Ablation, modules: list[Module]) -> None:
         self.patch, self.positions = patch, patch.positions
-        self.heads: dict[Site, list[int]] = {}
+        self.parts: dict[Site, list[int]] = {}
         self.whole: list[Site] = []
         for module in modules:
-            if module.head is None:
+            if module.part is None:
                 self.whole.append(module.site)
             else:
-                self.heads.setdefault(module.site, []).append(module.head)
-        self.heads_changed = frozenset((site.layer, head) for site, heads in self.heads.items() for head in heads)
+                self.parts.setdefault(module.site, []).append(module.part)
+        self.heads_changed = frozenset((m.site.layer, m.head) for m in modules if m.head is not None)
         self.heads_exchanged: frozenset[tuple[int, int]] = frozenset()
         self.known: dict[Site, Tensor] = {}
 
     def sites(self, model: LanguageModel) -> list[Site]:
-        return [*self.heads, *self.whole]
+        return [*self.parts, *self.whole]
 
     def new(self, site: Site, tensor: Tensor, now: Pass, source: Lockstep | None) -> Tensor:
         import torch
@@ -134,10 +134,10 @@ class _Ablating:
             value = self._mean(site).to(tensor).expand_as(tensor)
         else:
             value = self._rows(site)[self._draw(now)].to(tensor)
-        if site not in self.heads:
+        if site not in self.parts:
             return value
-        new, heads = tensor.clone(), self.heads[site]
-        new[..., heads, :] = value[..., heads, :]
+        new, parts = tensor.clone(), site.parts(self.parts[site])
+        new[parts] = value[parts]
         return new
 
     @cached_property

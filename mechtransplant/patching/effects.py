@@ -59,8 +59,8 @@ def patch_versus_graft(
     if not names:
         raise UsageError("no modules were named: leave modules out for all heads and MLPs")
     places = modules_of(pair.layout, names)
-    if [m.address for m in places] != names or any(m.site.place not in ("z", "mlp", "attn") for m in places):
-        raise UsageError("patch_versus_graft compares heads, MLPs and attention blocks, each named once")
+    if [m.address for m in places] != names or any(m.site.place not in ("z", "post", "mlp", "attn") for m in places):
+        raise UsageError("patch_versus_graft compares heads, neurons, MLPs and attention blocks, each named once")
     best = gold_scores(pair.source, task, batch_size)
     plain, patched = patch_effects(pair, task, names, positions, heads=heads, batch_size=batch_size, progress=progress)
     base, grafted = graft_effects(pair, task, names, kv=kv, batch_size=batch_size, progress=progress)

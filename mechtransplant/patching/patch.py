@@ -31,8 +31,8 @@ class Patch:
     """Activations of the source into the target, at some modules and positions.
 
     Args:
-        modules: heads (``L5H3``), MLPs, attention blocks, or the residual stream (``L5.resid_pre``, ``L5.resid_post``;
-            ``L5`` is the latter).
+        modules: heads (``L5H3``), neurons (``L5N12``: ``hook_post``, which the target's own weights then read), MLPs,
+            attention blocks, or the residual stream (``L5.resid_pre``, ``L5.resid_post``; ``L5`` is the latter).
         positions: "all", "prompt", "decoding", "last" (the prompt's last token), "answer" (that and "decoding"), or
             token numbers of the prompt, from 0, or from −1 at its end.
         heads: what of a head is moved: "z" (``hook_z``, which the target's own W_O then reads) or "result"
@@ -84,9 +84,12 @@ class Copying:
     def __init__(self, patch: Patch, pair: Pair, modules: list[Module]) -> None:
         self.patch, self.pair, self.positions = patch, pair, patch.positions
         self.heads: dict[int, list[int]] = {}
+        self.neurons: dict[Site, list[int]] = {}
         self.whole: list[Site] = []
         for module in modules:
-            if module.head is None:
+            if module.neuron is not None:
+                self.neurons.setdefault(module.site, []).append(module.neuron)
+            elif module.head is None:
                 self.whole.append(module.site)
             else:
                 self.heads.setdefault(module.site.layer, []).append(module.head)
@@ -98,11 +101,11 @@ class Copying:
         self.z: dict[int, Tensor] = {}
 
     def sites(self, model: LanguageModel | None = None) -> list[Site]:
-        """z of every patched head's layer, the block's output where writes are exchanged, and whole sites."""
+        """z of every patched head's layer, the block's output where writes are exchanged, neurons' and whole sites."""
         found = [Site("z", layer) for layer in self.heads]
         if self.patch.heads == "result":
             found += [Site("attn", layer) for layer in self.heads]
-        return list(dict.fromkeys([*found, *self.whole]))
+        return list(dict.fromkeys([*found, *self.neurons, *self.whole]))
 
     def new(self, site: Site, tensor: Tensor, now: Pass, source: Lockstep | None) -> Tensor:
         """The new activations of a site."""
@@ -113,6 +116,8 @@ class Copying:
         """The new activations of a site, where the source's are ``seen``."""
         if site.place == "z":
             return self._z(site, tensor, seen)
+        if site.place == "post":
+            return self._some(site, self.neurons[site], tensor, seen)
         changed = tensor
         if site.place == "attn" and site.layer in self.z:
             changed = tensor + self._exchanged(site, seen)
@@ -123,9 +128,12 @@ class Copying:
         if self.patch.heads == "result":
             self.z[site.layer] = tensor
             return tensor
-        new = tensor.clone()
-        heads = self.heads[site.layer]
-        new[..., heads, :] = self._moved(tensor[..., heads, :], seen[site].reshape(tensor.shape)[..., heads, :])
+        return self._some(site, self.heads[site.layer], tensor, seen)
+
+    def _some(self, site: Site, indices: list[int], tensor: Tensor, seen: Mapping[Site, Tensor]) -> Tensor:
+        """Some of a site's heads or neurons moved."""
+        new, parts = tensor.clone(), site.parts(indices)
+        new[parts] = self._moved(tensor[parts], seen[site].reshape(tensor.shape)[parts])
         return new
 
     def _exchanged(self, site: Site, seen: Mapping[Site, Tensor]) -> Tensor:

@@ -123,8 +123,10 @@ class _Adding:
         self.heads_changed = self.heads_exchanged = frozenset[tuple[int, int]]()
         self.at: dict[Site, list[str]] = {}
         for module in modules:
-            # a head's write is part of what the attention block writes
-            site = Site("attn", module.site.layer) if module.head is not None else module.site
+            # a head's write is part of what the attention block writes, a neuron's of what the MLP does
+            site = module.site
+            if module.part is not None:
+                site = Site("mlp" if module.head is None else "attn", module.site.layer)
             self.at.setdefault(site, []).append(module.address)
 
     def sites(self, model: LanguageModel) -> list[Site]:
@@ -158,7 +160,7 @@ def mean_shift(
     vectors: dict[str, Tensor] = {}
     for module in places:
         name = SelectedModule(module.address, selection)
-        if module.head is None:
+        if module.part is None:
             vectors[name] = theirs[module.site] - ours[module.site]
         else:
             vectors[name] = _write(pair.source, module, theirs) - _write(pair.target, module, ours)
@@ -167,9 +169,11 @@ def mean_shift(
 
 
 def _write(model: LanguageModel, module: Module, means: dict[Site, Tensor]) -> Tensor:
-    """A head's mean write: the mean of z, times W_O."""
-    head, z = module.head, means[module.site]
-    return z[head] @ model.output_weights(module.site.layer)[head].to(z)
+    """A head's or neuron's mean write: the mean of z, times W_O, or of the activation, times its column."""
+    part, mean = module.part, means[module.site]
+    if module.head is None:
+        return mean[part] * model.neuron_weights(module.site.layer)[part].to(mean)
+    return mean[part] @ model.output_weights(module.site.layer)[part].to(mean)
 
 
 def _means(

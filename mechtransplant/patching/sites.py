@@ -3,6 +3,7 @@
 | site | TransformerLens hook | Hugging Face model | shape |
 |---|---|---|---|
 | ``z`` | ``attn.hook_z`` | input of the output projection | batch pos head d_head |
+| ``post`` | ``mlp.hook_post`` | input of the MLP's last layer | batch pos neuron |
 | ``attn`` | ``attn.hook_out`` | output of the output projection | batch pos d_model |
 | ``mlp`` | ``mlp.hook_out`` | output of the MLP's last layer | batch pos d_model |
 | ``resid_pre`` | ``hook_resid_pre`` | input of the block | batch pos d_model |
@@ -14,7 +15,7 @@ A norm after the attention block or the MLP (Gemma 2 and 3, OLMo 2) comes after 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from mechtransplant.modules import Layout
     from mechtransplant.pair import LanguageModel
 
-Place = Literal["z", "attn", "mlp", "resid_pre", "resid_post"]
+Place = Literal["z", "post", "attn", "mlp", "resid_pre", "resid_post"]
 HOOKS: dict[Place, str] = {
     "z": "attn.hook_z",
+    "post": "mlp.hook_post",
     "attn": "attn.hook_out",
     "mlp": "mlp.hook_out",
     "resid_pre": "hook_resid_pre",
@@ -49,18 +51,28 @@ class Site:
         """The TransformerLens name."""
         return f"blocks.{self.layer}.{HOOKS[self.place]}"
 
+    def parts(self, indices: Sequence[int]) -> tuple[Any, ...]:
+        """What picks some heads, or neurons, of the site's tensor."""
+        return (..., list(indices), slice(None)) if self.place == "z" else (..., list(indices))
+
 
 @dataclass(frozen=True)
 class Module:
-    """A module whose activations can be moved: its address, its site, and its head where it is one."""
+    """A module whose activations can be moved: its address, its site, and which head or neuron it is there."""
 
     address: str
     site: Site
     head: int | None = None
+    neuron: int | None = None
+
+    @property
+    def part(self) -> int | None:
+        """Which part of the site's tensor it is; None for all of it."""
+        return self.neuron if self.head is None else self.head
 
 
 def modules_of(layout: Layout, addresses: Iterable[str]) -> list[Module]:
-    """Heads, MLPs, attention blocks and the residual stream (``L5.resid_pre``; ``L5.resid_post`` or ``L5``).
+    """Heads, neurons, MLPs, attention blocks, the residual stream (``L5.resid_pre``; ``L5.resid_post`` or ``L5``).
 
     Raises UsageError for an unknown address, and for linear layers, norms and embeddings.
     """
@@ -74,14 +86,17 @@ def modules_of(layout: Layout, addresses: Iterable[str]) -> list[Module]:
         address = layout.check(str(text))
         if address.kind == "head":
             found[str(address)] = Module(str(address), Site("z", address.layer), address.head)
+        elif address.kind == "neuron":
+            found[str(address)] = Module(str(address), Site("post", address.layer), neuron=address.neuron)
         elif address.kind in ("mlp", "attn"):
             found[str(address)] = Module(str(address), Site("mlp" if address.kind == "mlp" else "attn", address.layer))
         elif address.kind == "block":
             found[f"{address}.resid_post"] = Module(f"{address}.resid_post", Site("resid_post", address.layer))
         else:
             raise UsageError(
-                f"{address} is a {address.kind} layer, whose activations are not patched: expected a head (L5H3), an "
-                "MLP (L5.mlp), an attention block (L5.attn) or the residual stream (L5.resid_pre, L5.resid_post)"
+                f"{address} is a {address.kind} layer, whose activations are not patched: expected a head (L5H3), a "
+                "neuron (L5N12), an MLP (L5.mlp), an attention block (L5.attn) or the residual stream (L5.resid_pre, "
+                "L5.resid_post)"
             )
     return list(found.values())
 
@@ -124,8 +139,10 @@ class Body:
             if site.place == "resid_pre":
                 return block.register_forward_pre_hook(_before(edit), with_kwargs=True).remove
             return block.register_forward_hook(_after(edit)).remove
-        last = layout.mlp_output if site.place == "mlp" else layout.attention_output
+        last = layout.mlp_output if site.place in ("mlp", "post") else layout.attention_output
         linear = self.model.hf.get_submodule(layout.linears[last(site.layer)])
+        if site.place == "post":
+            return linear.register_forward_pre_hook(_first(edit)).remove
         if site.place != "z":
             return linear.register_forward_hook(_after(edit)).remove
         heads = layout.heads
@@ -145,6 +162,16 @@ def _after(edit: Editor) -> Any:
         inside = isinstance(output, tuple)
         edited = edit(output[0] if inside else output)
         return None if edited is None else ((edited, *output[1:]) if inside else edited)
+
+    return hook
+
+
+def _first(edit: Editor) -> Any:
+    """A pre-hook for a layer of one argument."""
+
+    def hook(module: Any, inputs: tuple[Any, ...]) -> Any:
+        edited = edit(inputs[0])
+        return None if edited is None else (edited, *inputs[1:])
 
     return hook
 

@@ -49,7 +49,7 @@ def patch_effects(
     """The gold answer's outcomes in the target as it is, and with each module's activations patched alone.
 
     Args:
-        modules: heads, MLPs, attention blocks, residual streams. positions, heads: as :class:`Patch` has them.
+        modules: heads, neurons, MLPs, attention blocks, residual streams. positions, heads: as :class:`Patch` has them.
 
     Returns:
         (outcomes of shape (questions,), outcomes of shape (modules, questions)).
@@ -60,7 +60,7 @@ def patch_effects(
     base, found = GoldCollector(1, len(task)), GoldCollector(len(modules), len(task))
     quick = positions == "all" or positions in AT_THE_ANSWER
     # a block that forks is entered past its own hooks, where the residual stream is read
-    quick &= all(site.place in ("z", "attn", "mlp") for patch in patches for site in patch.sites())
+    quick &= all(site.place in ("z", "post", "attn", "mlp") for patch in patches for site in patch.sites())
     quick &= can_resume(pair.target) and not interventions_on(pair.source.hf)
     # and both must read in the same passes
     prefixes = [usable_prefix(m.hf, encoded, max(lengths)) for m in (pair.source, pair.target)]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mechtransplant.pair import Pair
 
-SHIFTING = ("linear", "head", "mlp", "attn")
+SHIFTING = ("linear", "head", "neuron", "mlp", "attn")
 DECODING = "2 forward passes, and what writing the texts takes"
 BOTH = "1 forward pass of each model"
 

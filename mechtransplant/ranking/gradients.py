@@ -73,7 +73,7 @@ def integrated_gradient(
     "activation_gradient",
     "s(m) = Σ over positions of ⟨∂L/∂a_m at the target, a_source − a_target⟩ (attribution patching)",
     needs="gradients",
-    kinds=("linear", "head", "mlp", "attn"),
+    kinds=("linear", "head", "neuron", "mlp", "attn"),
     cost="2 forward passes and 1 backward pass",
     sign="patching its activations alone raises the gold answer's log-probability (nats), to first order",
 )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GAIN = "patching its activations at all positions alone raises the gold answer's log-probability (nats)"
 #: patches of single linear layers are not made
-KINDS = ("head", "mlp", "attn")
+KINDS = ("head", "neuron", "mlp", "attn")
 
 
 @register_rule(

@@ -71,9 +71,8 @@ class Rule:
         for each in kinds_of(kind):
             if each not in self.kinds:
                 others = ", ".join(sorted(name for name, rule in RULES.items() if each in rule.kinds))
-                raise UsageError(
-                    f"rule {self.name!r} scores kind {' or '.join(self.kinds)}, not {each!r}: for {each!r} use {others}"
-                )
+                known = " or ".join(filter(None, (", ".join(self.kinds[:-1]), self.kinds[-1])))
+                raise UsageError(f"rule {self.name!r} scores kind {known}, not {each!r}: for {each!r} use {others}")
         parameters = inspect.signature(self.score).parameters
         inner = self.made_of(options)
         if inner is not None:

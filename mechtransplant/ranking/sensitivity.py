@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -40,6 +41,33 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 
+@dataclass
+class Parts:
+    """Whose parts of one parameter are whose: regions, and by axis the rows or columns of one module alone (neurons),
+    which are thousands and go together."""
+
+    regions: list[tuple[int, Region]] = field(default_factory=list)
+    lines: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)
+
+    def add(self, index: int, region: Region) -> None:
+        """A region of the module with this index."""
+        if region.axis is not None and region.stop - region.start == 1:
+            indices, places = self.lines.setdefault(region.axis, ([], []))
+            indices.append(index)
+            places.append(region.start)
+        else:
+            self.regions.append((index, region))
+
+    def sums(self, product: Tensor, into: Floats) -> None:
+        """Add to every module the sum of its part of a tensor."""
+        for index, region in self.regions:
+            into[index] += float(region.of(product).sum())
+        for axis, (indices, places) in self.lines.items():
+            others = [other for other in range(product.dim()) if other != axis]
+            by_line = product.sum(others) if others else product
+            np.add.at(into, indices, by_line.double().cpu().numpy()[places])
+
+
 class WeightChanges:
     """What grafting each module of a list would change: W_source − W_target, as the weights are now."""
 
@@ -47,10 +75,10 @@ class WeightChanges:
         self.pair, self.modules = pair, list(modules)
         # products are made where the gradients are
         awaken(pair.target.hf)
-        self.inside: dict[str, list[tuple[int, Region]]] = {}
+        self.inside: dict[str, Parts] = {}
         for index, module in enumerate(modules):
             for region in Graft([module], kv=kv).regions(pair):
-                self.inside.setdefault(region.parameter, []).append((index, region))
+                self.inside.setdefault(region.parameter, Parts()).add(index, region)
         self.kept: dict[str, Tensor] = {}
 
     def keep(self) -> WeightChanges:
@@ -67,9 +95,7 @@ class WeightChanges:
 
     def products(self, parameter: str, gradient: Tensor, into: Floats) -> None:
         """Add ⟨gradient, change⟩ of every module that has a part of this parameter."""
-        product = gradient.float() * self.of(parameter)
-        for index, region in self.inside[parameter]:
-            into[index] += float(region.of(product).sum())
+        self.inside[parameter].sums(gradient.float() * self.of(parameter), into)
 
 
 @contextmanager
@@ -144,7 +170,8 @@ def activation_effects(
 ) -> Floats:
     """First-order effect of patching every module at all positions, in nats; two forwards and one backward.
 
-    A head is patched by its ``z``, which the target's W_O then reads, or by its ``result`` z @ W_O (see ``Patch``).
+    A head is patched by its ``z``, which the target's W_O then reads, or by its ``result`` z @ W_O (see ``Patch``); a
+    neuron by its activation, which the target's weights then read.
     """
     import torch
 
@@ -212,11 +239,11 @@ def _graph_starts(model: LanguageModel) -> Iterator[None]:
 
 @contextmanager
 def _recorded(model: LanguageModel, slots: Sequence[Slot], into: dict[Slot, Tensor]) -> Iterator[None]:
-    """Every slot's tensor of the last forward: the output of a layer, or for heads the input of the last one."""
+    """Every slot's tensor of the last forward: a layer's output, or for heads and neurons the input of the last one."""
 
     def listen(slot: Slot) -> Any:
         linear = model.hf.get_submodule(model.layout.linears[slot.linear])
-        if slot.kind == "head":
+        if slot.kind in ("head", "neuron"):
             return linear.register_forward_pre_hook(lambda module, inputs: into.__setitem__(slot, inputs[0]))
         return linear.register_forward_hook(lambda module, inputs, output: into.__setitem__(slot, output))
 
@@ -233,6 +260,8 @@ def _products(pair: Pair, slot: Slot, gradient: Tensor, theirs: Tensor, ours: Te
     import torch
 
     gradient, theirs, ours = gradient.float(), theirs.float(), ours.float()
+    if slot.kind == "neuron":
+        return (gradient * (theirs - ours)).flatten(0, -2).sum(0).cpu().double().numpy()
     if slot.kind != "head":
         return np.array([float((gradient * (theirs - ours)).sum())])
     shape = (pair.layout.heads, -1)

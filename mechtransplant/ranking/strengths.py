@@ -228,9 +228,18 @@ def _fitting(value: Floats, alive: Bools, sizes: NDArray[np.int64], count: int, 
     """
     stay, left = np.zeros(len(value), dtype=bool), [int(i) for i in np.argsort(-value, kind="stable") if alive[i]]
     missing = min(count, len(left))
-    room = max(limit, float(np.sort(sizes[left])[:missing].sum()))
-    for at, i in enumerate(left):
-        if missing and sizes[i] + np.sort(sizes[left[at + 1 :]])[: missing - 1].sum() <= room:
+    # modules have few sizes, and neurons are thousands: how many of each are left is enough
+    each, waiting = np.unique(sizes[left], return_counts=True)
+
+    def smallest(wanted: int) -> float:
+        """What so many of the smallest that are waiting have together."""
+        before = np.concatenate([[0], np.cumsum(waiting)[:-1]])
+        return float((each * np.clip(wanted - before, 0, waiting)).sum())
+
+    room = max(limit, smallest(missing))
+    for i in left:
+        waiting[np.searchsorted(each, sizes[i])] -= 1
+        if missing and sizes[i] + smallest(missing - 1) <= room:
             stay[i], missing, room = True, missing - 1, room - float(sizes[i])
     return stay
 

@@ -61,7 +61,8 @@ class Collector:
         #: of the residual stream, which heads write to
         self.width = int(pair.target.hf.config.get_text_config().hidden_size)
         self.needs_moved = bool({"own", "inherited"} & set(measures))
-        self.writes = {s: HeadWrites.of(pair, s.layer) for s in self.slots if s.kind == "head"}
+        of = {"head": HeadWrites.of, "neuron": HeadWrites.of_neurons}
+        self.writes = {s: of[s.kind](pair, s.layer) for s in self.slots if s.kind in of}
         self.into = into
         into.begin(self.modules, measures, str(pair.target.hf.dtype))
         self.vectors = ShiftVectors.empty(self._widths(), prompts) if with_vectors else None
@@ -69,7 +70,7 @@ class Collector:
     def _widths(self) -> dict[str, int]:
         widths = {}
         for slot in self.slots:
-            if slot.kind == "head":
+            if slot in self.writes:
                 width = self.writes[slot].change.shape[-1]
             else:
                 linear: Any = self.pair.target.hf.get_submodule(self.pair.layout.linears[slot.linear])
@@ -82,7 +83,9 @@ class Collector:
 
         def consume(slot: Slot, source: Any, target: Any, moved: Any) -> None:
             first = self.rows[slot.modules(self.pair)[0]]
-            terms = self._plain_terms if slot.kind != "head" else partial(self._head_terms, slot)
+            terms = {"head": partial(self._head_terms, slot), "neuron": partial(self._neuron_terms, slot)}.get(
+                slot.kind, self._plain_terms
+            )
             values, shift = terms(source, target, moved)
             for name, value in values.items():
                 # (counted, modules) → (prompts, modules); sums over positions in float64, which not every device has
@@ -123,6 +126,25 @@ class Collector:
         shift = None
         if self.vectors is not None:
             shift = writes.difference(*cast("list[torch.Tensor]", zs[:2]))
+        return self._values(norms, self.width), shift
+
+    def _neuron_terms(
+        self, slot: Slot, source: torch.Tensor, target: torch.Tensor, moved: torch.Tensor | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Measures of a layer's neurons from their activations, each (counted, neurons): values of that shape."""
+        import torch
+
+        writes = self.writes[slot]
+        norms: dict[str, torch.Tensor] = {}
+        for model, name, activation in ((self.pair.source, "source", source), (self.pair.target, "target", target)):
+            columns = model.neuron_weights(slot.layer).to(activation)
+            norms[f"‖{name}‖₁"] = activation.abs() * columns.abs().sum(1)
+            # of all of them: a neuron that is silent at a position has no size there to divide by
+            norms[f"‖{name}‖"] = torch.linalg.vector_norm(activation @ columns, dim=-1)[:, None]
+        zs = [None if a is None else a[..., None] for a in (source, target, moved)]
+        if {"distance", "own", "inherited"} & set(self.measures):
+            norms |= writes.norms(*cast("list[torch.Tensor]", zs))
+        shift = None if self.vectors is None else writes.difference(*cast("list[torch.Tensor]", zs[:2]))
         return self._values(norms, self.width), shift
 
     def _values(self, norms: dict[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:

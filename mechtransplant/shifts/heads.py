@@ -1,4 +1,5 @@
-"""Head writes: what every head of a layer adds to the residual stream, z @ W_O of its own columns.
+"""Head writes: what every head of a layer adds to the residual stream, z @ W_O of its own columns. A neuron's write is
+the same with d_head = 1: its activation times its column of the MLP's last layer.
 
 Differences of writes have norms and inner products that d_head numbers hold: stack W_O of the source and
 ΔW = W_O,source − W_O,target into M, of shape (2 · d_head, d_model). Its Gram matrix M Mᵀ holds every inner product that
@@ -37,9 +38,17 @@ class HeadWrites:
     @classmethod
     def of(cls, pair: Pair, layer: int) -> HeadWrites:
         """The factor of a layer's two W_O, computed in float64 and kept in float32."""
+        return cls._of(pair, *(m.output_weights(layer) for m in (pair.source, pair.target)))
+
+    @classmethod
+    def of_neurons(cls, pair: Pair, layer: int) -> HeadWrites:
+        """The same of a layer's neurons."""
+        return cls._of(pair, *(m.neuron_weights(layer)[:, None] for m in (pair.source, pair.target)))
+
+    @classmethod
+    def _of(cls, pair: Pair, theirs: torch.Tensor, ours: torch.Tensor) -> HeadWrites:
         import torch
 
-        theirs, ours = (m.output_weights(layer) for m in (pair.source, pair.target))
         device = runs_on(pair.target.hf) if takes_turns(pair.target.hf) else ours.device
         theirs, ours = theirs.to(device).float(), ours.to(device).float()
         change = theirs - ours

@@ -1,4 +1,4 @@
-"""Shifts of heads, MLPs, attention blocks and linear layers: every measure of the statistical contract, streamed.
+"""Shifts of heads, neurons, MLPs, attention blocks, linear layers: every measure of the statistical contract, streamed.
 
 Sign: source minus target. A value is a mean over a prompt's chosen positions; both models read the same tokens. With
 a^S = f^S(x^S) the source's output, a^T = f^T(x^T) the target's, and f^S(x^T) the source's module on the target's input
@@ -15,13 +15,15 @@ alignment   cosine of a prompt's shift vector with the mean of the others  −1 
 projection  a prompt's shift vector on a direction fixed by other prompts  signed
 ==========  ============================================================  ========
 
-One N for all three, so that distance ≤ own + inherited holds as it stands; where N is 0, so is the measure.
+One N for all three, so that distance ≤ own + inherited holds as it stands; where N is 0, so is the measure. A
+neuron's N is that of its MLP (what all neurons of the layer write together), because a neuron can be silent where its
+weights or its input change much.
 
-A head's output is z @ W_O of its own columns, without the layer's bias. An attention block's or MLP's output is that
-of its last linear layer: where a norm follows (Gemma, OLMo 2), before that norm, because the norm mixes all heads. A
-module's input is what enters it, so norm scales before it count as inherited. The source's attention block is run on
-the target's input with the target's mask and rotary angles; a head's own shift therefore includes the K and V of its
-group.
+A head's output is z @ W_O of its own columns, without the layer's bias, and a neuron's its activation times its column
+of the MLP's last layer. An attention block's or MLP's output is that of its last linear layer: where a norm follows
+(Gemma, OLMo 2), before that norm, because the norm mixes all heads. A module's input is what enters it, so norm scales
+before it count as inherited. The source's attention block is run on the target's input with the target's mask and
+rotary angles; a head's own shift therefore includes the K and V of its group.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def measure_shifts(
     vectors in a temporary file.
 
     Args:
-        kinds: "head", "mlp", "attn", "linear", in the order of the result.
+        kinds: "head", "neuron", "mlp", "attn", "linear", in the order of the result.
         measures: see the module's docstring.
         positions: "all" (of the prompt), "last", "answer" or "decoding" (see ``activations.POSITIONS``).
         text: for "decoding": whose text both models read, "target", "source" or "gold".

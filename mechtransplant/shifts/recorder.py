@@ -1,8 +1,9 @@
 """Both models read a batch once, in turns; a module's two outputs are consumed where they meet, and nothing is held.
 
 A *slot* is one recorded tensor of a layer: the heads' z (the input of the output projection) or writes (see ``heads``),
-the attention block's output, the MLP's, or a linear layer's. On request the source's module is also run on the target's
-input, as the target's forward passes by; that gives the *moved* output f^S(x^T).
+the neurons' activations (the input of the MLP's last layer), the attention block's output, the MLP's, or a linear
+layer's. On request the source's module is also run on the target's input, as the target's forward passes by; that gives
+the *moved* output f^S(x^T).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from mechtransplant.pair import LanguageModel, Pair
 
-SlotKind = Literal["head", "attn", "mlp", "linear"]
-SLOT_KINDS: tuple[SlotKind, ...] = ("head", "attn", "mlp", "linear")
+SlotKind = Literal["head", "neuron", "attn", "mlp", "linear"]
+SLOT_KINDS: tuple[SlotKind, ...] = ("head", "neuron", "attn", "mlp", "linear")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Slot:
     linear: str
 
     def modules(self, pair: Pair) -> list[str]:
-        """The addresses that this tensor holds, in the order of its axis: a layer's heads, or one module."""
+        """The addresses that this tensor holds, in the order of its axis: a layer's heads or neurons, or one module."""
+        if self.kind == "neuron":
+            return pair.layout.neurons_of(self.layer)
         if self.kind == "head":
             return [f"L{self.layer}H{head}" for head in range(pair.layout.heads)]
         return [self.linear if self.kind == "linear" else f"L{self.layer}.{self.kind}"]
@@ -50,7 +53,7 @@ def slots_of(pair: Pair, kinds: Iterable[SlotKind]) -> list[Slot]:
         if kind == "linear":
             found += [Slot("linear", int(a[1:].split(".")[0]), a) for a in layout.linears]
             continue
-        last = layout.mlp_output if kind == "mlp" else layout.attention_output
+        last = layout.mlp_output if kind in ("mlp", "neuron") else layout.attention_output
         found += [Slot(kind, layer, last(layer)) for layer in range(layout.layers)]
     return found
 
@@ -158,6 +161,8 @@ class PairRecorder:
     # --- hooks -----------------------------------------------------------------------------------------------------
 
     def _listen(self, linear: Any, slot: Slot, is_source: bool) -> Any:
+        if slot.kind == "neuron":
+            return linear.register_forward_pre_hook(lambda m, inputs: self._see(slot, inputs[0], is_source))
         return linear.register_forward_hook(lambda m, inputs, output: self._see(slot, output, is_source))
 
     def _see(self, slot: Slot, tensor: torch.Tensor, is_source: bool) -> None:
@@ -277,7 +282,7 @@ class PairRecorder:
     def _check_alone(self, slot: Slot, path: str) -> None:
         """Refuse an MLP whose layers lie loose in the block (OPT): there is no module to run by itself."""
         attention = self.pair.layout.linears[self.pair.layout.attention_output(slot.layer)]
-        if slot.kind == "mlp" and attention.startswith(path + "."):
+        if slot.kind in ("mlp", "neuron") and attention.startswith(path + "."):
             raise UsageError(
                 f"{type(self.pair.target.hf).__name__} has no module for its MLPs, so the source's cannot be run on "
                 "the target's input: leave out the measures own and inherited, or measure kinds=('head', 'linear')"
