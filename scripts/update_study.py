@@ -135,7 +135,8 @@ def screens() -> str:
         for row in table.drop_duplicates("kind").to_dict("records"):
             counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
             size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
-            everything = candidates[f"{row['kind'].replace('+', '-')}-{row['rule']}"]
+            # neurons' rankings, of which no graft takes everything, are too long to be committed
+            everything = candidates.get(f"{row['kind'].replace('+', '-')}-{row['rule']}")
             rule = "any: all of them" if row["k"] == everything else f"`{row['rule']}`"
             cells = [folder.name.removeprefix("study-"), row["kind"], rule, row["operator"].replace('"', "")]
             ends = ", ".join(f"{row.get(f'{role}_log_probability', float('nan')):.3f}" for role in ("target", "source"))
