@@ -40,7 +40,8 @@ def bits(table: Any, **where: Any) -> Any:
 
 def test_what_it_closes_is_the_targets(gated: Any, tmp_path: Path) -> None:
     plain = run_experiment(config(), tmp_path / "plain", progress=False)
-    gating = Run(config(gate=GATE), tmp_path / "other", progress=False).gating
+    same = Run(config(gate=GATE), tmp_path / "other", progress=False)
+    gating = same.gating
     assert gating is not None
     test = gating.splits.test
     shut = np.array([key in gating.closed(test) for key in test.keys])
@@ -57,7 +58,12 @@ def test_what_it_closes_is_the_targets(gated: Any, tmp_path: Path) -> None:
     assert f"{gating.open} of the {len(test)} `test` questions" in gated.summary
     assert "**Conditional.**" in gated.summary and "**Conditional.**" not in plain.summary
     written = json.loads((gated.folder / "outcome.json").read_text())
-    assert all(o["gate"] == {"layer": gating.gate.layer, "open": gating.open} for o in written.values())
+    asked = same.elsewhere.tasks
+    others = {task.name: [round(gating.gate.share(task) * len(task)), len(task)] for task in asked}
+    assert others and f"It is open for {others[asked[0].name][0]} of {len(asked[0])} questions of" in gated.summary
+    assert all(
+        o["gate"] == {"layer": gating.gate.layer, "open": gating.open, "elsewhere": others} for o in written.values()
+    )
     assert list(runs_table([gated.folder, plain.folder]).gate) == [True, False]
 
 

@@ -83,6 +83,10 @@ class Gating:
         """How many `test` questions it lets through."""
         return sum(map(self.gate, self.splits.test.examples))
 
+    def open_for(self, task: Task) -> int:
+        """How many questions of another task it lets through."""
+        return len(task) - len(self.closed(task))
+
     def closed(self, split: Task) -> list[str]:
         """Keys of the questions that the gate is closed for."""
         if split.fingerprint not in self.shut:

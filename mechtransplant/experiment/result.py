@@ -73,7 +73,10 @@ def write_report(run: Run, findings: Findings) -> RunResult:
     headline = run.config.rules[0]
     grafts, outcomes = findings.grafts[headline], findings.outcomes[headline]
     gating = run.gating
-    gate = {} if gating is None else {"gate": {"layer": gating.gate.layer, "open": gating.open}}
+    gate: dict[str, Any] = {}
+    if gating is not None:
+        others = {task.name: [gating.open_for(task), len(task)] for task in run.elsewhere.tasks}
+        gate = {"gate": {"layer": gating.gate.layer, "open": gating.open, "elsewhere": others}}
     chosen = run.chosen[headline]
     content = {str(b): {**_saved(graft, chosen[b][1], outcomes[b]), **gate} for b, graft in grafts.items()}
     write_atomically(

@@ -117,6 +117,9 @@ def _gate(run: Run) -> list[str]:
         f"the {n} `test` questions. It reads the target's residual stream after layer {gate.layer}, and was fitted on "
         f"the `discover` questions against {' and '.join(against)}."
     )
+    if run.elsewhere.tasks:
+        open_for = [f"{run.gating.open_for(t)} of {len(t)} questions of {t.name}" for t in run.elsewhere.tasks]
+        said += f" It is open for {', '.join(open_for)}."
     harm = run.config.side_effects
     if harm is not None and harm.texts and harm.file is None:
         said += " Side effects on texts are measured on other texts of the same making."
