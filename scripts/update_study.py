@@ -8,6 +8,7 @@ page says something else.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -81,8 +82,17 @@ def harm(row: dict[str, Any]) -> list[str]:
     shut = row["gate"] and low == high == 0
     return [
         "0 (gate shut for every text)" if shut else f"{100 * row['perplexity_change']:+.1f} {interval(low, high, 100)}",
-        f"{row['worst_task']} {100 * row['worst_change']:+.1f} {worst}",
+        f"{row['worst_task']} {100 * row['worst_change']:+.1f} {worst}{opened(row)}",
     ]
+
+
+def opened(row: dict[str, Any]) -> str:
+    """For how many of the other task's questions a run's gate is open."""
+    if not row["gate"]:
+        return ""
+    saved = json.loads((ROOT / "runs" / row["run"] / "outcome.json").read_text(encoding="utf-8"))
+    found = next(iter(saved.values()))["gate"].get("elsewhere", {}).get(row["worst_task"])
+    return "" if found is None else f" (gate open for {found[0]} of {found[1]})"
 
 
 HARM = ["perplexity, %", "worst other task, points"]
