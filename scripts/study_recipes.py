@@ -61,7 +61,8 @@ def written(pair: str, split: int, what: str, recipe: Recipe) -> str | None:
         if not path.exists():
             continue
         screened = ROOT / "runs" / f"study-{path.stem}" / "screen.csv"
-        if not screened.exists():
+        # finished, and with all that the config asks for by now
+        if not screened.exists() or read_screen(screened.parent / "config.yaml") != read_screen(path):
             return None
         table = pd.read_csv(screened, keep_default_na=False, na_values=[""])
         at = best_recipe(table, recipe.limit)

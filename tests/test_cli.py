@@ -86,7 +86,7 @@ def test_the_demo_runs(command: Run, tmp_path: Path) -> None:
         ("pair: family/generations\nrandoms: 3\n", "did you mean random_sets?"),
         ("pair: family/generations\nk: [1.5]\n", "k = 1.5: give whole numbers"),
         ("pair: family/generations\nk: [true]\n", "k: expected numbers"),
-        ("pair: family/generations\nkind: neuron\n", "kind: Input should be 'linear'"),
+        ("pair: family/generations\nkind: neurons\n", "kind: Input should be 'linear'"),
         ("pair: family/generations\nname: ../elsewhere\n", "it has no slash"),
         ("pair: family/generations\nk: 3\npair: family/instruct\n", "line 3: not valid YAML (the key 'pair' is given"),
         ("pair: [\n", "not valid YAML"),

@@ -496,7 +496,7 @@ def test_k_above_the_candidates_writes_nothing(tmp_path: Path) -> None:
         ({"k": [1.5]}, "shares"),
         ({"k": []}, "at least one"),
         ({"random_sets": -1}, "random_sets"),
-        ({"kind": "neuron"}, "kind"),
+        ({"kind": "neurons"}, "kind"),
         ({"budgets": [0]}, "at least 1"),
         ({"seed": -1}, "seed"),
         ({"split": {"seed": -1}}, "split.seed"),
@@ -510,7 +510,7 @@ def test_k_above_the_candidates_writes_nothing(tmp_path: Path) -> None:
         ({"controls": ["botom"]}, "controls.0"),
         ({"curve_sets": -1}, "curve_sets"),
         ({"side_effects": {"toxens": 3}}, r"unknown key 'side_effects.toxens': did you mean tokens"),
-        ({"kind": ["head", "neuron"]}, "kind"),
+        ({"kind": ["head", "neurons"]}, "kind"),
     ],
 )
 def test_config_errors_name_the_key(changes: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from mechtransplant.evaluation import GoldOutcomes, gold_outcomes
 from mechtransplant.grafting.overlaps import joined
 from mechtransplant.pair import Pair
 from mechtransplant.patching import patch_effects
+from mechtransplant.ranking.strengths import _fitting
+from mechtransplant.significance import effects
 from mechtransplant.tasks import Task
 
 
@@ -211,8 +214,69 @@ def test_random_sets_of_neurons_are_matched(generations: Pair) -> None:
     assert all(set(a) != set(b) for a, b in pairwise(drawn.sets))
 
 
-def test_neurons_are_ranked_beside_heads(generations: Pair, questions: Task) -> None:
+def test_neurons_are_ranked_beside_heads_where_scores_compare(generations: Pair, questions: Task) -> None:
     with pytest.raises(UnknownNameError, match="neuron"):
         mt.rank_modules(generations, questions, "own", "neurons")  # type: ignore[arg-type]
-    found = mt.rank_modules(generations, questions, "own", ("head", "neuron"))
-    assert set(found.kind) == {"head", "neuron"} and len(found) == 32 + 4 * 384
+    for rule in ("own", "distance"):
+        with pytest.raises(UsageError, match="divides a neuron's shift by what its whole MLP writes"):
+            mt.rank_modules(generations, questions, rule, ("head", "neuron"))
+    ratio = mt.rank_modules(generations, questions, "own_over_inherited", ("head", "neuron"))
+    assert len(ratio) == 32 + 4 * 384 and set(ratio.head(100).kind) == {"head", "neuron"}
+    alone = mt.rank_modules(generations, questions, "own", "neuron")
+    assert 0 < alone.score.iloc[0] < 1, "a silent neuron would divide by next to nothing"
+
+
+def test_neurons_of_an_mlp_do_not_count_twice(generations: Pair, questions: Task) -> None:
+    shifts = mt.measure_shifts(generations, questions, ("mlp", "neuron"), "lae")
+    with pytest.raises(UsageError, match="overlap, so a shift would count twice"):
+        mt.concentration(shifts)
+
+
+def test_models_in_memory_one_at_a_time(generations: Pair, questions: Task) -> None:
+    turns = mt.load_pair("family/generations", one_at_a_time=True)
+    both = [mt.rank_modules(pair, questions, "own", "neuron") for pair in (generations, turns)]
+    assert list(both[0].module) == list(both[1].module)
+    np.testing.assert_allclose(both[0].score, both[1].score, rtol=1e-6)
+    names = [str(m) for m in both[0].module[:40]]
+    found = []
+    for pair in (generations, turns):
+        with mt.Graft(names).applied(pair):
+            found.append(gold_outcomes(pair.target, questions).log_probability)
+    np.testing.assert_array_equal(*found)
+
+
+def test_thousands_of_names_are_said_shortly(generations: Pair, tmp_path: Path) -> None:
+    names = [f"L1N{n}" for n in (*range(300), 310)]
+    graft = mt.Graft(names, [1 + n / 1000 for n in range(301)])
+    assert "and 45 more" in graft.describe(generations) and "and 45 more" in graft._repr_html_()
+    mt.export_graft(generations, mt.Graft([*names, "L0H3"]), tmp_path / "made")
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert "neurons 0–299, 310" in card and "L1N7" not in card
+    assert not mt.verify_export(tmp_path / "made", generations).problems
+
+
+def test_dropping_is_by_value_within_the_room() -> None:
+    """The fast way to tell what fits is the slow one: every choice keeps room for the smallest others."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(1, 9))
+        value, alive = rng.normal(size=n), rng.random(n) < 0.8
+        sizes, count, limit = rng.integers(1, 5, n), int(rng.integers(1, 9)), float(rng.integers(1, 20))
+        left = [int(i) for i in np.argsort(-value, kind="stable") if alive[i]]
+        missing = min(count, len(left))
+        room, stay = max(limit, float(np.sort(sizes[left])[:missing].sum())), np.zeros(n, dtype=bool)
+        for at, i in enumerate(left):
+            if missing and sizes[i] + np.sort(sizes[left[at + 1 :]])[: missing - 1].sum() <= room:
+                stay[i], missing, room = True, missing - 1, room - float(sizes[i])
+        assert (_fitting(value, alive, sizes, count, limit) == stay).all()
+
+
+def test_effects_of_many_modules_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    task, control = rng.normal(0.3, 1, (20, 23)), rng.normal(0, 1, (18, 23))
+    whole = effects.one_sample_effects(task), effects.two_sample_effects(task, control)
+    monkeypatch.setattr(effects, "BLOCK", 5)
+    parts = effects.one_sample_effects(task), effects.two_sample_effects(task, control)
+    for one, other in zip(whole, parts, strict=True):
+        for name in ("mean", "low", "high", "size", "size_low", "size_high"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-9)

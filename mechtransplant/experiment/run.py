@@ -320,7 +320,7 @@ def check_strengths(config: RunConfig) -> None:
         if not share_no_weights(config.kinds):
             raise UsageError(
                 f"rule {rule!r} gives every module a strength of its own, and modules of kind "
-                f"{' and '.join(config.kinds)} may share weights: give one kind, or head and mlp or neuron"
+                f"{' and '.join(config.kinds)} may share weights: give one kind, head and mlp, or head and neuron"
             )
         if "head" in config.kinds and config.options_of(rule).get("kv", config.kv) != "never":
             raise UsageError(

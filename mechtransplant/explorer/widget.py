@@ -265,10 +265,12 @@ def _place(module: str) -> tuple[int, str]:
 
 
 def _order(column: str) -> tuple[int, int, str]:
-    """Heads by number, then linear layers in the order of a block, then the rest."""
+    """Heads by number, then linear layers in the order of a block, then the rest, neurons by number."""
     known = ("q", "k", "v", "o", "gate", "up", "down")
     if column.isdigit():
         return 0, int(column), ""
+    if column[1:].isdigit():
+        return 3, int(column[1:]), ""
     return (1, known.index(column), "") if column in known else (2, 0, column)
 
 

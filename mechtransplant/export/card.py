@@ -123,8 +123,10 @@ def module_rows(layout: Layout, graft: Graft) -> list[tuple[str, str, float]]:
     for (layer, strength), modules in sorted(rows.items()):
         linears = [a for a in layout.linears if parse_address(a).layer == layer]
         heads = sorted(h for m in modules if (h := layout.check(m).head) is not None)
-        others = [m for m in modules if layout.check(m).head is None]
+        neurons = sorted(n for m in modules if (n := layout.check(m).neuron) is not None)
+        others = [m for m in modules if layout.check(m).kind not in ("head", "neuron")]
         said = [heads_in_words(heads)] if heads else []
+        said += [heads_in_words(neurons, "neuron")] if neurons else []
         if linears and set(linears) <= set(others):
             said.append(f"all {len(linears)} linear layers")
             others = [m for m in others if m not in linears]

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mechtransplant.errors import UsageError
 from mechtransplant.figures.style import BLACK, BLUE, COLUMN, GREEN, GREY, ORANGE, PAGE, PURPLE, new_figure, style
+from mechtransplant.modules import module_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -218,7 +220,12 @@ def score_heatmap(ranking: pd.DataFrame, chosen: int = 0, title: str = "", label
     Args:
         ranking: columns module, layer, score, rank. Scores are ≥ 0, so the scale is sequential and starts at 0.
         label: of the colour bar: the score's name and unit.
+
+    Raises:
+        UsageError: neurons, which are too many for a map.
     """
+    if module_frame(ranking.module).kind.eq("neuron").any():
+        raise UsageError("a score map has a cell for each module, and neurons are thousands: draw heads or layers")
     frame = ranking.assign(part=[m.split(".", 1)[1] if "." in m else m.split("H")[-1] for m in ranking.module])
     order = [
         p for p in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") if p in set(frame.part)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.grafting.operators import Operator, Replace
+from mechtransplant.grafting.overlaps import joined
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
 from mechtransplant.selection import put_on, selected_by, take_off
@@ -99,6 +100,11 @@ class Applied:
             self.pair.target.weights_changed()
         finally:
             guard.release()
+
+
+def in_few_parts(operator: Operator, regions: dict[Region, float]) -> dict[Region, float]:
+    """Regions to write: neighbours as one where the operator treats every number by itself."""
+    return joined(regions) if getattr(operator, "elementwise", False) else regions
 
 
 def write(operator: Operator, pair: Pair, region: Region, strength: float, saved: list[tuple[Any, Any]]) -> None:

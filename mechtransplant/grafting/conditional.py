@@ -17,7 +17,7 @@ from mechtransplant.evaluation.interventions import (
     check_phases,
     interventions_on,
 )
-from mechtransplant.grafting.applied import Entry, write
+from mechtransplant.grafting.applied import Entry, in_few_parts, write
 from mechtransplant.grafting.graft import Graft, checked
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
@@ -64,7 +64,8 @@ class ConditionalGraft:
 
         Plain grafts of the same weights are applied outside of it: inside, they would be restored over.
         """
-        return AppliedConditional(self, pair, checked(self.graft, pair))
+        regions = in_few_parts(self.graft.operator, checked(self.graft, pair))
+        return AppliedConditional(self, pair, regions)
 
 
 class AppliedConditional:

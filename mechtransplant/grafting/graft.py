@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
-from mechtransplant.grafting.applied import Applied, differing, written
+from mechtransplant.grafting.applied import Applied, differing, in_few_parts, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
-from mechtransplant.grafting.overlaps import Claim, joined, resolve
+from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
 from mechtransplant.selection import (
     SelectedModule,
@@ -98,11 +98,13 @@ class Graft:
 
     def _repr_html_(self) -> str:
         by_layer: dict[int, list[str]] = {}
+        alike = len(set(self.strengths)) == 1
         for module, strength in zip(self.modules, self.strengths, strict=True):
-            said = str(module) if len(set(self.strengths)) == 1 else f"{module} ({strength:g})"
-            by_layer.setdefault(parse_address(module).layer, []).append(said)
+            by_layer.setdefault(parse_address(module).layer, []).append(
+                str(module) if alike else f"{module} ({strength:g})"
+            )
         rows = [
-            ("outside of the layers" if layer < 0 else f"layer {layer}", ", ".join(names))
+            ("outside of the layers" if layer < 0 else f"layer {layer}", shortened(names))
             for layer, names in sorted(by_layer.items())
         ]
         strengths = ", ".join(f"{s:g}" for s in sorted(set(self.strengths))) or "none"
@@ -221,7 +223,7 @@ class Graft:
         ]
         if len(set(self.strengths)) > 1:
             each = zip(self.modules, self.strengths, strict=True)
-            lines.append("strengths: " + ", ".join(f"{m} {value:g}" for m, value in each))
+            lines.append("strengths: " + shortened([f"{m} {value:g}" for m, value in each]))
         if pair.base is not None:
             lines.append(f"ancestor b: {pair.base.name}")
         return "\n".join(lines)
@@ -232,7 +234,7 @@ class Graft:
         Every byte is restored on any exit, an exception and Ctrl-C included. Blocks may be nested, and one may be
         entered again while it is in use; a graft acts on the weights that it finds.
         """
-        return Applied(self, pair, checked(self, pair))
+        return Applied(self, pair, in_few_parts(self.operator, checked(self, pair)))
 
     def copied(self, pair: Pair, name: str | None = None) -> LanguageModel:
         """A new model, the target with the graft in it; the pair is not touched.
@@ -241,7 +243,7 @@ class Graft:
         """
         from mechtransplant.pair import LanguageModel, copy_without_hooks
 
-        regions = checked(self, pair)
+        regions = in_few_parts(self.operator, checked(self, pair))
         pair.check_plain("copy")
         # the copy stays where it is made
         awaken(pair.target.hf)
@@ -254,6 +256,12 @@ class Graft:
         chosen = (*selections_on(pair.target.hf), *selected_by(pair.target.hf, self.modules))
         put_on(hf, chosen, (*what_acts_on(pair.target.hf), self.label))
         return new
+
+
+def shortened(names: Sequence[str], most: int = 256) -> str:
+    """Names with commas; of thousands (neurons) the first ones, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f", and {more:,} more" if more > 0 else "")
 
 
 def depth_curve(values: Sequence[float], layers: int) -> Callable[[Address], float]:
@@ -312,7 +320,7 @@ def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
                     f"the source's {name} holds NaN or Inf: nothing was grafted; use intact weights"
                 )
             pair.known_finite[name] = state
-    return joined(regions) if getattr(graft.operator, "elementwise", False) else regions
+    return regions
 
 
 def _strengths(names: list[str], strength: Any) -> list[float]:
@@ -323,8 +331,9 @@ def _strengths(names: list[str], strength: Any) -> list[float]:
     # a pandas Series has an index, which says whose each number is
     keyed = strength.to_dict() if hasattr(strength, "to_dict") else strength
     if isinstance(keyed, Mapping):
+        known = set(names)
         for name in [*keyed, *names]:
-            if name not in names or name not in keyed:
+            if name not in known or name not in keyed:
                 raise UsageError(f"{name} has a strength or is in the graft, not both: give every module one")
         return [finite_number(what, keyed[name]) for name in names]
     many = isinstance(strength, Iterable) and getattr(strength, "shape", None) != ()

@@ -69,7 +69,8 @@ def consistency(
     if vectors is not None:
         if not (hasattr(vectors, "modules") and hasattr(vectors, "gram")):
             raise UsageError(f"vectors must come from shift_vectors(pair, task), got {type(vectors).__name__}")
-        lacking = [m for m in modules if m not in vectors.modules]
+        known = set(vectors.modules)
+        lacking = [m for m in modules if m not in known]
         if lacking:
             raise UsageError(f"the vectors lack {len(lacking)} modules (first {lacking[0]}): measure the same kinds")
         rng = np.random.default_rng(seed)

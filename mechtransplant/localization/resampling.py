@@ -33,10 +33,11 @@ def jackknife(value: float, without: Floats, level: float) -> tuple[float, float
 def refuse_overlap(kinds: Iterable[str]) -> None:
     """Raise UsageError where modules of one kind are parts of another kind's: a shift would count twice."""
     kinds = set(kinds)
-    if {"head", "attn"} <= kinds or ("linear" in kinds and len(kinds) > 1):
+    inside = {"head", "attn"} <= kinds or {"neuron", "mlp"} <= kinds
+    if inside or ("linear" in kinds and len(kinds) > 1):
         raise UsageError(
             f"{', '.join(sorted(kinds))} overlap, so a shift would count twice: choose kinds that do not (head and "
-            "mlp, attn and mlp, or linear alone)"
+            "mlp, head and neuron, attn and mlp, or linear alone)"
         )
 
 

@@ -108,8 +108,8 @@ def module_frame(addresses: Iterable[str]) -> pd.DataFrame:
     )
 
 
-def heads_in_words(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` → "heads 0–2, 5"; ``[5]`` → "head 5"."""
+def heads_in_words(numbers: list[int], noun: str = "head") -> str:
+    """``[0, 1, 2, 5]`` → "heads 0–2, 5"; ``[5]`` → "head 5"; neurons alike."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -117,4 +117,4 @@ def heads_in_words(numbers: list[int]) -> str:
         else:
             parts.append([number])
     said = ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}–{p[-1]}" for p in parts)
-    return f"head {said}" if len(numbers) == 1 else f"heads {said}"
+    return f"{noun} {said}" if len(numbers) == 1 else f"{noun}s {said}"

@@ -125,7 +125,7 @@ def distance(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """How far the outputs lie apart, whatever the cause."""
+    """How far the outputs lie apart, whatever the cause (of a neuron over what its MLP writes)."""
     return _means(_shifts(pair, task, kind, ["distance"], positions, batch_size, progress), pair, kind)
 
 
@@ -146,7 +146,7 @@ def own(
     seed: int = 0,
     progress: bool = False,
 ) -> Scores:
-    """What the module's own weights change, with the target's input."""
+    """What the module's own weights change, with the target's input (of a neuron over what its MLP writes)."""
     return _means(_shifts(pair, task, kind, ["own"], positions, batch_size, progress), pair, kind)
 
 
@@ -207,6 +207,12 @@ def _shifts(
     pair: Pair, task: Task, kind: Kinds, measures: list[str], positions: Positions, batch_size: int, progress: bool
 ) -> pd.DataFrame:
     kinds = cast("tuple[SlotKind, ...]", kinds_of(kind))
+    # shares of own and inherited have no scale
+    if "neuron" in kinds and len(kinds) > 1 and len(measures) == 1 and measures[0] in ("distance", "own"):
+        raise UsageError(
+            f"rule {measures[0]!r} divides a neuron's shift by what its whole MLP writes, and other modules' by what "
+            "they write themselves: rank neurons alone, or by lae, own_over_inherited or a gradient"
+        )
     return measure_shifts(pair, task, kinds, measures, positions, batch_size=batch_size, progress=progress)
 
 

@@ -145,9 +145,9 @@ class _Gates:
             effect = self.gradient(self.best, list(range(len(self.task))))
             inside = sorted(self.best, key=lambda i: effect[i])
             outside = sorted(set(range(len(self.modules))) - set(self.best), key=lambda i: -effect[i])
-            pairs = sorted(
-                ((a, b) for a in range(len(inside)) for b in range(len(outside))), key=lambda p: (p[0] + p[1], p[0])
-            )
+            # as many as can be tried are among these
+            first = range(min(left, len(inside))), range(min(left, len(outside)))
+            pairs = sorted(((a, b) for a in first[0] for b in first[1]), key=lambda p: (p[0] + p[1], p[0]))
             for a, b in pairs[:left]:
                 left -= 1
                 if self.consider(tuple(sorted({*self.best, outside[b]} - {inside[a]}))):

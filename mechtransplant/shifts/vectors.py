@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -72,8 +74,12 @@ class ShiftVectors:
     def _offset(self, module: str) -> int:
         if module not in self.widths:
             raise UnknownNameError("module", module, self.widths, "These vectors hold the kinds that were asked for.")
-        names = list(self.widths)
-        return sum(self.widths[name] for name in names[: names.index(module)])
+        return self._offsets[module]
+
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        ends = accumulate(self.widths.values(), initial=0)
+        return dict(zip(self.widths, ends, strict=False))
 
     def of(self, module: str) -> Floats:
         """One module's vectors, shape (prompts, numbers); heads in coordinates that keep inner products."""

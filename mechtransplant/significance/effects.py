@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ Floats = NDArray[np.float64]
 RESAMPLES = 2_000
 #: with fewer values there is no interval: one resample in hundreds would hold one value only
 FEWEST = 5
+#: modules whose resamples are held at once
+BLOCK = 4_096
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ def _moments(values: Floats, weights: Floats | None = None) -> _Moments:
     return _Moments(mean + centre, variance, n)
 
 
+def _in_blocks(effects: Callable[[slice], Effects], modules: int) -> Effects:
+    """The effects of some modules after the other: the same resamples, whose values of all would not fit."""
+    blocks = [effects(slice(first, first + BLOCK)) for first in range(0, modules, BLOCK)]
+    return Effects(*(np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(Effects)))
+
+
 def _weights(prompts: int, resamples: int, rng: np.random.Generator) -> Floats:
     """How often each resample holds each prompt, shape (resamples, prompts)."""
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(float)
@@ -64,6 +73,8 @@ def _weights(prompts: int, resamples: int, rng: np.random.Generator) -> Floats:
 
 def one_sample_effects(values: Floats, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Effects:
     """Effects of values of shape (prompts, modules), NaN where one is missing; d = mean / standard deviation."""
+    if values.shape[1] > BLOCK:
+        return _in_blocks(lambda part: one_sample_effects(values[:, part], level, resamples, seed), values.shape[1])
     whole = _moments(values)
     drawn = _moments(values, _weights(len(values), resamples, np.random.default_rng(seed)))
     return _effects(
@@ -85,6 +96,10 @@ def two_sample_effects(
 
     d = difference of means / √(mean of the two variances).
     """
+    if task.shape[1] > BLOCK:
+        return _in_blocks(
+            lambda part: two_sample_effects(task[:, part], control[:, part], level, resamples, seed), task.shape[1]
+        )
     rng = np.random.default_rng(seed)
     whole = _moments(task), _moments(control)
     drawn = tuple(_moments(v, _weights(len(v), resamples, rng)) for v in (task, control))
