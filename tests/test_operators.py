@@ -17,6 +17,7 @@ from mechtransplant.grafting import OPERATORS, Graft, depth_curve, layer_swap, l
 from mechtransplant.grafting.operators import (
     Dare,
     Linear,
+    LowRank,
     Operator,
     Replace,
     Slerp,
@@ -271,7 +272,9 @@ def test_refusals_say_what_to_give(make: Callable[[], object], said: str) -> Non
 
 def test_every_operator_has_a_name_and_an_equation() -> None:
     listed = list_operators()
-    assert set(listed) == set(OPERATORS) == {"replace", "linear", "task_arithmetic", "ties", "dare", "slerp"}
+    assert set(listed) == set(OPERATORS) == {
+        "replace", "linear", "task_arithmetic", "ties", "dare", "low_rank", "slerp"
+    }  # fmt: skip
     assert all("t" in equation for equation in listed.values())
     assert [get_operator(name).name for name in listed] == list(listed)
 
@@ -309,7 +312,7 @@ def test_a_view_gives_what_its_copy_gives(operator: str) -> None:
 
 # --- inside grafts ---------------------------------------------------------------------------------------------------
 
-SOME = [Replace(), Linear(), TaskArithmetic(), Ties(0.3), Dare(0.5, seed=1), Slerp()]
+SOME = [Replace(), Linear(), TaskArithmetic(), Ties(0.3), Dare(0.5, seed=1), LowRank(2), Slerp()]
 
 
 def named(operator: Operator) -> str:

@@ -112,7 +112,7 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     }
     for name, ends in (("tir", outcome.tir_interval), ("recovery", outcome.recovery_interval)):
         found[f"{name}_low"], found[f"{name}_high"] = ends or (None, None)
-    changed = graft.changed_count(run.pair)
+    changed = graft.carried_count(run.pair)
     if changed < graft.parameter_count(run.pair) and outcome.parameter_share is not None:
         found["changed_share"] = outcome.parameter_share * changed / graft.parameter_count(run.pair)
     change, ranks, curve = outcome.log_probability, outcome.controls, outcome.curve

@@ -29,6 +29,7 @@ from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.run_controls import TRIED, Controls
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.experiment.worker import EngineChoice, EngineName
+from mechtransplant.grafting import get_operator
 from mechtransplant.modules import share_no_weights
 from mechtransplant.progress import announce, bar
 from mechtransplant.ranking import get_rule
@@ -61,7 +62,7 @@ class Run(Setup):
         check_folder(config, folder)
         self.reused = Reused.of(reuse, config)
         super().__init__(config)
-        if config.random_weights and self.pair.base is not None:
+        if config.random_weights and self.pair.base is not None and get_operator(config.operator).name == "ties":
             raise UsageError(
                 "random_weights: with an ancestor TIES undoes the target's small changes as well, so as many numbers "
                 "at random are no match: leave base or random_weights out"
@@ -270,7 +271,7 @@ class Run(Setup):
         if limit is None:
             return True
         whole, graft = (self.cells.graft(m, 1.0) for m in (self.pair.modules("linear"), self.rankings.top(rule, k)))
-        return graft.changed_count(self.pair) <= limit * whole.parameter_count(self.pair)
+        return graft.carried_count(self.pair) <= limit * whole.parameter_count(self.pair)
 
 
 def depends_on(run: Run) -> dict[str, Any]:
@@ -349,11 +350,14 @@ def check_random_weights(config: RunConfig) -> None:
             "random_weights: TIES at density 1 keeps every change, and with normalize it ignores the strength: give a "
             "density below 1 and leave normalize out, or leave random_weights out"
         )
-    if config.random_weights and name != "ties":
+    if config.random_weights and name not in ("ties", "low_rank"):
         raise UsageError(
-            f"random_weights: the operator {name} does not keep the largest changes of a module, which is what random "
-            "ones are compared with: give operator: {name: ties, density: …}, or leave random_weights out"
+            f"random_weights: the operator {name} does not keep the largest changes of a module, or directions, which "
+            "is what random ones are compared with: give operator: {name: ties, density: …} or {name: low_rank, rank: "
+            "…}, or leave random_weights out"
         )
+    if config.random_weights and given.get("draw") is not None:
+        raise UsageError("random_weights: with draw the operator keeps random directions itself: leave one of them out")
     if config.random_weights and not config.with_controls:
         raise UsageError("random_weights: no rule has controls: name one in controlled, or leave it out")
 

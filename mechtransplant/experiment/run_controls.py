@@ -9,7 +9,9 @@ three of them best on ``choose`` is found, and all are measured at that one too.
 TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules' changes at
 random (DARE). How far those are moved is chosen on ``choose``, from the config's strengths times three scales: each
 number as far as in the source, all as long together (L2) as the whole change, or as large on average. Of a graft of all
-modules, which no random set of modules can be compared with, they say whether it matters which numbers are kept.
+modules, which no random set of modules can be compared with, they say whether it matters which numbers are kept. With
+low_rank, which keeps the largest directions of every module's change, they are as many directions, drawn from four
+times as many, and scaled alike.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from mechtransplant.controls import RandomOrders, RandomSets, deal, random_match
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment.jobs import WEIGHTS, Job
 from mechtransplant.experiment.rankings import strengths_in
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import Graft, get_operator
+from mechtransplant.grafting.operators import POOL, LowRank
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -138,7 +141,12 @@ class Controls:
     def _densities(self) -> dict[str, float]:
         """By rule the share of the differing numbers of its chosen modules that its graft changes."""
         found = {}
+        operator = get_operator(self.config.operator)
         for rule in self.config.with_controls:
+            if operator.name == "low_rank":
+                # of the directions that are drawn from
+                found[rule] = 1 / POOL
+                continue
             modules = self.run.rankings.top(rule, self.run.chosen[rule][self.run.budget][0])
             changed = Graft(modules, kv=self.config.kv, operator=self.config.operator).changed_count(self.run.pair)
             everything = {"name": "ties", "density": 1.0}
@@ -155,20 +163,26 @@ class Controls:
         """The rule's chosen modules with as many of their changes as the operator keeps, drawn at random."""
         k = self.run.chosen[rule][self.run.budget][0]
         modules, own = self.run.rankings.top(rule, k), self.run.rankings.strengths(rule, k)
-        drawn = {"name": "dare", "density": self._densities[rule], "rescale": "density"}
+        density = self._densities[rule]
+        operator, seed = get_operator(self.config.operator), self.config.seed
+
+        def drawn(number: int) -> dict[str, Any]:
+            if isinstance(operator, LowRank):
+                return {"name": "low_rank", "rank": operator.rank, "draw": seed + number}
+            return {"name": "dare", "density": density, "rescale": "density", "seed": seed + number}
+
         return [
-            Job(
-                WEIGHTS, rule, modules, strength, own, set=f"weights-{number}",
-                operator=drawn | {"seed": self.config.seed + number},
-            )
+            Job(WEIGHTS, rule, modules, strength, own, set=f"weights-{number}", operator=drawn(number))
             for number in numbers
-        ]  # fmt: skip
+        ]
 
     def weights_on_choose(self) -> list[Job]:
         """One draw at every strength."""
         jobs: list[Job] = []
         for rule in self.config.with_controls if self.config.random_weights else ():
-            scales = [self._densities[rule] ** power for power in SCALES]
+            # dropped numbers are made up for by DARE itself, dropped directions are not
+            made_up = self._densities[rule] if isinstance(get_operator(self.config.operator), LowRank) else 1.0
+            scales = [self._densities[rule] ** power / made_up for power in SCALES]
             strengths = dict.fromkeys(strength * scale for scale in scales for strength in self.config.strengths)
             jobs += [job for strength in strengths for job in self.weights(rule, strength, range(1))]
         return jobs

@@ -218,10 +218,10 @@ class Screen:
         return self._sizes[names]
 
     def _changes(self, module: str, operator: str) -> int:
-        """How many numbers of a module a graft changes at strength 1."""
+        """How many numbers of a module a graft carries at strength 1."""
         if (module, operator) not in self._changed:
             graft = Graft([module], kv=self.config.kv, operator=json.loads(operator))
-            self._changed[module, operator] = graft.changed_count(self.pair)
+            self._changed[module, operator] = graft.carried_count(self.pair)
         return self._changed[module, operator]
 
     def _asked(self, model: Any) -> dict[str, float | None]:

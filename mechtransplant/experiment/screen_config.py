@@ -40,7 +40,8 @@ class ScreenConfig(Strict):
     operators: tuple[str | dict[str, Any], ...] = ("replace",)
     strengths: tuple[float, ...] = (1.0,)
     shares: tuple[float, ...] = (0.05, 0.1, 0.15)
-    #: what a share counts: the numbers of the grafted modules, or those that the operator changes (TIES drops some)
+    #: what a share counts: the numbers of the grafted modules, or those that the operator changes (TIES drops some), or
+    #: that its directions take (low_rank)
     counted: Literal["modules", "changes"] = "modules"
     kv: Literal["never", "group", "whole-group"] = "never"
     texts: int = Field(default=32, ge=0)

@@ -12,7 +12,16 @@ from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.experiment.summary_controls import against_lowest, controls_of, no_sets, verdict
 from mechtransplant.experiment.summary_effects import side_effects_of
-from mechtransplant.experiment.words import RATIOS, head_of, interval_of, percent, range_of, ratios, row_of
+from mechtransplant.experiment.words import (
+    RATIOS,
+    head_of,
+    interval_of,
+    kept_in_words,
+    percent,
+    range_of,
+    ratios,
+    row_of,
+)
 from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import options_of
 from mechtransplant.ranking import get_rule
@@ -146,8 +155,7 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     ]
     changed = findings.headline(headline).get("changed_share")
     if changed is not None and not math.isnan(changed):
-        which = "the largest changes of every module" if graft.operator.name == "ties" else "changes drawn at random"
-        lines.append(f"- it keeps {which}: {percent(changed)} of the numbers in linear layers change")
+        lines.append(f"- {kept_in_words(graft.operator, changed)}")
     own = run.rankings.strengths(headline, k)
     if own:
         lines.append(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.experiment.jobs import WEIGHTS
 from mechtransplant.experiment.words import head_of, interval_of, percent, range_of, row_of
+from mechtransplant.grafting import get_operator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +34,7 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
         said = f"no matched random set at K = {len(graft)}: {no_sets(run)}"
         if curve is not None:
             said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-        return f"`{rule}` has {said}.{_against_weights(rule, findings)}"
+        return f"`{rule}` has {said}.{_against_weights(run, rule, findings)}"
     sets = run.controls.sets(rule, len(graft))
     fits = bool(run.rankings.strengths(rule, len(graft)))
     what = " with its strengths dealt anew" if fits else ""
@@ -45,7 +46,7 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
     more = _against_refitted(rule, findings) if fits else ""
-    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(rule, findings)}"
+    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(run, rule, findings)}"
 
 
 def _against_tuned(rule: str, findings: Findings) -> str:
@@ -62,16 +63,19 @@ def _against_tuned(rule: str, findings: Findings) -> str:
     )
 
 
-def _against_weights(rule: str, findings: Findings) -> str:
-    """Where a graft that keeps the largest changes stands among those that keep as many at random; else nothing."""
+def _against_weights(run: Run, rule: str, findings: Findings) -> str:
+    """Where a graft of the largest changes, or directions, stands among as many at random; else nothing."""
     row = findings.headline(rule)
     n = row.get("weights_n")
     if n is None or math.isnan(n):
         return ""
+    low_rank = get_operator(run.config.operator).name == "low_rank"
+    said = "keep as many directions of their changes" if low_rank else "change as many numbers"
+    by = "" if low_rank else "DARE "
     return (
-        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that change as many numbers, drawn "
-        f"at random (DARE at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, "
-        f"of which the smallest possible is {1 / (n + 1):.2g})."
+        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that {said}, drawn at random "
+        f"({by}at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, of which "
+        f"the smallest possible is {1 / (n + 1):.2g})."
     )
 
 
@@ -145,7 +149,9 @@ def controls_of(run: Run, results: pd.DataFrame, findings: Findings) -> list[str
         lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     weights = rows[rows.role == WEIGHTS]
     if len(weights):
-        said = f"target + as many random numbers of the same modules, {len(weights)} draws at strength "
+        low_rank = get_operator(run.config.operator).name == "low_rank"
+        what = "directions of the same modules' changes" if low_rank else "numbers of the same modules"
+        said = f"target + as many random {what}, {len(weights)} draws at strength "
         said += f"{weights.strength.iloc[0]:.3g}: median (lowest – highest)"
         lines.append(row_of([said, range_of(weights.accuracy), ""]))
     same = self_graft_is_identical(run)

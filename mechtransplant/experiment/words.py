@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mechtransplant.evaluation import Outcome
+from mechtransplant.grafting import Operator
+from mechtransplant.grafting.operators import LowRank
 
 
 def percent(value: Any) -> str:
@@ -48,3 +50,15 @@ def interval_of(pair: tuple[float, float] | None, unit: str = " %", scale: float
 def points(share: float) -> str:
     """A change of a share in percentage points; nothing is +0.0."""
     return f"{round(100 * share, 1) + 0.0:+.1f}"
+
+
+def kept_in_words(operator: Operator, share: float) -> str:
+    """What an operator keeps of its modules, and how many numbers that is, of those in linear layers."""
+    if isinstance(operator, LowRank):
+        which = "drawn at random" if operator.draw is not None else "the largest"
+        return (
+            f"of every module's change it keeps {operator.rank} directions, {which}: all of its numbers change, along "
+            f"directions that take as many numbers to write down as {percent(share)} of those in linear layers"
+        )
+    which = "the largest changes of every module" if operator.name == "ties" else "changes drawn at random"
+    return f"it keeps {which}: {percent(share)} of the numbers in linear layers change"

@@ -84,7 +84,8 @@ def _strengths(pair: Pair, graft: Graft, regions: dict[Region, float]) -> tuple[
         if pair.base is not None or getattr(operator, "normalize", None):
             return {}, "mergekit's ties with an ancestor would round every tensor of the model"
     elif operator.name not in ("replace", "linear", "task_arithmetic"):
-        return {}, f"the operator {operator.name!r} is computed or drawn differently by mergekit"
+        how = "not known to" if operator.name == "low_rank" else "computed or drawn differently by"
+        return {}, f"the operator {operator.name!r} is {how} mergekit"
     parts: dict[str, list[tuple[Region, float]]] = {}
     for region, strength in regions.items():
         parts.setdefault(region.parameter, []).append((region, strength))

@@ -170,6 +170,19 @@ class Graft:
             return self.parameter_count(pair)
         return sum(differing(pair, self.operator, *part) for part in self.regions(pair).items())
 
+    def carried_count(self, pair: Pair) -> int:
+        """How many of the source's numbers it carries: what a limit to a graft's size counts.
+
+        Those that it changes, but for the operator low_rank, whose directions take fewer numbers to write down than
+        the matrices that they change. Call it while no graft is in place.
+        """
+        if not hasattr(self.operator, "carried"):
+            return self.changed_count(pair)
+        parameters = pair.target_parameters
+        return sum(
+            self.operator.carried(region.of(parameters[region.parameter]).shape) for region in self.regions(pair)
+        )
+
     def consequences(self, pair: Pair) -> list[str]:
         """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""
         layout, parameters, said = pair.layout, pair.target_parameters, []

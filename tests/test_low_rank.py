@@ -1,0 +1,157 @@
+"""Grafts along the largest directions of every module's change, beside as many directions drawn at random."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_runs import small
+
+import mechtransplant as mt
+from mechtransplant.errors import UsageError
+from mechtransplant.evaluation import evaluate
+from mechtransplant.experiment import ScreenConfig, report_screen, run_experiment
+from mechtransplant.experiment.config import RunConfig, parse_config
+from mechtransplant.experiment.run import Run
+from mechtransplant.grafting import Graft, operators
+from mechtransplant.grafting.operators import LowRank
+
+RANK = {"name": "low_rank", "rank": 3}
+
+
+def matrices(rows: int, columns: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A target, and a source that differs from it by a matrix of some rank."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randn(rows, columns, generator=g)
+    change = torch.randn(rows, rank, generator=g) @ torch.randn(rank, columns, generator=g)
+    return target, target + change
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (9, 9)])
+def test_it_keeps_the_best_approximation_of_that_rank(shape: tuple[int, int]) -> None:
+    target, source = matrices(*shape, rank=min(shape))
+    for rank in (1, 3, 8):
+        moved = LowRank(rank)(target, source, None, 1.5, "part") - target
+        u, s, v = np.linalg.svd((source - target).double().numpy())
+        expected = 1.5 * (u[:, :rank] * s[:rank]) @ v[:rank]
+        np.testing.assert_allclose(moved.numpy(), expected, atol=1e-4)
+        assert np.linalg.matrix_rank(moved.numpy(), tol=1e-3) == rank
+    ancestor = torch.zeros(shape)
+    from_ancestor = LowRank(2)(target, source, ancestor, 1.0, "part") - target
+    torch.testing.assert_close(from_ancestor, LowRank(2)(ancestor, source, None, 1.0, "part"), atol=1e-4, rtol=1e-4)
+
+
+def test_what_has_no_more_directions_moves_whole() -> None:
+    target, source = matrices(20, 12, rank=12)
+    torch.testing.assert_close(LowRank(12)(target, source, None, 1.0, "part"), source)
+    torch.testing.assert_close(LowRank(4)(target[0], source[0], None, 1.0, "bias"), source[0])
+    assert torch.equal(LowRank(4)(target, target, None, 1.0, "part"), target), "a self-graft changes no bit"
+
+
+def test_draws_take_other_directions_of_those_that_there_are() -> None:
+    target, source = matrices(40, 30, rank=8)
+    u, _, v = np.linalg.svd((source - target).double().numpy(), full_matrices=False)
+    chosen = set()
+    for seed in range(12):
+        moved = LowRank(2, draw=seed)(target, source, None, 1.0, "part") - target
+        weights = np.einsum("mk,mn,kn->k", u, moved.numpy(), v)
+        kept = tuple(int(i) for i in np.flatnonzero(np.abs(weights) > 1e-2))
+        # four times as many are drawn from, and none that is nothing
+        assert len(kept) == 2 and max(kept) < 8
+        chosen.add(kept)
+        assert torch.equal(moved, LowRank(2, draw=seed)(target, source, None, 1.0, "part") - target)
+    assert len(chosen) > 4
+    # of eight directions three are drawn, not of twelve
+    for seed in range(8):
+        moved = LowRank(3, draw=seed)(target, source, None, 1.0, "other") - target
+        assert np.linalg.matrix_rank(moved.numpy(), tol=1e-2) == 3
+
+
+def test_directions_are_remembered_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, source = matrices(30, 20, rank=20, seed=5)
+    first = LowRank(2)(target, source, None, 1.0, "part")
+    asked: list[Any] = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: asked.append(a) or svd(*a, **k))
+    assert torch.equal(LowRank(2)(target.clone(), source.clone(), None, 1.0, "elsewhere"), first) and not asked
+    source[0, 0] += 1
+    assert not torch.equal(LowRank(2)(target, source, None, 1.0, "part"), first) and len(asked) == 1
+    monkeypatch.setattr(operators, "REMEMBERED", 0)
+    LowRank(2)(source, target, None, 1.0, "part")
+    assert len(operators._DIRECTIONS) == 1, "what is used last stays"
+
+
+def test_a_graft_counts_what_its_directions_take(generations: Any) -> None:
+    modules = generations.modules("linear")
+    graft, whole = Graft(modules, operator=RANK), Graft(modules)
+    shapes = [generations.target_parameters[r.parameter].shape for r in graft.regions(generations)]
+    assert graft.carried_count(generations) == sum(3 * (m + n) for m, n in shapes)
+    assert graft.changed_count(generations) == whole.parameter_count(generations) == whole.carried_count(generations)
+    ties = Graft(modules, operator={"name": "ties", "density": 0.1})
+    assert ties.carried_count(generations) == ties.changed_count(generations)
+    # written down as itself where that is shorter
+    assert Graft(["L1N3"], operator=RANK).carried_count(generations) == 3 * 128
+    assert Graft(modules, operator={"name": "low_rank", "rank": 500}).carried_count(
+        generations
+    ) == whole.parameter_count(generations)
+
+
+def config(**changes: Any) -> RunConfig:
+    lean: dict[str, Any] = {
+        "rule": "weight_delta", "k": [28], "strengths": [1.0, 1.5], "random_sets": 0, "curve_sets": 0,
+        "controls": ["all", "self"], "operator": RANK, "random_weights": 3, "parameters": 0.05,
+        "side_effects": None,
+    }  # fmt: skip
+    return parse_config(small(**{**lean, **changes}))
+
+
+def test_a_run_compares_with_as_many_directions_at_random(tmp_path: Path) -> None:
+    run = run_experiment(config(), tmp_path / "run", progress=False)
+    rows = run.results[run.results.role == "random_weights"]
+    choose, test = rows[rows.split == "choose"], rows[rows.split == "test"]
+    assert sorted(set(choose.strength)) == [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    assert list(test["set"]) == ["weights-1", "weights-2", "weights-3"] and test.log_probability.nunique() == 3
+    assert "bit-identical" in run.summary and "NOT bit-identical" not in run.summary
+    assert "grafts of the same modules that keep as many directions of their changes, drawn at random" in run.summary
+    assert "it keeps 3 directions, the largest" in run.summary
+    row = run.rules.iloc[0]
+    pair = mt.load_pair("family/generations")
+    modules = pair.modules("linear")
+    carried = Graft(modules, operator=RANK).carried_count(pair) / Graft(modules).parameter_count(pair)
+    assert row.changed_share == pytest.approx(carried) and carried < 0.05
+    cells = [json.loads(line) for line in (run.folder / "cells.jsonl").read_text().splitlines()]
+    drawn = [cell["operator"] for cell in cells if cell.get("operator")][-1]
+    assert drawn == {"name": "low_rank", "rank": 3, "draw": 42 + 3}
+    splits = mt.load_task("addition").split(discover=16, choose=24, test=48, seed=0)
+    with Graft(modules, test.strength.iloc[-1], operator=drawn).applied(pair):
+        found = evaluate(pair.target, splits.test, batch_size=64)
+    assert test.correct.iloc[-1] == "".join("1" if c else "0" for c in found.correct)
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    for changes, said in (
+        ({"operator": "replace"}, "does not keep the largest changes of a module, or directions"),
+        ({"operator": {**RANK, "draw": 1}}, "keeps random directions itself"),
+        ({"operator": {**RANK, "rank": 0}}, "rank"),
+        ({"operator": {**RANK, "rang": 2}}, "did you mean rank"),
+        ({"parameters": 0.01}, "more than 1.0% of the parameters"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Run(config(**changes), tmp_path / "x", progress=False).execute()
+
+
+def test_a_screen_fits_more_modules_at_fewer_directions(tmp_path: Path) -> None:
+    screen = ScreenConfig(
+        name="directions", pair="family/generations", task="addition", split={"discover": 16, "choose": 24, "test": 48},
+        rules=("weight_delta",), operators=({"name": "low_rank", "rank": 1}, {"name": "low_rank", "rank": 8}),
+        shares=(0.05,), counted="changes", texts=0,
+    )  # fmt: skip
+    report_screen(screen, tmp_path / "screen", progress=False)
+    found = pd.read_csv(tmp_path / "screen" / "screen.csv")
+    few, many = found.k
+    assert few == 28 and 0 < many < 28 and (found.parameters <= 0.05).all()
