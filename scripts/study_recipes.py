@@ -4,10 +4,11 @@
 
 ``best`` has the highest log-probability of the gold answers to `choose` in a split's screens (of neurons too, where
 there is one), ``gentle`` (on the first split) the highest among those that raise perplexity by at most 1 %; ``gated``
-is the best behind a gate, which shares its cells with it (``mechtransplant run … --reuse runs/study-PAIR-best-SPLIT``).
-``sparse`` and ``sparse-gated`` are the same of the screen of grafts that change few numbers of many modules; they are
-compared with as many numbers at random. What only a run has is added: no random orders along K (there is one K), the
-limit of 15 %, and on the first split alone side effects of random sets, and random sets at the strength of the screen's
+is the best behind a gate, which shares its cells with it (``mechtransplant run … --reuse
+runs/study-PAIR-best-SPLIT``). ``sparse`` and ``sparse-gated`` are the same of the screen of grafts that change few
+numbers of many modules, and are compared with as many numbers at random; ``directions`` of the screen of low-rank
+grafts, beside random directions. What only a run has is added: no random orders along K (there is one K), the limit
+of 15 %, and on the first split alone side effects of random sets, and random sets at the strength of the screen's
 that suits them best.
 """
 
@@ -37,7 +38,7 @@ class Recipe(NamedTuple):
     more: Mapping[str, Any] = MappingProxyType({})
 
 
-WHOLE, SPARSE = ("screen", "neuron-screen"), ("sparse-screen",)
+WHOLE, SPARSE, DIRECTIONS = ("screen", "neuron-screen"), ("sparse-screen",), ("directions-screen",)
 HIGHEST = "the recipe of the highest log-probability"
 OPEN = "behind a gate that lets this task's questions through"
 RECIPES = {
@@ -49,6 +50,10 @@ RECIPES = {
         SPARSE,
         f"{HIGHEST} that changes 15 % of the numbers, {OPEN}",
         more={"random_weights": 100, "gate": {}},
+    ),
+    "directions": Recipe(DIRECTIONS, f"{HIGHEST} along few directions", more={"random_weights": 100}),
+    "directions-gated": Recipe(
+        DIRECTIONS, f"{HIGHEST} along few directions, {OPEN}", more={"random_weights": 100, "gate": {}}
     ),
 }
 

@@ -25,12 +25,18 @@ PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "gated": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
     "sparse": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
     "sparse-gated": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
+    "directions": _BOTH,
+    "directions-gated": _BOTH,
     "gentle": _BOTH,
     "pruned": {"instruct": _FIRST},
     "pruned-gated": {"instruct": _FIRST},
     "heads": _BOTH,
     "mlps": _BOTH,
 }
+
+
+#: those that a screen chose, or a rule that fits strengths
+RECIPE_RUNS = tuple(what for what in PLANNED if what not in ("paper", "heads", "mlps"))
 
 
 def planned(what: str) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 from study_claims import CLAIMS, Study, verdict
-from study_runs import ONCE, PAIRS, PLANNED, ROOT, SPLITS, folders, planned, recipe_of
+from study_runs import ONCE, PAIRS, PLANNED, RECIPE_RUNS, ROOT, SPLITS, folders, planned, recipe_of
 
 from mechtransplant.experiment import read_screen, reported_power, reported_results, runs_table
 from mechtransplant.experiment.words import head_of, row_of
@@ -66,13 +66,13 @@ def among(row: dict[str, Any], controls: str) -> list[str]:
 
 
 def changed(row: dict[str, Any]) -> str:
-    """The share of the numbers in linear layers that a graft changes, in per cent."""
+    """The share of the numbers in linear layers that a graft changes, or that its directions take, in per cent."""
     share = row.get("changed_share")
     return f"{100 * (row['parameter_share'] if share is None or pd.isna(share) else share):.1f}"
 
 
 #: a graft's size: whose layers, and how much of them
-TOUCHED, CHANGED = "layers touched (of linear layers' weights)", "weights changed (of linear layers'), %"
+TOUCHED, CHANGED = "layers touched (of linear layers' weights)", "numbers carried (of linear layers'), %"
 OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
 
 
@@ -161,7 +161,7 @@ def screens() -> str:
 def recipes() -> str:
     """The recipes that a screen chose, on every split."""
     rows = []
-    for what in ("best", "gated", "gentle", "sparse", "sparse-gated", "pruned", "pruned-gated"):
+    for what in RECIPE_RUNS:
         for row in runs_table(folders(what)).to_dict("records"):
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
             unrelated = "–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}"
@@ -172,7 +172,7 @@ def recipes() -> str:
             rows.append([*cells, tuned, unrelated, weights, refitted, *harm(row)])
     columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME]
     columns += ["at the strength that suits them", "another task's layers, %"]
-    columns += ["as many changes at random: median (range), %, beaten"]
+    columns += ["as many changes (or directions) at random: median (range), %, beaten"]
     return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
 
 
@@ -180,7 +180,7 @@ def headline() -> str:
     """What README says of the study: every finished run of the paper's rule and of a recipe on the first split."""
     rows = []
     for pair in (*PAIRS, *ONCE):
-        for what in ("paper", "best", "gated", "gentle", "sparse", "sparse-gated", "pruned", "pruned-gated"):
+        for what in ("paper", *RECIPE_RUNS):
             for row in runs_table([f for f in folders(what, pair) if f.name.endswith("-0")]).to_dict("records"):
                 run = f"[{row['run'].removeprefix('study-')}](runs/{row['run']}/summary.md)"
                 found = outcome(row)[:5]
@@ -189,7 +189,9 @@ def headline() -> str:
                 beside.append("–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}")
                 rows.append([run, recipe_of(row), size, changed(row), *found, *beside, *harm(row)])
     columns = ["run", "recipe", "layers touched", CHANGED, *OUTCOME[:5]]
-    columns += [f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes at random")]
+    columns += [
+        f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes (or directions) at random")
+    ]
     return markdown([*columns, "another task's layers, %", *HARM], rows) + "\n" + status()
 
 

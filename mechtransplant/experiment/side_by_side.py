@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment.config import read_config
+from mechtransplant.grafting import get_operator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,7 +72,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
             "pair": json.loads((folder / "environment.json").read_text(encoding="utf-8"))["pair"],
             "seed": config.split.seed,
             "kind": "+".join(config.kinds),
-            "operator": config.operator if isinstance(config.operator, str) else config.operator["name"],
+            "operator": _operator(config.operator),
             "gate": config.gate is not None,
             "budget": int(budget),
             "candidates": int(everything.k.iloc[0]) if len(everything) else None,
@@ -103,3 +104,10 @@ def _harm(rows: pd.DataFrame) -> dict[str, Any]:
         found |= {"worst_task": worst.what, "worst_change": worst.change}
         found |= {"worst_change_low": worst.low, "worst_change_high": worst.high}
     return found
+
+
+def _operator(given: str | dict[str, Any]) -> str:
+    """An operator's name, with the rank of one that has one: another rank is another recipe."""
+    name = given if isinstance(given, str) else str(given["name"])
+    rank = getattr(get_operator(given), "rank", None)
+    return name if rank is None else f"{name} of rank {rank}"

@@ -309,11 +309,12 @@ class LowRank:
 
         if change.dim() != 2 or min(change.shape) <= self.rank or not change.any():
             return change
-        u, sizes, v = directions(change, POOL * self.rank)
+        # the same ones for every small rank
+        u, sizes, v = directions(change, max(64, POOL * self.rank))
         chosen = torch.arange(self.rank)
         if self.draw is not None:
             # of a change of low rank the others are nothing
-            pool = max(self.rank, int((sizes > 1e-4 * sizes[0]).sum()))
+            pool = max(self.rank, int((sizes[: POOL * self.rank] > 1e-4 * sizes[0]).sum()))
             generator = torch.Generator().manual_seed(Dare(seed=self.draw).seed_of(key))
             chosen = torch.randperm(pool, generator=generator)[: self.rank].sort().values
         chosen = chosen.to(change.device)
