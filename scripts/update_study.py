@@ -143,7 +143,7 @@ def screens() -> str:
         near.append(f"In {folder.name} {close} of {len(grafts) - 1} other grafts lie within {NEAR} nats of the first.")
         candidates = {path.stem: len(pd.read_csv(path)) for path in (folder / "rankings").glob("*.csv")}
         for row in table.drop_duplicates("kind").to_dict("records"):
-            counted = " changed" if read_screen(folder / "config.yaml").counted == "changes" else ""
+            counted = " carried" if read_screen(folder / "config.yaml").counted == "changes" else ""
             size = f"{row['k']} ({100 * row['parameters']:.1f} %{counted})"
             # neurons' rankings, of which no graft takes everything, are too long to be committed
             everything = candidates.get(f"{row['kind'].replace('+', '-')}-{row['rule']}")

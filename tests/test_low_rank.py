@@ -53,23 +53,25 @@ def test_what_has_no_more_directions_moves_whole() -> None:
     assert torch.equal(LowRank(4)(target, target, None, 1.0, "part"), target), "a self-graft changes no bit"
 
 
-def test_draws_take_other_directions_of_those_that_there_are() -> None:
-    target, source = matrices(40, 30, rank=8)
+def test_draws_take_other_directions_of_four_times_as_many() -> None:
+    target, source = matrices(40, 30, rank=24)
     u, _, v = np.linalg.svd((source - target).double().numpy(), full_matrices=False)
     chosen = set()
-    for seed in range(12):
+    for seed in range(40):
         moved = LowRank(2, draw=seed)(target, source, None, 1.0, "part") - target
         weights = np.einsum("mk,mn,kn->k", u, moved.numpy(), v)
         kept = tuple(int(i) for i in np.flatnonzero(np.abs(weights) > 1e-2))
-        # four times as many are drawn from, and none that is nothing
-        assert len(kept) == 2 and max(kept) < 8
+        assert len(kept) == 2
         chosen.add(kept)
         assert torch.equal(moved, LowRank(2, draw=seed)(target, source, None, 1.0, "part") - target)
-    assert len(chosen) > 4
-    # of eight directions three are drawn, not of twelve
-    for seed in range(8):
+    assert set().union(*chosen) == set(range(8))
+    # of eight directions, where there are no more, three are drawn, not of twelve
+    target, source = matrices(40, 30, rank=8, seed=1)
+    for seed in range(20):
         moved = LowRank(3, draw=seed)(target, source, None, 1.0, "other") - target
         assert np.linalg.matrix_rank(moved.numpy(), tol=1e-2) == 3
+    assert LowRank(3).pool_of(source - target) == 8 and LowRank(8).pool_of(source - target) == 8
+    assert LowRank(30).pool_of(source - target) == LowRank(1).pool_of(target[0]) == 0
 
 
 def test_directions_are_remembered_by_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,10 +141,44 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ({"operator": {**RANK, "draw": 1}}, "keeps random directions itself"),
         ({"operator": {**RANK, "rank": 0}}, "rank"),
         ({"operator": {**RANK, "rang": 2}}, "did you mean rank"),
+        # of the family's narrowest layers nothing is left to draw
+        ({"operator": {**RANK, "rank": 500}, "parameters": None}, "none can be drawn"),
         ({"parameters": 0.01}, "more than 1.0% of the parameters"),
     ):
         with pytest.raises(UsageError, match=said):
-            Run(config(**changes), tmp_path / "x", progress=False).execute()
+            Run(config(**changes), tmp_path / said.split()[-1], progress=False).execute()
+
+
+def test_an_export_is_verified_on_another_number_of_threads(generations: Any, tmp_path: Path) -> None:
+    graft = Graft(generations.modules("linear"), 1.25, operator=RANK)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        operators._DIRECTIONS.clear()
+        mt.export_graft(generations, graft, tmp_path / "made")
+        torch.set_num_threads(2)
+        operators._DIRECTIONS.clear()
+        found = mt.verify_export(tmp_path / "made", generations)
+    finally:
+        torch.set_num_threads(threads)
+    assert not found.problems
+    # and what another graft would have written is none of its
+    from safetensors.torch import load_file, save_file
+
+    path = next((tmp_path / "made").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(n for n in tensors if "q_proj" in n)
+    tensors[name] += 1e-2 * (tensors[name].abs().max())
+    save_file(tensors, path, {"format": "pt"})
+    assert any("not what the graft writes" in p for p in mt.verify_export(tmp_path / "made", generations).problems)
+
+
+def test_conditional_grafts_and_processes_write_the_same(tmp_path: Path) -> None:
+    more = {"k": [4, 9], "parameters": None, "random_sets": 3, "gate": {"texts": 16, "tokens": 12}}
+    plain = run_experiment(config(**more), tmp_path / "plain", progress=False)
+    shared = run_experiment(config(**more), tmp_path / "shared", progress=False, engine="processes", workers=2)
+    pd.testing.assert_frame_equal(plain.results, shared.results)
+    assert (plain.results.role == "random_weights").sum() == 6 + 3
 
 
 def test_a_screen_fits_more_modules_at_fewer_directions(tmp_path: Path) -> None:

@@ -255,8 +255,10 @@ class Run(Setup):
         options = self.rows.where(role="graft", split="choose", budget=budget, rule=rule)
         options = [r for r in options if self._small_enough(rule, r["k"])]
         if not options:
+            low_rank = get_operator(self.config.operator).name == "low_rank"
+            much = "has directions that take" if low_rank else "changes"
             raise UsageError(
-                f"parameters: every graft of {rule} changes more than {self.config.parameters:.1%} of the parameters: "
+                f"parameters: every graft of {rule} {much} more than {self.config.parameters:.1%} of the parameters: "
                 "give smaller k, or a larger share"
             )
         if any(r[by] is None for r in options):

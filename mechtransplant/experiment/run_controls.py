@@ -10,8 +10,8 @@ TIES keeps the largest changes of every module. Its ``random_weights`` keep as m
 random (DARE). How far those are moved is chosen on ``choose``, from the config's strengths times three scales: each
 number as far as in the source, all as long together (L2) as the whole change, or as large on average. Of a graft of all
 modules, which no random set of modules can be compared with, they say whether it matters which numbers are kept. With
-low_rank, which keeps the largest directions of every module's change, they are as many directions, drawn from four
-times as many, and scaled alike.
+low_rank, which keeps the largest directions of every module's change, they are as many directions, drawn from the four
+times as many largest, and moved as far as in the source, or two or four times.
 """
 
 from __future__ import annotations
@@ -143,11 +143,12 @@ class Controls:
         found = {}
         operator = get_operator(self.config.operator)
         for rule in self.config.with_controls:
-            if operator.name == "low_rank":
-                # of the directions that are drawn from
+            modules = self.run.rankings.top(rule, self.run.chosen[rule][self.run.budget][0])
+            if isinstance(operator, LowRank):
+                self._check_pools(rule, operator, modules)
+                # of four times as many directions
                 found[rule] = 1 / POOL
                 continue
-            modules = self.run.rankings.top(rule, self.run.chosen[rule][self.run.budget][0])
             changed = Graft(modules, kv=self.config.kv, operator=self.config.operator).changed_count(self.run.pair)
             everything = {"name": "ties", "density": 1.0}
             differing = Graft(modules, kv=self.config.kv, operator=everything).changed_count(self.run.pair)
@@ -158,6 +159,23 @@ class Controls:
                 )
             found[rule] = float(f"{changed / differing:.4g}")
         return found
+
+    def pools(self, operator: LowRank, modules: tuple[str, ...]) -> list[int]:
+        """For every part of some modules that does not move whole, how many directions are drawn from."""
+        pair, found = self.run.pair, []
+        for region in Graft(modules, kv=self.config.kv, operator=operator).regions(pair):
+            source = region.of(pair.source_parameters[region.parameter])
+            start = pair.target_parameters if pair.base is None else pair.base_parameters
+            change = source.float() - region.of(start[region.parameter]).to(source.device).float()
+            found += [pool] if (pool := operator.pool_of(change)) else []
+        return found
+
+    def _check_pools(self, rule: str, operator: LowRank, modules: tuple[str, ...]) -> None:
+        if not any(pool > operator.rank for pool in self.pools(operator, modules)):
+            raise UsageError(
+                f"random_weights: no module of {rule} has more than {operator.rank} directions, so none can be drawn: "
+                "give a lower rank, or leave random_weights out"
+            )
 
     def weights(self, rule: str, strength: float, numbers: range) -> list[Job]:
         """The rule's chosen modules with as many of their changes as the operator keeps, drawn at random."""

@@ -60,7 +60,8 @@ def page_of(
     if config.counted == "changes":
         lines += [
             "",
-            "Parameters are those that a graft changes; where an operator drops changes, its modules have more.",
+            "Parameters are those that a graft changes, or that its directions take (low_rank); where an operator "
+            "keeps a part of its modules' changes, the modules have more.",
         ]
     empty = len(table) - len(measured)
     if empty:
@@ -82,7 +83,8 @@ def _verdict(config: ScreenConfig, measured: pd.DataFrame, best: Any) -> str:
     limit = (
         "" if config.perplexity is None else f" among those that raise perplexity by at most {config.perplexity:.1%}"
     )
-    changed = " changed" if config.counted == "changes" else ""
+    # counted as a graft's operator says
+    changed = " (by what is changed, or taken by directions)" if config.counted == "changes" else ""
     return (
         f"**Best{limit}**: K = {row.k} ({row.kind}) by `{row['rule']}`, strength {row.strength:g}, {row.operator}, "
         f"{row.parameters:.1%} of the parameters{changed}: {row.log_probability:.3f} nats."

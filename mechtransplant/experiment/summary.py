@@ -14,6 +14,7 @@ from mechtransplant.experiment.summary_controls import against_lowest, controls_
 from mechtransplant.experiment.summary_effects import side_effects_of
 from mechtransplant.experiment.words import (
     RATIOS,
+    counted_in_words,
     head_of,
     interval_of,
     kept_in_words,
@@ -22,7 +23,7 @@ from mechtransplant.experiment.words import (
     ratios,
     row_of,
 )
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import Graft, get_operator
 from mechtransplant.grafting.operators import options_of
 from mechtransplant.ranking import get_rule
 
@@ -92,7 +93,8 @@ def _chosen_by(config: RunConfig) -> str:
     within = (
         ""
         if config.parameters is None
-        else f" among grafts that change at most {percent(config.parameters)} of the parameters"
+        else f" among grafts that {counted_in_words(get_operator(config.operator), percent(config.parameters))} of the "
+        "parameters"
     )
     return said + within
 

@@ -9,6 +9,7 @@ from mechtransplant.experiment.findings import Findings
 from mechtransplant.experiment.jobs import WEIGHTS
 from mechtransplant.experiment.words import head_of, interval_of, percent, range_of, row_of
 from mechtransplant.grafting import get_operator
+from mechtransplant.grafting.operators import LowRank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,13 +70,18 @@ def _against_weights(run: Run, rule: str, findings: Findings) -> str:
     n = row.get("weights_n")
     if n is None or math.isnan(n):
         return ""
-    low_rank = get_operator(run.config.operator).name == "low_rank"
-    said = "keep as many directions of their changes" if low_rank else "change as many numbers"
-    by = "" if low_rank else "DARE "
+    operator, said, by, more = get_operator(run.config.operator), "change as many numbers", "DARE ", ""
+    if isinstance(operator, LowRank):
+        pools = run.controls.pools(operator, findings.grafts[rule][run.budget].modules)
+        said, by = "keep as many directions of their changes", ""
+        more = (
+            f" Directions are drawn from a part's {max(pools)} largest; a draw has {operator.rank / max(pools):.0%} of "
+            "the graft's own among them on average, and less of the change's length."
+        )
     return (
         f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that {said}, drawn at random "
         f"({by}at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, of which "
-        f"the smallest possible is {1 / (n + 1):.2g})."
+        f"the smallest possible is {1 / (n + 1):.2g}).{more}"
     )
 
 

@@ -52,6 +52,11 @@ def points(share: float) -> str:
     return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
+def counted_in_words(operator: Operator, share: str) -> str:
+    """What a limit to a graft's size says of it: how much it changes, or how much its directions take."""
+    return f"have directions that take at most {share}" if isinstance(operator, LowRank) else f"change at most {share}"
+
+
 def kept_in_words(operator: Operator, share: float) -> str:
     """What an operator keeps of its modules, and how many numbers that is, of those in linear layers."""
     if isinstance(operator, LowRank):

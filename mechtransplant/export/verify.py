@@ -227,5 +227,25 @@ def _bytes(
         found.problems.append(f"{name}: numbers outside the graft are not the target's")
     for region, strength in regions.items() if inside else ():
         expected = written(graft.operator, pair, region, strength).to(tensor.dtype)
-        if tensor_sha256(expected) != tensor_sha256(region.of(tensor)):
+        if tensor_sha256(expected) == tensor_sha256(region.of(tensor)):
+            continue
+        if getattr(graft.operator, "reproducible", True) or not _alike(
+            expected, region.of(tensor), region.of(target.detach().cpu())
+        ):
             found.problems.append(f"{region}: not what the graft writes at strength {strength:g}")
+        elif ROUNDED not in found.notes:
+            found.notes.append(ROUNDED)
+
+
+#: said of an operator whose numbers depend on threads and device
+ROUNDED = "inside the graft numbers are equal but for rounding, which this operator does otherwise on other machines"
+
+
+def _alike(expected: Any, stored: Any, before: Any) -> bool:
+    """Whether two results of one change differ by no more than rounding: of the stored type, and of the change."""
+    import torch
+
+    eps = torch.finfo(stored.dtype).eps
+    expected, stored, before = (t.cpu().double() for t in (expected, stored, before))
+    size = float((expected - before).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(stored, expected, rtol=2 * eps, atol=1e-4 * size)
