@@ -15,9 +15,10 @@ from small_runs import small
 import mechtransplant as mt
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
-from mechtransplant.experiment import ScreenConfig, report_screen, run_experiment
+from mechtransplant.experiment import ScreenConfig, report_screen, run_experiment, runs_table
 from mechtransplant.experiment.config import RunConfig, parse_config
 from mechtransplant.experiment.run import Run
+from mechtransplant.figures import run_rows
 from mechtransplant.grafting import Graft, operators
 from mechtransplant.grafting.operators import LowRank
 
@@ -121,6 +122,10 @@ def test_a_run_compares_with_as_many_directions_at_random(tmp_path: Path) -> Non
     assert "bit-identical" in run.summary and "NOT bit-identical" not in run.summary
     assert "grafts of the same modules that keep as many directions of their changes, drawn at random" in run.summary
     assert "it keeps 3 directions, the largest" in run.summary
+    table = runs_table([run.folder])
+    assert table.operator.iloc[0] == "low_rank of rank 3"
+    _, (left, _) = run_rows(table)
+    assert any("or directions, at random" in str(h.get_label()) for h in left.get_legend_handles_labels()[0])
     row = run.rules.iloc[0]
     pair = mt.load_pair("family/generations")
     modules = pair.modules("linear")

@@ -231,7 +231,7 @@ def test_what_strengths_do_not_go_with(generations: Pair, splits: Splits, tmp_pa
             "no rule with controls fits strengths",
         ),
         ({"random_sets": 1}, "2 of 1 random sets cannot be fitted to"),
-        ({"kind": ["attn", "head"]}, "may share weights: give one kind, or head and mlp"),
+        ({"kind": ["attn", "head"]}, "may share weights: give one kind, head and mlp, or head and neuron"),
         ({"kind": "head", "kv": "group"}, "leave kv out"),
     ):
         with pytest.raises(UsageError, match=said):

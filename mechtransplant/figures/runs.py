@@ -37,7 +37,10 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
     y = np.arange(len(frame))[::-1]
     with style():
         figure, (left, right) = new_figure(PAGE, 1.15 + 0.24 * len(frame), columns=2)
-        for kind, name, colour in (("random", "random sets", GREY), ("weights", "as many changes at random", ORANGE)):
+        drawn = "as many changes at random"
+        if "operator" in frame and frame.operator.str.startswith("low_rank").any():
+            drawn = "as many changes, or directions, at random"
+        for kind, name, colour in (("random", "random sets", GREY), ("weights", drawn, ORANGE)):
             if f"{kind}_n" not in frame or frame[f"{kind}_n"].isna().all():
                 continue
             controlled = frame[f"{kind}_n"].notna().to_numpy()
