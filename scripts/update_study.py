@@ -62,6 +62,9 @@ def among(row: dict[str, Any], controls: str) -> list[str]:
         return ["–", "–"]
     low, median, high = (f"{100 * row[f'{controls}_{end}']:.1f}" for end in ("low", "median", "high"))
     beaten = f"{row[f'{controls}_beaten']:.0f} of {n:.0f} (p = {row[f'{controls}_p_value']:.2g})"
+    nats = row.get(f"{controls}_beaten_log_probability")
+    if nats is not None and not pd.isna(nats):
+        beaten += f"; by log-probability {nats:.0f} (p = {row[f'{controls}_p_value_log_probability']:.2g})"
     return [f"{median} ({low} – {high})", beaten]
 
 

@@ -142,6 +142,11 @@ def test_the_page_and_the_table_say_where_the_graft_stands(run: Any) -> None:
     assert (row.k, row.candidates, row.weights_n, row.weights_beaten) == (28, 28, 3, beaten)
     assert row.weights_median == pytest.approx(np.median(drawn)) and np.isnan(row.random_n)
     assert row.changed_share == pytest.approx(0.15, abs=1e-3) and row.parameter_share == 1
+    nats = test[test.role == "random_weights"].log_probability
+    better = int((nats < graft.log_probability).sum())
+    assert row.weights_beaten_log_probability == better
+    assert row.weights_p_value_log_probability == pytest.approx((4 - better) / 4)
+    assert f"and by log-probability {better} (p = " in run.summary
     assert f"It beats {beaten} of 3 grafts of the same modules that change as many numbers" in run.summary
     assert "3 draws at strength" in run.summary and "it keeps the largest changes of every module: 15.0" in run.summary
     assert "never chosen" not in run.summary and "would be the same graft" in run.summary

@@ -135,9 +135,14 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     for what, asked in more_controls.items() if budget == run.budget else ():
         jobs = asked(rule)
         if jobs:
-            heights = [run.cells.of(job.cell(run.splits.test))[budget].accuracy for job in jobs]
-            rank = rank_among(outcome.after_accuracy, heights)
+            cells = [run.cells.of(job.cell(run.splits.test))[budget] for job in jobs]
+            rank = rank_among(outcome.after_accuracy, [cell.accuracy for cell in cells])
             found |= {f"{what}_{name}": getattr(rank, name) for name in _RANK} | {f"{what}_strength": jobs[0].strength}
+            # of free-form answers it is not compared
+            nats = [float(c.log_probability.mean()) for c in cells if c.log_probability is not None]
+            if change is not None and len(nats) == len(cells):
+                by_nats = rank_among(change.after, nats)
+                found |= {f"{what}_{name}_log_probability": getattr(by_nats, name) for name in ("beaten", "p_value")}
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)
         found[role] = at[0]["accuracy"] if at and budget == run.budget else None

@@ -26,6 +26,8 @@ _SOMETIMES = (
     "refitted_n", "refitted_beaten", "refitted_median", "changed_share", "weights_n", "weights_beaten",
     "weights_p_value", "weights_median", "weights_low", "weights_high", "weights_strength", "tuned_n", "tuned_beaten",
     "tuned_p_value", "tuned_median", "tuned_low", "tuned_high", "tuned_strength",
+    "weights_beaten_log_probability", "weights_p_value_log_probability", "tuned_beaten_log_probability",
+    "tuned_p_value_log_probability",
 )  # fmt: skip
 
 

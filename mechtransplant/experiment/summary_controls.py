@@ -60,8 +60,15 @@ def _against_tuned(rule: str, findings: Findings) -> str:
         return " On `choose` its strength suits random sets best as well."
     return (
         f" At strength {row.tuned_strength:g}, which suits random sets best on `choose`, it beats "
-        f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})."
+        f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})"
+        f"{_by_nats(row, 'tuned')}."
     )
+
+
+def _by_nats(row: pd.Series, controls: str) -> str:
+    """Where it stands among the same controls by the gold answer's log-probability."""
+    beaten, p = (row.get(f"{controls}_{name}_log_probability") for name in ("beaten", "p_value"))
+    return "" if beaten is None or math.isnan(beaten) else f", and by log-probability {beaten:.0f} (p = {p:.2g})"
 
 
 def _against_weights(run: Run, rule: str, findings: Findings) -> str:
@@ -81,7 +88,7 @@ def _against_weights(run: Run, rule: str, findings: Findings) -> str:
     return (
         f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that {said}, drawn at random "
         f"({by}at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, of which "
-        f"the smallest possible is {1 / (n + 1):.2g}).{more}"
+        f"the smallest possible is {1 / (n + 1):.2g}){_by_nats(row, 'weights')}.{more}"
     )
 
 
