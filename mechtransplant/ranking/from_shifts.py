@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from mechtransplant.pair import Pair
 
 SHIFTING = ("linear", "head", "neuron", "mlp", "attn")
+#: kinds whose scores are over something else than other kinds' are
+ALONE = {
+    "neuron": "divides a neuron's shift by what its whole MLP writes, and other modules' by what they write themselves"
+}
 DECODING = "2 forward passes, and what writing the texts takes"
 BOTH = "1 forward pass of each model"
 
@@ -114,6 +118,7 @@ def _lae(
     kinds=SHIFTING,
     cost=BOTH,
     sign="the output differs much, in size or direction",
+    alone=ALONE,
 )
 def distance(
     pair: Pair,
@@ -135,6 +140,7 @@ def distance(
     kinds=SHIFTING,
     cost="2 forward passes of the source's modules and 1 of the target",
     sign="its own weights change its output much",
+    alone=ALONE,
 )
 def own(
     pair: Pair,
@@ -207,12 +213,6 @@ def _shifts(
     pair: Pair, task: Task, kind: Kinds, measures: list[str], positions: Positions, batch_size: int, progress: bool
 ) -> pd.DataFrame:
     kinds = cast("tuple[SlotKind, ...]", kinds_of(kind))
-    # shares of own and inherited have no scale
-    if "neuron" in kinds and len(kinds) > 1 and len(measures) == 1 and measures[0] in ("distance", "own"):
-        raise UsageError(
-            f"rule {measures[0]!r} divides a neuron's shift by what its whole MLP writes, and other modules' by what "
-            "they write themselves: rank neurons alone, or by lae, own_over_inherited or a gradient"
-        )
     return measure_shifts(pair, task, kinds, measures, positions, batch_size=batch_size, progress=progress)
 
 

@@ -11,7 +11,7 @@ A rule is a function of (pair, task, kind, options) that returns one score a mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -49,10 +49,11 @@ class Fitted:
 class Rule:
     """A registered rule.
 
-    ``needs``: "nothing", "prompts", "gold answers" or "gradients" (of the gold answer's log-probability). ``cost``: in
-    forward and backward passes over the questions, N being the number of modules. ``sign``: what a high score means.
-    ``splits``: which questions it may see, its own first. ``refit``: of a rule that fits strengths, what fits those of
-    given modules as well: a function of (pair, task, modules, seed, options) that returns them as a Series by module.
+    ``needs``: "nothing", "prompts", "gold answers" or "gradients" (of the gold answer's log-probability). ``cost``:
+    in forward and backward passes over the questions, N being the number of modules. ``sign``: what a high score
+    means. ``alone``: kinds that it cannot rank beside others, with why. ``splits``: which questions it may see, its
+    own first. ``refit``: of a rule that fits strengths, what fits those of given modules as well: a function of
+    (pair, task, modules, seed, options) that returns them as a Series by module.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Rule:
     sign: str = ""
     splits: tuple[Role, ...] = DISCOVER
     refit: Callable[..., Any] | None = None
+    alone: Mapping[str, str] | None = None
 
     def check(self, kind: Kinds, options: dict[str, Any]) -> None:
         """Raise UsageError for a kind that the rule cannot score, or an option that it does not take."""
@@ -73,6 +75,9 @@ class Rule:
                 others = ", ".join(sorted(name for name, rule in RULES.items() if each in rule.kinds))
                 known = " or ".join(filter(None, (", ".join(self.kinds[:-1]), self.kinds[-1])))
                 raise UsageError(f"rule {self.name!r} scores kind {known}, not {each!r}: for {each!r} use {others}")
+            why = (self.alone or {}).get(each)
+            if why is not None and len(kinds_of(kind)) > 1:
+                raise UsageError(f"rule {self.name!r} {why}: rank {each}s alone, or by another rule (lae, a gradient)")
         parameters = inspect.signature(self.score).parameters
         inner = self.made_of(options)
         if inner is not None:
@@ -140,6 +145,7 @@ def register_rule(
     sign: str = "",
     splits: tuple[Role, ...] = DISCOVER,
     refit: Callable[..., Any] | None = None,
+    alone: Mapping[str, str] | None = None,
 ) -> Callable[[Score], Score]:
     """Decorator: make a scoring function available to :func:`rank_modules` under ``name``."""
     if needs not in get_args(Needs):
@@ -150,7 +156,7 @@ def register_rule(
 
     def add(function: Score) -> Score:
         summary = (function.__doc__ or "").strip().split("\n")[0]
-        RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits, refit)
+        RULES[name] = Rule(name, function, equation, needs, summary, kinds, cost, sign, splits, refit, alone)
         return function
 
     return add
