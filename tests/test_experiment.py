@@ -603,7 +603,7 @@ def test_chosen_by_log_probability_and_within_a_share_of_the_parameters(tmp_path
     chosen = accuracy[(len(tight.graft), tight.graft.strengths[0])]
     allowed = [k for k in (1, 2, 4, 8, 14) if k <= len(tight.graft)]
     assert chosen == accuracy[accuracy.index.get_level_values(0).isin(allowed)].max()
-    with pytest.raises(UsageError, match=r"every graft of weight_delta changes more than 0\.1% of the parameters"):
+    with pytest.raises(UsageError, match=r"all grafts of weight_delta change more than 0\.1% of the parameters"):
         run_experiment(config(**lean, parameters=0.001), tmp_path / "none", progress=False)
 
 

@@ -178,7 +178,7 @@ def test_the_estimate_counts_them(run: Any, tmp_path: Any) -> None:
             {"pair": {"source": "repo:family/first", "target": "repo:family/second", "base": "repo:family/first"}},
             "with an ancestor",
         ),
-        ({"operator": {"name": "ties", "density": 0.2}}, "changes more than 16.0% of the parameters"),
+        ({"operator": {"name": "ties", "density": 0.2}}, "change more than 16.0% of the parameters"),
     ],
 )
 def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: str, tmp_path: Any) -> None:

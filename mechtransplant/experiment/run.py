@@ -28,6 +28,7 @@ from mechtransplant.experiment.reused import Reused
 from mechtransplant.experiment.rows import Rows
 from mechtransplant.experiment.run_controls import TRIED, Controls
 from mechtransplant.experiment.setup import Setup
+from mechtransplant.experiment.words import counted_in_words
 from mechtransplant.experiment.worker import EngineChoice, EngineName
 from mechtransplant.grafting import get_operator
 from mechtransplant.modules import share_no_weights
@@ -255,10 +256,9 @@ class Run(Setup):
         options = self.rows.where(role="graft", split="choose", budget=budget, rule=rule)
         options = [r for r in options if self._small_enough(rule, r["k"])]
         if not options:
-            low_rank = get_operator(self.config.operator).name == "low_rank"
-            much = "has directions that take" if low_rank else "changes"
+            do = counted_in_words(get_operator(self.config.operator))
             raise UsageError(
-                f"parameters: every graft of {rule} {much} more than {self.config.parameters:.1%} of the parameters: "
+                f"parameters: all grafts of {rule} {do} more than {self.config.parameters:.1%} of the parameters: "
                 "give smaller k, or a larger share"
             )
         if any(r[by] is None for r in options):

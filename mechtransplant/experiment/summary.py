@@ -90,13 +90,10 @@ def _chosen_how(run: Run, explored: str) -> str:
 
 def _chosen_by(config: RunConfig) -> str:
     said = " by the gold answer's log-probability" if config.choose_by == "log_probability" else ""
-    within = (
-        ""
-        if config.parameters is None
-        else f" among grafts that {counted_in_words(get_operator(config.operator), percent(config.parameters))} of the "
-        "parameters"
-    )
-    return said + within
+    if config.parameters is None:
+        return said
+    do = counted_in_words(get_operator(config.operator))
+    return f"{said} among grafts that {do} at most {percent(config.parameters)} of the parameters"
 
 
 def _starts(run: Run) -> list[str]:

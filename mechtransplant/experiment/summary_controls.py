@@ -162,7 +162,7 @@ def controls_of(run: Run, results: pd.DataFrame, findings: Findings) -> list[str
         lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     weights = rows[rows.role == WEIGHTS]
     if len(weights):
-        low_rank = get_operator(run.config.operator).name == "low_rank"
+        low_rank = isinstance(get_operator(run.config.operator), LowRank)
         what = "directions of the same modules' changes" if low_rank else "numbers of the same modules"
         said = f"target + as many random {what}, {len(weights)} draws at strength "
         said += f"{weights.strength.iloc[0]:.3g}: median (lowest – highest)"

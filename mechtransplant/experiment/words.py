@@ -52,9 +52,9 @@ def points(share: float) -> str:
     return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
-def counted_in_words(operator: Operator, share: str) -> str:
-    """What a limit to a graft's size says of it: how much it changes, or how much its directions take."""
-    return f"have directions that take at most {share}" if isinstance(operator, LowRank) else f"change at most {share}"
+def counted_in_words(operator: Operator) -> str:
+    """What grafts do with the numbers that a limit to their size counts: change them, or take them for directions."""
+    return "have directions that take" if isinstance(operator, LowRank) else "change"
 
 
 def kept_in_words(operator: Operator, share: float) -> str:

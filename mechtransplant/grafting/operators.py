@@ -307,20 +307,24 @@ class LowRank:
         """How many numbers the directions of a part of that shape take to write down: never more than it has."""
         return min(self.rank * sum(shape), prod(shape)) if len(shape) == 2 else prod(shape)
 
+    def _moves_whole(self, change: Tensor) -> bool:
+        """Whether a part is no matrix, has no more directions than are kept, or no change at all."""
+        return change.dim() != 2 or min(change.shape) <= self.rank or not change.any()
+
     def _pool(self, sizes: Tensor) -> int:
         """How many directions random ones are drawn from: of a change of low rank the others are nothing."""
         return max(self.rank, int((sizes[: POOL * self.rank] > 1e-4 * sizes[0]).sum()))
 
     def pool_of(self, change: Tensor) -> int:
         """How many directions of a change random ones are drawn from; 0 of a part that moves whole."""
-        if change.dim() != 2 or min(change.shape) <= self.rank or not change.any():
+        if self._moves_whole(change):
             return 0
         return self._pool(directions(change, max(64, POOL * self.rank))[1])
 
     def _kept(self, change: Tensor, key: str) -> Tensor:
         import torch
 
-        if change.dim() != 2 or min(change.shape) <= self.rank or not change.any():
+        if self._moves_whole(change):
             return change
         # the same ones for every small rank
         u, sizes, v = directions(change, max(64, POOL * self.rank))
