@@ -19,8 +19,8 @@ from mechtransplant.experiment import ScreenConfig, report_screen, run_experimen
 from mechtransplant.experiment.config import RunConfig, parse_config
 from mechtransplant.experiment.run import Run
 from mechtransplant.figures import run_rows
-from mechtransplant.grafting import Graft, operators
-from mechtransplant.grafting.operators import LowRank
+from mechtransplant.grafting import Graft, low_rank
+from mechtransplant.grafting.low_rank import LowRank
 
 RANK = {"name": "low_rank", "rank": 3}
 
@@ -84,9 +84,9 @@ def test_directions_are_remembered_by_their_numbers(monkeypatch: pytest.MonkeyPa
     assert torch.equal(LowRank(2)(target.clone(), source.clone(), None, 1.0, "elsewhere"), first) and not asked
     source[0, 0] += 1
     assert not torch.equal(LowRank(2)(target, source, None, 1.0, "part"), first) and len(asked) == 1
-    monkeypatch.setattr(operators, "REMEMBERED", 0)
+    monkeypatch.setattr(low_rank, "REMEMBERED", 0)
     LowRank(2)(source, target, None, 1.0, "part")
-    assert len(operators._DIRECTIONS) == 1, "what is used last stays"
+    assert len(low_rank._DIRECTIONS) == 1, "what is used last stays"
 
 
 def test_a_graft_counts_what_its_directions_take(generations: Any) -> None:
@@ -159,10 +159,10 @@ def test_an_export_is_verified_on_another_number_of_threads(generations: Any, tm
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        operators._DIRECTIONS.clear()
+        low_rank._DIRECTIONS.clear()
         mt.export_graft(generations, graft, tmp_path / "made")
         torch.set_num_threads(2)
-        operators._DIRECTIONS.clear()
+        low_rank._DIRECTIONS.clear()
         found = mt.verify_export(tmp_path / "made", generations)
     finally:
         torch.set_num_threads(threads)

@@ -13,11 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mechtransplant.errors import UsageError
-from mechtransplant.grafting import OPERATORS, Graft, depth_curve, layer_swap, list_operators
+from mechtransplant.grafting import OPERATORS, Graft, LowRank, depth_curve, layer_swap, list_operators
 from mechtransplant.grafting.operators import (
     Dare,
     Linear,
-    LowRank,
     Operator,
     Replace,
     Slerp,

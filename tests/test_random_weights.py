@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
 from mechtransplant.experiment import ScreenConfig, recheck, report_screen, run_experiment, runs_table
 from mechtransplant.experiment.config import RunConfig, parse_config
+from mechtransplant.experiment.random_weights import RandomNumbers, random_weights
 from mechtransplant.experiment.run import Run
 from mechtransplant.explorer.cells import MeasuredRun
 from mechtransplant.figures import run_rows
@@ -186,17 +186,16 @@ def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: st
         run_experiment(config(**changes), tmp_path / "wrong", progress=False)
 
 
-def test_few_changes_leave_nothing_to_draw(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    again = Run(config(), run.folder, progress=False)
-    again.chosen = {"weight_delta": {again.budget: (28, 1.0)}}
-    again.rankings = SimpleNamespace(top=lambda rule, k: tuple(again.candidates))  # type: ignore[assignment]
-    assert again.controls._densities["weight_delta"] == pytest.approx(0.15, abs=2e-3)
+def test_few_changes_leave_nothing_to_draw() -> None:
+    pair = mt.load_pair("family/generations")
+    modules = pair.modules("linear")
+    found = random_weights("weight_delta", modules, "never", TIES, pair)
+    assert isinstance(found, RandomNumbers) and found.density == pytest.approx(0.15, abs=2e-3)
     with torch.no_grad():
-        for name, p in again.pair.source_parameters.items():
-            p[1:] = again.pair.target_parameters[name][1:]
-    del again.controls._densities
+        for name, p in pair.source_parameters.items():
+            p[1:] = pair.target_parameters[name][1:]
     with pytest.raises(UsageError, match=r"keeps all .* changes of weight_delta's modules"):
-        again.controls.weights_on_choose()
+        random_weights("weight_delta", modules, "never", TIES, pair)
 
 
 def test_a_screen_counts_changes_of_modules_that_share_none() -> None:

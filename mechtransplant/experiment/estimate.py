@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.evaluation import evaluate_budgets
 from mechtransplant.evaluation.batches import encode
+from mechtransplant.experiment.random_weights import SCALES
 from mechtransplant.experiment.rankings import learned_by_k
-from mechtransplant.experiment.run_controls import SCALES, TRIED
+from mechtransplant.experiment.run_controls import TRIED
 from mechtransplant.progress import in_words
 from mechtransplant.ranking import get_rule
 

@@ -22,6 +22,7 @@ from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
 from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
 from mechtransplant.experiment.jobs import Job
+from mechtransplant.experiment.random_weights import check_ancestor, check_random_weights
 from mechtransplant.experiment.rankings import STEPS, Rankings
 from mechtransplant.experiment.result import RunResult, write_report
 from mechtransplant.experiment.reused import Reused
@@ -58,16 +59,13 @@ class Run(Setup):
         for rule in config.rules:
             get_rule(rule).check(config.kinds, config.options_of(rule))
         check_strengths(config)
+        check_random_strengths(config)
         check_random_weights(config)
         # before any weights are loaded
         check_folder(config, folder)
         self.reused = Reused.of(reuse, config)
         super().__init__(config)
-        if config.random_weights and self.pair.base is not None and get_operator(config.operator).name == "ties":
-            raise UsageError(
-                "random_weights: with an ancestor TIES undoes the target's small changes as well, so as many numbers "
-                "at random are no match: leave base or random_weights out"
-            )
+        check_ancestor(config, self.pair)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere, self.controls = Elsewhere(self), Controls(self)
 
@@ -338,30 +336,13 @@ def check_strengths(config: RunConfig) -> None:
         )
 
 
-def check_random_weights(config: RunConfig) -> None:
-    """Refuse random weights where the operator does not choose some, and controls of no rule or no random set."""
+def check_random_strengths(config: RunConfig) -> None:
+    """Refuse strengths for random sets where there are too few to try them on."""
     if config.random_strengths and (config.random_sets < TRIED or not config.with_controls):
         raise UsageError(
             f"random_strengths: they are tried on {TRIED} random sets, and there are {config.random_sets} of "
             f"{len(config.with_controls)} rules: give random_sets and controlled, or leave random_strengths out"
         )
-    given = {"name": config.operator} if isinstance(config.operator, str) else config.operator
-    name = given.get("name")
-    if config.random_weights and (given.get("density") == 1 or given.get("normalize")):
-        raise UsageError(
-            "random_weights: TIES at density 1 keeps every change, and with normalize it ignores the strength: give a "
-            "density below 1 and leave normalize out, or leave random_weights out"
-        )
-    if config.random_weights and name not in ("ties", "low_rank"):
-        raise UsageError(
-            f"random_weights: the operator {name} does not keep the largest changes of a module, or directions, which "
-            "is what random ones are compared with: give operator: {name: ties, density: …} or {name: low_rank, rank: "
-            "…}, or leave random_weights out"
-        )
-    if config.random_weights and given.get("draw") is not None:
-        raise UsageError("random_weights: with draw the operator keeps random directions itself: leave one of them out")
-    if config.random_weights and not config.with_controls:
-        raise UsageError("random_weights: no rule has controls: name one in controlled, or leave it out")
 
 
 def run_experiment(

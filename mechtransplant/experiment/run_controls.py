@@ -6,27 +6,19 @@ modules; ``refitted_sets`` of them are measured again with strengths that are fi
 Random sets have the graft's strength, which was chosen for the graft. With ``random_strengths`` the strength that suits
 three of them best on ``choose`` is found, and all are measured at that one too.
 
-TIES keeps the largest changes of every module. Its ``random_weights`` keep as many of the same modules' changes at
-random (DARE). How far those are moved is chosen on ``choose``, from the config's strengths times three scales: each
-number as far as in the source, all as long together (L2) as the whole change, or as large on average. Of a graft of all
-modules, which no random set of modules can be compared with, they say whether it matters which numbers are kept. With
-low_rank, which keeps the largest directions of every module's change, they are as many directions, drawn from the four
-times as many largest, and moved as far as in the source, or two or four times.
+A graft that keeps a part of every module's change has ``random_weights`` too (see the file of that name).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
-from mechtransplant.errors import UsageError
 from mechtransplant.experiment.jobs import WEIGHTS, Job
+from mechtransplant.experiment.random_weights import RandomDirections, RandomNumbers, random_weights
 from mechtransplant.experiment.rankings import strengths_in
-from mechtransplant.grafting import Graft, get_operator
-from mechtransplant.grafting.operators import POOL, LowRank
 from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
@@ -36,8 +28,6 @@ if TYPE_CHECKING:
 
 #: random sets that strengths are tried on
 TRIED = 3
-#: powers of the share of changes that is kept, by which random weights are scaled (see above)
-SCALES = (1.0, 0.5, 0.0)
 
 
 class Controls:
@@ -45,6 +35,7 @@ class Controls:
 
     def __init__(self, run: Run) -> None:
         self.run, self.config = run, run.config
+        self._weights: dict[str, RandomNumbers | RandomDirections] = {}
 
     def sets(self, rule: str, k: int) -> RandomSets:
         """Random sets matched to a rule's K modules."""
@@ -137,70 +128,31 @@ class Controls:
     def _tuned(jobs: list[Job]) -> list[Job]:
         return [replace(job, set=job.set.replace("set", "tuned")) for job in jobs]
 
-    @cached_property
-    def _densities(self) -> dict[str, float]:
-        """By rule the share of the differing numbers of its chosen modules that its graft changes."""
-        found = {}
-        operator = get_operator(self.config.operator)
-        for rule in self.config.with_controls:
+    def _drawn(self, rule: str) -> RandomNumbers | RandomDirections:
+        """What a rule's reported graft has beside it; remembered, because counting changes reads all numbers."""
+        if rule not in self._weights:
             modules = self.run.rankings.top(rule, self.run.chosen[rule][self.run.budget][0])
-            if isinstance(operator, LowRank):
-                self._check_pools(rule, operator, modules)
-                # of four times as many directions
-                found[rule] = 1 / POOL
-                continue
-            changed = Graft(modules, kv=self.config.kv, operator=self.config.operator).changed_count(self.run.pair)
-            everything = {"name": "ties", "density": 1.0}
-            differing = Graft(modules, kv=self.config.kv, operator=everything).changed_count(self.run.pair)
-            if changed == differing:
-                raise UsageError(
-                    f"random_weights: the operator keeps all {changed:,} changes of {rule}'s modules, because many are "
-                    "equally large or 0, so none can be drawn: give a lower density, or leave random_weights out"
-                )
-            found[rule] = float(f"{changed / differing:.4g}")
-        return found
-
-    def pools(self, operator: LowRank, modules: tuple[str, ...]) -> list[int]:
-        """For every part of some modules that does not move whole, how many directions are drawn from."""
-        pair, found = self.run.pair, []
-        for region in Graft(modules, kv=self.config.kv, operator=operator).regions(pair):
-            source = region.of(pair.source_parameters[region.parameter])
-            start = pair.target_parameters if pair.base is None else pair.base_parameters
-            change = source.float() - region.of(start[region.parameter]).to(source.device).float()
-            found += [pool] if (pool := operator.pool_of(change)) else []
-        return found
-
-    def _check_pools(self, rule: str, operator: LowRank, modules: tuple[str, ...]) -> None:
-        if not any(pool > operator.rank for pool in self.pools(operator, modules)):
-            raise UsageError(
-                f"random_weights: no module of {rule} has more than {operator.rank} directions, so none can be drawn: "
-                "give a lower rank, or leave random_weights out"
-            )
+            self._weights[rule] = random_weights(rule, modules, self.config.kv, self.config.operator, self.run.pair)
+        return self._weights[rule]
 
     def weights(self, rule: str, strength: float, numbers: range) -> list[Job]:
         """The rule's chosen modules with as many of their changes as the operator keeps, drawn at random."""
         k = self.run.chosen[rule][self.run.budget][0]
         modules, own = self.run.rankings.top(rule, k), self.run.rankings.strengths(rule, k)
-        density = self._densities[rule]
-        operator, seed = get_operator(self.config.operator), self.config.seed
-
-        def drawn(number: int) -> dict[str, Any]:
-            if isinstance(operator, LowRank):
-                return {"name": "low_rank", "rank": operator.rank, "draw": seed + number}
-            return {"name": "dare", "density": density, "rescale": "density", "seed": seed + number}
-
+        drawn = self._drawn(rule)
         return [
-            Job(WEIGHTS, rule, modules, strength, own, set=f"weights-{number}", operator=drawn(number))
+            Job(
+                WEIGHTS, rule, modules, strength, own, set=f"weights-{number}",
+                operator=drawn.operator(self.config.seed + number),
+            )
             for number in numbers
-        ]
+        ]  # fmt: skip
 
     def weights_on_choose(self) -> list[Job]:
         """One draw at every strength."""
         jobs: list[Job] = []
         for rule in self.config.with_controls if self.config.random_weights else ():
-            # dropped numbers are made up for by DARE itself, dropped directions are not
-            made_up = self._densities[rule] if isinstance(get_operator(self.config.operator), LowRank) else 1.0
-            scales = [self._densities[rule] ** power / made_up for power in SCALES]
+            scales = self._drawn(rule).scales
             strengths = dict.fromkeys(strength * scale for scale in scales for strength in self.config.strengths)
             jobs += [job for strength in strengths for job in self.weights(rule, strength, range(1))]
         return jobs

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.experiment.jobs import WEIGHTS
+from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.experiment.words import head_of, interval_of, percent, range_of, row_of
-from mechtransplant.grafting import get_operator
-from mechtransplant.grafting.operators import LowRank
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,18 +76,11 @@ def _against_weights(run: Run, rule: str, findings: Findings) -> str:
     n = row.get("weights_n")
     if n is None or math.isnan(n):
         return ""
-    operator, said, by, more = get_operator(run.config.operator), "change as many numbers", "DARE ", ""
-    if isinstance(operator, LowRank):
-        pools = run.controls.pools(operator, findings.grafts[rule][run.budget].modules)
-        said, by = "keep as many directions of their changes", ""
-        more = (
-            f" Directions are drawn from a part's {max(pools)} largest; a draw has {operator.rank / max(pools):.0%} of "
-            "the graft's own among them on average, and less of the change's length."
-        )
+    beside, graft = drawn_beside(run.config.operator), findings.grafts[rule][run.budget]
     return (
-        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that {said}, drawn at random "
-        f"({by}at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, of which "
-        f"the smallest possible is {1 / (n + 1):.2g}){_by_nats(row, 'weights')}.{more}"
+        f" It beats {row.weights_beaten:.0f} of {n:.0f} grafts of the same modules that {beside.does}, drawn at random "
+        f"({beside.by}at strength {row.weights_strength:.3g}, the best on `choose`; p = {row.weights_p_value:.2g}, of "
+        f"which the smallest possible is {1 / (n + 1):.2g}){_by_nats(row, 'weights')}.{beside.note(graft, run.pair)}"
     )
 
 
@@ -162,8 +154,7 @@ def controls_of(run: Run, results: pd.DataFrame, findings: Findings) -> list[str
         lines.append(row_of([said, range_of(tuned.accuracy), ""]))
     weights = rows[rows.role == WEIGHTS]
     if len(weights):
-        low_rank = isinstance(get_operator(run.config.operator), LowRank)
-        what = "directions of the same modules' changes" if low_rank else "numbers of the same modules"
+        what = drawn_beside(run.config.operator).drawn
         said = f"target + as many random {what}, {len(weights)} draws at strength "
         said += f"{weights.strength.iloc[0]:.3g}: median (lowest – highest)"
         lines.append(row_of([said, range_of(weights.accuracy), ""]))

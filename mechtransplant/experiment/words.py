@@ -8,7 +8,7 @@ from typing import Any
 
 from mechtransplant.evaluation import Outcome
 from mechtransplant.grafting import Operator
-from mechtransplant.grafting.operators import LowRank
+from mechtransplant.grafting.low_rank import LowRank
 
 
 def percent(value: Any) -> str:
