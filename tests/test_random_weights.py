@@ -186,6 +186,10 @@ def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: st
         run_experiment(config(**changes), tmp_path / "wrong", progress=False)
 
 
+def test_draws_are_a_control_of_their_own(run: Any) -> None:
+    assert "no random sets were compared" not in run.summary and "It beats " in run.summary
+
+
 def test_few_changes_leave_nothing_to_draw() -> None:
     pair = mt.load_pair("family/generations")
     modules = pair.modules("linear")

@@ -36,6 +36,8 @@ FEW = 10
 SMALL = 50
 #: mean log-probabilities that are no further apart than this are ties: rounding tells them apart
 SAME_NATS = 1e-5
+#: the note of an outcome without random sets
+UNCONTROLLED = "no random sets were compared: the graft may do no better than chance"
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def compare(
             "numbers are too good, and p does not count the picking"
         )
     if not controls:
-        notes.append("no random sets were compared: the graft may do no better than chance")
+        notes.append(UNCONTROLLED)
     return Outcome(
         base,
         best,
