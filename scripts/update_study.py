@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
+from study_aims import AIMS, conditions, reached
 from study_claims import CLAIMS, Study, verdict
 from study_runs import ONCE, PAIRS, PLANNED, RECIPE_RUNS, ROOT, SPLITS, folders, planned, recipe_of
 
@@ -179,6 +180,16 @@ def recipes() -> str:
     return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
 
 
+def aims() -> str:
+    """Which recipes reach what the study aims at."""
+    rows = []
+    for pair in (*PAIRS, *ONCE):
+        for row in runs_table([f for what in RECIPE_RUNS for f in folders(what, pair)]).to_dict("records"):
+            found = conditions(row)
+            rows.append([row["run"].removeprefix("study-"), *found, f"**{reached(found)}**"])
+    return markdown(["run", *AIMS, "all of it"], rows)
+
+
 def headline() -> str:
     """What README says of the study: every finished run of the paper's rule and of a recipe on the first split."""
     rows = []
@@ -254,6 +265,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "verdicts": verdicts,
         "screens": screens,
         "recipes": recipes,
+        "aims": aims,
         "parts": parts,
     },
 }

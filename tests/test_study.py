@@ -13,6 +13,7 @@ from mechtransplant.experiment import read_config, read_screen
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import study_claims  # noqa: E402
+from study_aims import AIMS, conditions, reached  # noqa: E402
 from study_claims import CLAIMS, Evidence, Study, verdict  # noqa: E402
 from study_recipes import RECIPES  # noqa: E402
 from study_runs import ONCE, PLANNED, planned  # noqa: E402
@@ -114,3 +115,28 @@ def test_the_studys_configs_ask_for_what_it_promises() -> None:
                     64,
                 )
                 assert screen.counted == ("changes" if what == "sparse" else "modules")
+
+
+def test_the_aim_is_judged_condition_by_condition() -> None:
+    met = {
+        "target": 0.2, "source": 0.6, "tir": 3.1, "tir_low": 2.4, "tir_high": 3.9, "recovery": 105.0,
+        "recovery_low": 97.0, "recovery_high": 113.0, "random_n": 100, "random_beaten": 99, "parameter_share": 0.15,
+        "perplexity_change": 0.01, "perplexity_change_low": 0.0, "perplexity_change_high": 0.02, "gate": "",
+    }  # fmt: skip
+    assert [c.met for c in conditions(met)] == [True] * len(AIMS) and reached(conditions(met)) == "yes"
+    for changes, said in (
+        ({"tir": 2.49}, "no (1 of 5 missed)"),
+        # a source at 2.4 times the target leaves no room for 2.5
+        ({"tir": 2.3, "source": 0.48}, "yes, but for TIR, which has no room"),
+        ({"recovery": 99.9}, "no (1 of 5 missed)"),
+        ({"recovery": float("nan")}, "no (1 of 5 missed)"),
+        ({"random_beaten": 98}, "no (1 of 5 missed)"),
+        ({"random_n": float("nan")}, "no (1 of 5 missed)"),
+        ({"random_n": float("nan"), "weights_n": 100, "weights_beaten": 99}, "yes"),
+        # a good random set does not hide behind draws
+        ({"random_beaten": 40, "weights_n": 100, "weights_beaten": 100}, "no (1 of 5 missed)"),
+        ({"parameter_share": 1.0}, "no (1 of 5 missed)"),
+        ({"parameter_share": 1.0, "changed_share": 0.149}, "yes, but for the layers it touches"),
+        ({"perplexity_change": 0.011, "tir": 2.0}, "no (2 of 5 missed)"),
+    ):
+        assert reached(conditions({**met, **changes})) == said, changes
