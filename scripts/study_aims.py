@@ -1,19 +1,29 @@
 """What the study aims at past the paper, one condition after another, and which of them a finished run meets.
 
-The conditions were set with the task, before any run: on one pair of each setting TIR ≥ 2.5 where the source leaves
-room for it, Recovery ≥ 100 %, better than 99 of 100 random sets, at most 15 % of the parameters, at most 1 % harm to
-perplexity on neutral text. A run meets one by its value on ``test``; what its interval allows stands beside it.
+The numbers were given with the task: on one pair of each setting TIR ≥ 2.5 where the source leaves room for it,
+Recovery ≥ 100 %, better than 99 of 100 random sets, at most 15 % of the parameters, at most 1 % harm to perplexity on
+neutral text. How a row is judged was written when the first six runs were known: by its value on ``test``, against the
+control that it does worst against, and with every reservation named beside a "yes".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+RUNS = Path(__file__).resolve().parent.parent / "runs"
 TIR, RECOVERY, BEATEN, SHARE, HARM = 2.5, 100.0, 0.99, 0.15, 0.01
+#: columns of ``runs_table`` that begin so → what is compared, where it is the strongest control
+CONTROLS = {
+    "random": "random sets at the graft's strength",
+    "tuned": "random sets at a strength of their own",
+    "refitted": "random sets with strengths fitted to them",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,14 @@ class Met:
         return f"{ {True: 'yes', False: 'no', None: 'no room'}[self.met] }: {self.said}"
 
 
+def missing(value: Any) -> bool:
+    """Whether a row lacks a number."""
+    return value is None or bool(pd.isna(value))
+
+
 def ratio(row: dict[str, Any]) -> Met:
+    if missing(row["tir"]):
+        return Met(None, "undefined, the target has nothing right", "TIR, which is undefined")
     said = f"{row['tir']:.2f} [{row['tir_low']:.2f}, {row['tir_high']:.2f}]"
     room = row["source"] / row["target"]
     if row["tir"] >= TIR or room >= TIR:
@@ -37,33 +54,56 @@ def ratio(row: dict[str, Any]) -> Met:
 
 
 def recovery(row: dict[str, Any]) -> Met:
-    if pd.isna(row["recovery"]):
+    if missing(row["recovery"]):
         return Met(False, "withheld")
-    said = f"{row['recovery']:.1f} % [{row['recovery_low']:.1f}, {row['recovery_high']:.1f}]"
-    return Met(bool(row["recovery"] >= RECOVERY), said)
+    low, high = row["recovery_low"], row["recovery_high"]
+    right = " against ".join(f"{row[which] * row['n']:.0f}" for which in ("after", "source"))
+    said = f"{row['recovery']:.1f} % [{low:.1f}, {high:.1f}], {right} right"
+    if low < RECOVERY < high:
+        said += ", not told apart"
+    but = f"Recovery, whose interval begins at {low:.0f} %" if low < RECOVERY else ""
+    return Met(bool(row["recovery"] >= RECOVERY), said, but)
 
 
 def beaten(row: dict[str, Any]) -> Met:
-    for controls, name in (("random", "random sets"), ("weights", "draws of its changes")):
+    """Against the control that it does worst against; a tie counts as not beaten."""
+    found = []
+    for controls, name in CONTROLS.items():
         n = row.get(f"{controls}_n")
-        if n is not None and not pd.isna(n) and n:
-            count = int(row[f"{controls}_beaten"])
-            return Met(count >= BEATEN * n, f"{count} of {n:.0f} {name}")
-    return Met(False, "no control")
+        if not missing(n) and n:
+            found.append((row[f"{controls}_beaten"] / n, f"{row[f'{controls}_beaten']:.0f} of {n:.0f} {name}"))
+    if found:
+        worst, said = min(found)
+        only = "" if len(found) > 1 else "the random sets' strength, which is the graft's"
+        return Met(worst >= BEATEN, said, only)
+    n = row.get("weights_n")
+    if missing(n) or not n:
+        return Met(False, "no control")
+    what = "directions" if str(row.get("operator", "")).startswith("low_rank") else "numbers"
+    said = f"{row['weights_beaten']:.0f} of {n:.0f} draws of as many {what} of the same layers"
+    return Met(row["weights_beaten"] >= BEATEN * n, said, f"draws of {what} in place of random sets")
 
 
 def share(row: dict[str, Any]) -> Met:
-    changed = row.get("changed_share")
-    carried = row["parameter_share"] if changed is None or pd.isna(changed) else changed
-    touched = row["parameter_share"]
-    but = "" if touched <= SHARE else "the layers it touches"
-    return Met(bool(carried <= SHARE), f"{100 * carried:.1f} % carried, {100 * touched:.1f} % touched", but)
+    changed, touched = row.get("changed_share"), row["parameter_share"]
+    carried = touched if missing(changed) else changed
+    said = f"{100 * carried:.1f} % carried, {100 * touched:.1f} % touched"
+    return Met(
+        bool(carried <= SHARE), said, "" if touched <= SHARE else f"the {touched:.0%} of the parameters that it touches"
+    )
 
 
 def harm(row: dict[str, Any]) -> Met:
     low, high = (100 * row[f"perplexity_change_{end}"] for end in ("low", "high"))
-    said = f"{100 * row['perplexity_change']:+.1f} % [{low:.1f}, {high:.1f}]"
-    return Met(bool(row["perplexity_change"] <= HARM), said + (", behind a gate" if row["gate"] else ""))
+    said, but = f"{100 * row['perplexity_change']:+.1f} % [{low:.1f}, {high:.1f}]", []
+    if row["gate"]:
+        page = (RUNS / str(row["run"]) / "summary.md").read_text(encoding="utf-8")
+        opened = re.search(r"the gate is open for (\d+ of \d+) texts", page)
+        said += f", gate open for {opened[1] if opened else '?'} texts"
+        but.append("a gate that keeps it off neutral text")
+    if row["worst_change_high"] < 0:
+        but.append(f"a loss on {row['worst_task']}")
+    return Met(bool(row["perplexity_change"] <= HARM), said, ", ".join(but))
 
 
 #: condition → what decides
@@ -86,4 +126,4 @@ def reached(found: list[Met]) -> str:
     missed = sum(m.met is False for m in found)
     if missed:
         return f"no ({missed} of {len(found)} missed)"
-    return ", but for ".join(["yes", *(m.but for m in found if m.but)])
+    return ", but for ".join(["yes", "; ".join(m.but for m in found if m.but)]).removesuffix(", but for ")

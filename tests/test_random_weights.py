@@ -188,6 +188,11 @@ def test_what_has_no_random_weights_is_refused(changes: dict[str, Any], said: st
 
 def test_draws_are_a_control_of_their_own(run: Any) -> None:
     assert "no random sets were compared" not in run.summary and "It beats " in run.summary
+    saved = next(iter(json.loads((run.folder / "outcome.json").read_text()).values()))
+    assert [note for note in saved["notes"] if "random" in note] == [
+        "no random set of modules exists: compared are grafts of the same modules that change as many numbers, drawn "
+        "at random"
+    ]
 
 
 def test_few_changes_leave_nothing_to_draw() -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation import Outcome, compare
+from mechtransplant.evaluation.outcome import UNCONTROLLED
 from mechtransplant.experiment.jobs import Job
+from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.grafting import Graft
 from mechtransplant.ranking import get_rule
 from mechtransplant.significance import CurveRank, curve_rank, rank_among
@@ -70,6 +72,12 @@ def _outcome(run: Run, rule: str, budget: int) -> tuple[Graft, Outcome]:
         graft=graft,
         pair=run.pair,
     )
+    if budget == run.budget and k == len(run.candidates) and run.controls.reported_weights(rule):
+        # of all modules no set is random: what is, stands beside it
+        does = drawn_beside(run.config.operator).does
+        said = f"no random set of modules exists: compared are grafts of the same modules that {does}, drawn at random"
+        notes = tuple(said if note == UNCONTROLLED else note for note in outcome.notes)
+        outcome = replace(outcome, notes=notes)
     return graft, outcome
 
 

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mechtransplant.evaluation import Outcome
-from mechtransplant.evaluation.outcome import UNCONTROLLED
 from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
-from mechtransplant.experiment.jobs import WEIGHTS
 from mechtransplant.experiment.summary_controls import against_lowest, controls_of, no_sets, verdict
 from mechtransplant.experiment.summary_effects import side_effects_of
 from mechtransplant.experiment.words import (
@@ -178,9 +176,7 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
             f"random orders {percent(area.area_rank.median)} ({percent(area.area_rank.low)} – "
             f"{percent(area.area_rank.high)}), p = {area.area_rank.p_value:.2g}"
         )
-    # a graft of everything has no random set; where it has draws of its changes beside it, the verdict ranks it there
-    drawn = (results.role == WEIGHTS).any()
-    return lines + [f"- {note}" for note in outcome.notes if not (drawn and note == UNCONTROLLED)]
+    return lines + [f"- {note}" for note in outcome.notes]
 
 
 def _rules(run: Run, findings: Findings) -> list[str]:
