@@ -388,11 +388,18 @@ def test_a_folder_with_another_run_is_refused(finished: Any, tmp_path: Path) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+def without_last_cell(folder: Path) -> None:
+    """As if a finished run had been killed before its last cell."""
+    path = folder / "cells.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
 def test_a_folder_goes_on_on_another_device(finished: Any, tmp_path: Path) -> None:
     folder = tmp_path / "moved"
     shutil.copytree(finished.folder, folder)
+    without_last_cell(folder)
     run = Run(config(device="cpu:0"), folder)
-    assert run.execute().summary == finished.summary and run.store.computed == 0
+    assert run.execute().summary == finished.summary and run.store.computed == 1
     starts = json.loads((folder / "environment.json").read_text())["starts"]
     assert [start.get("device") for start in starts] == [None, "cpu:0"]
     # another kind of device, as if: the page says so
@@ -441,9 +448,18 @@ def test_later_starts_are_noted_beside_the_first(finished: Any, tmp_path: Path) 
     assert len(saved["starts"]) == 1 and saved["starts"][0]["packages"]["torch"]
     saved["starts"][0]["packages"]["torch"] = "1.0"
     (folder / "environment.json").write_text(json.dumps(saved))
-    run_experiment(config(), folder, progress=False)
-    starts = json.loads((folder / "environment.json").read_text())["starts"]
-    assert [s["packages"]["torch"] == "1.0" for s in starts] == [True, False]
+
+    def earlier_torch() -> list[bool]:
+        run_experiment(config(), folder, progress=False)
+        starts = json.loads((folder / "environment.json").read_text())["starts"]
+        return [s["packages"]["torch"] == "1.0" for s in starts]
+
+    # one that only writes the pages again computed nothing of what they say
+    assert earlier_torch() == [True]
+    for lost in (lambda: without_last_cell(folder), lambda: (folder / "ranking.csv").unlink()):
+        (folder / "environment.json").write_text(json.dumps(saved))
+        lost()
+        assert earlier_torch() == [True, False]
 
 
 def test_the_ranking_gets_the_runs_budget_and_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_cells_of_another_run_are_taken(gated: Any, tmp_path: Path) -> None:
     ours = again.results.query("split == 'choose' and role == 'graft' and k == 3").correct.iloc[0]
     assert ours == gated.results.query("split == 'choose' and role == 'graft' and k == 3").correct.iloc[0]
     starts = json.loads((tmp_path / "more" / "environment.json").read_text())["starts"]
-    assert [start.get("reused") for start in starts] == ["run", None]
+    assert [start.get("reused") for start in starts] == [None, "run"]
 
 
 def test_rankings_of_another_run_are_taken(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mechtransplant.errors import UsageError
-from mechtransplant.experiment.folder import begin, check_ours, locked, write_starts
+from mechtransplant.experiment.folder import Starts, begin, check_ours, locked
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_what_a_folder_began_with_decides(tmp_path: Path) -> None:
     # an entry that the folder lacks is another content, unless it was added later
     with pytest.raises(UsageError, match="begun with different questions"):
         begin(tmp_path, {**began, "questions": 3})
-    write_starts(tmp_path, {**began, "questions": 3}, ("weights",), added=("questions",))
+    Starts(tmp_path, {**began, "questions": 3}, ("weights",), added=("questions",))
     with pytest.raises(UsageError, match="begun with different questions"):
-        write_starts(tmp_path, {**began, "questions": 4}, ("weights",), added=("questions",))
+        Starts(tmp_path, {**began, "questions": 4}, ("weights",), added=("questions",))
     assert json.loads((tmp_path / "environment.json").read_text())["questions"] == 3
 
 

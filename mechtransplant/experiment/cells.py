@@ -25,11 +25,17 @@ def cell_key(content: dict[str, Any]) -> str:
 class CellStore:
     """An append-only file of finished cells; open it only while the run's lock is held.
 
-    ``others``: finished cells of another run, by key, which are taken instead of being computed again.
+    ``others``: finished cells of another run, by key, which are taken instead of being computed again. ``before``:
+    called before a cell is written, with whether it is one of those.
     """
 
-    def __init__(self, path: Path, others: Mapping[str, dict[str, Any]] | None = None) -> None:
-        self.path, self.others = path, others or {}
+    def __init__(
+        self,
+        path: Path,
+        others: Mapping[str, dict[str, Any]] | None = None,
+        before: Callable[[bool], None] = lambda taken: None,
+    ) -> None:
+        self.path, self.others, self.before = path, others or {}, before
         self.computed = 0
         if path.exists():
             whole = path.read_bytes()
@@ -43,6 +49,7 @@ class CellStore:
     def has(self, key: str) -> bool:
         """Whether a cell is there; where another run has it, it is now."""
         if key not in self.cells and key in self.others:
+            self.before(True)
             self._append(self.others[key])
         return key in self.cells
 
@@ -55,6 +62,7 @@ class CellStore:
 
     def put(self, key: str, values: dict[str, Any]) -> None:
         """Store a cell that was computed."""
+        self.before(False)
         self._append({"key": key, **values})
         self.computed += 1
 

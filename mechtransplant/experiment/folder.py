@@ -97,25 +97,42 @@ def check_ours(folder: Path, name: str, **wanted: str) -> None:
         raise FolderError(f"{folder} is not empty and holds no such {name}: {ELSEWHERE}")
 
 
-def write_starts(
-    folder: Path,
-    began: dict[str, Any],
-    compared: Sequence[str],
-    added: Sequence[str] = (),
-    start: Mapping[str, Any] | None = None,
-    others: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Write ``environment.json``: what was begun, and the versions of every start, with what ``start`` adds.
+def write_starts(folder: Path, began: dict[str, Any], compared: Sequence[str]) -> None:
+    """Write ``environment.json`` with this start beside the earlier ones; see :class:`Starts`."""
+    Starts(folder, began, compared).note()
 
-    ``others``: starts of another folder, whose results are part of this one's.
 
-    ``compared``: the entries in which an earlier start must agree; ``added``: those that a folder may lack, since they
-    were not always noted. Raises UsageError where one differs, and for a file that cannot be read.
+class Starts:
+    """``environment.json``: what was begun, and the versions of every start that its results come from.
+
+    The first start is noted at once, a later one by :meth:`note`, before it computes anything: one that only writes
+    pages again is none of those. ``compared``: the entries in which an earlier start must agree; ``added``: those that
+    a folder may lack, since they were not always noted; ``start``: what this one adds to its versions. Raises
+    UsageError where an entry differs, and for a file that cannot be read.
     """
-    now, starts = {**versions(), **(start or {})}, _earlier_starts(folder, began, compared, added)
-    for one in (*others, now):
-        starts += [one] * (one not in starts)
-    write_atomically(folder / "environment.json", json.dumps({**began, "starts": starts}, indent=1) + "\n")
+
+    def __init__(
+        self,
+        folder: Path,
+        began: dict[str, Any],
+        compared: Sequence[str],
+        added: Sequence[str] = (),
+        start: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.began = folder / "environment.json", began
+        self.now = {**versions(), **(start or {})}
+        self.noted = _earlier_starts(folder, began, compared, added)
+        self._write(() if self.noted else (self.now,))
+
+    def note(self, *others: dict[str, Any]) -> None:
+        """Note this start, or those of another folder that something is taken from."""
+        new = [one for one in others or (self.now,) if one not in self.noted]
+        if new:
+            self._write(new)
+
+    def _write(self, new: Sequence[dict[str, Any]]) -> None:
+        self.noted += new
+        write_atomically(self.path, json.dumps({**self.began, "starts": self.noted}, indent=1) + "\n")
 
 
 def _earlier_starts(

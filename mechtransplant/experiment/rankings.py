@@ -82,7 +82,10 @@ class Rankings:
         progress: bool,
         fingerprints: dict[str, str],
         taken: Mapping[str, str] | None = None,
+        before: Callable[[bool], None] = lambda taken: None,
     ) -> None:
+        #: called before a ranking is written, with whether it is another run's
+        self.before = before
         #: rankings of another run that would be these, by name
         self.taken = taken or {}
         self.fingerprints = fingerprints
@@ -170,7 +173,9 @@ class Rankings:
                 path.parent.mkdir(exist_ok=True)
                 known = self.taken.get(str(path.relative_to(self.folder)))
                 # 17 significant digits: the file gives back the very same numbers
-                write_atomically(path, known or compute().to_csv(index=False, float_format="%.17g"))
+                text = known or compute().to_csv(index=False, float_format="%.17g")
+                self.before(known is not None)
+                write_atomically(path, text)
                 # a search that was ended goes on from them; the ranking has all that they led to
                 (self.folder / STEPS).unlink(missing_ok=True)
             frame = pd.read_csv(path)

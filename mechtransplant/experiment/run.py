@@ -20,7 +20,7 @@ from mechtransplant.experiment.elsewhere import Elsewhere, labelled
 from mechtransplant.experiment.estimate import Estimate, estimate
 from mechtransplant.experiment.evaluator import Body, Cell, Evaluator
 from mechtransplant.experiment.findings import find
-from mechtransplant.experiment.folder import locked, write_compatibility, write_starts
+from mechtransplant.experiment.folder import Starts, locked, write_compatibility
 from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.random_weights import check_ancestor, check_random_weights
 from mechtransplant.experiment.rankings import STEPS, Rankings
@@ -68,6 +68,7 @@ class Run(Setup):
         check_ancestor(config, self.pair)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere, self.controls = Elsewhere(self), Controls(self)
+        self.starts: Starts | None = None
 
     @property
     def _config_text(self) -> str:
@@ -83,18 +84,18 @@ class Run(Setup):
             # again under the lock: another start may have come first
             check_folder(self.config, self.folder)
             write_atomically(self.folder / "config.yaml", self._config_text)
-            self.store = CellStore(self.folder / "cells.jsonl", self.reused.cells)
+            self.store = CellStore(self.folder / "cells.jsonl", self.reused.cells, self._note)
             return self._execute()
 
     def _execute(self) -> RunResult:
-        self.cells = Evaluator(self, self.store)
+        self.cells, self.starts = Evaluator(self, self.store), None
         if self.config.direction == "better":
             self._turn_to_better()
         start = self.where.start | ({} if self.config.device == "cpu" else {"device": self.config.device})
         added = ("elsewhere", "pair")
-        write_starts(
-            self.folder, depends_on(self), ("weights", "splits"), added, start=start, others=self.reused.starts
-        )
+        self.starts = Starts(self.folder, depends_on(self), ("weights", "splits"), added, start)
+        if self.store.computed:
+            self.starts.note()
         write_compatibility(self.folder, self.pair)
         if self.gating is not None:
             self.gating.settle(self.folder, self.reused.gate_for(depends_on(self)))
@@ -107,6 +108,12 @@ class Run(Setup):
         (self.folder / STEPS).unlink(missing_ok=True)
         return result
 
+    def _note(self, taken: bool) -> None:
+        """Before a result is written: this start is one that results come from, or the other run's are."""
+        # the two models' cells that say which is better come before what was begun is known
+        if self.starts is not None:
+            self.starts.note(*(self.reused.starts if taken else ()))
+
     def estimate(self) -> Estimate:
         """What is left to be computed, and how long it takes here; writes nothing."""
         path = self.folder / "cells.jsonl"
@@ -117,8 +124,9 @@ class Run(Setup):
             announce(lambda: str(self.estimate()))
         taken = self.reused.rankings_for(depends_on(self))
         self.rankings = Rankings(
-            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints, taken
-        )
+            self.config, self.pair, self.splits, self.budget, self.folder, self.progress, self.fingerprints, taken,
+            self._note,
+        )  # fmt: skip
         self.rows = Rows()
         choose, test = self.splits.choose, self.splits.test
         self._baselines(choose)
