@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from mechtransplant.controls import random_matched
-from mechtransplant.figures import cost_plot, k_curve, save_figure, score_heatmap
+from mechtransplant.errors import UsageError
+from mechtransplant.figures import against_chance, cost_plot, k_curve, save_figure, score_heatmap
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair
 from mechtransplant.ranking import rank_modules
@@ -85,6 +86,68 @@ def test_k_curve_draws_what_the_frame_holds() -> None:
     median = next(line for line in axes.lines if line.get_label() == "random, median")
     assert median.get_ydata() == pytest.approx([30, 60])
     assert axes.get_xlabel() == "grafted modules K (of 16)"
+
+
+def chance() -> pd.DataFrame:
+    """A graft of 60 % among ten random sets of 41 to 77 %, two at another strength, and others that are no control."""
+    same = {"split": "test", "budget": 8, "n": 200, "rule": "lae", "k": 4, "strength": 1.0, "set": ""}
+    rows = [
+        {**same, "role": "target", "rule": "", "k": 0, "accuracy": 0.05, "log_probability": -9.0},
+        {**same, "role": "source", "rule": "", "k": 0, "accuracy": 0.8, "log_probability": -0.5},
+        {**same, "role": "graft", "accuracy": 0.6, "log_probability": -1.0},
+        {**same, "role": "graft", "strength": 2.0, "accuracy": 0.1, "log_probability": -5.0},
+        {**same, "role": "random", "set": "order-0", "accuracy": 0.9, "log_probability": -0.1},
+        {**same, "role": "random", "rule": "own", "set": "set-0", "accuracy": 0.9, "log_probability": -0.1},
+        {**same, "role": "random", "set": "set-0", "strength": 2.0, "accuracy": 0.9, "log_probability": -0.1},
+    ]
+    for i in range(10):
+        rows.append(
+            {**same, "role": "random", "set": f"set-{i}", "accuracy": 0.41 + 0.04 * i, "log_probability": -2 + i / 8}
+        )
+    for i in range(2):
+        rows.append(
+            {**same, "role": "random", "set": f"tuned-{i}", "strength": 1.5, "accuracy": 0.7, "log_probability": -0.75}
+        )
+    return pd.DataFrame(rows)
+
+
+def test_a_graft_among_its_random_sets() -> None:
+    figure, (left, right) = against_chance(chance(), "lae", 4, title="pair")
+    assert sum(patch.get_height() for patch in left.patches) == 12 == sum(patch.get_height() for patch in right.patches)
+    # five of ten have less than 60 %, by log-probability eight have less and one as much
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "10 random sets: beats 5 (p = 0.55), by log-probability 8 (p = 0.27)",
+        "2 random sets, strength 1.5: beats 0 (p = 1), by log-probability 0 (p = 1)",
+        "graft by lae: 60.0 %, −1.00 nats",
+        "source: 80.0 %, −0.50 nats",
+        "target: 5.0 %, −9.00 nats, off the axis",
+    ]
+    assert figure._suptitle.get_text() == "pair\nK = 4 at strength 1, 200 test questions"
+    assert left.get_xlim()[0] > 30
+    # free-form answers have no log-probability
+    _, alone = against_chance(chance().assign(log_probability=np.nan), "lae", 4)
+    assert alone.get_xlabel() == "accuracy, %"
+    # a graft of everything is a row of its own, beside draws of its changes
+    whole = chance().replace({"role": {"graft": "all", "random": "random_weights"}, "rule": {"own": "lae"}})
+    whole["set"] = whole["set"].str.replace("tuned", "weights")
+    whole.loc[whole.role == "all", "rule"] = ""
+    found = (
+        against_chance(whole[~whole["set"].str.startswith("set")], "lae", 4, drawn="draws")[0].legends[0].get_texts()
+    )
+    assert found[0].get_text().startswith("2 draws, strength 1.5: beats 0")
+    assert found[1].get_text().startswith("graft of everything: 60.0 %")
+
+
+def test_chance_needs_a_graft_and_random_sets() -> None:
+    for rows, k, said in (
+        (chance(), 5, "no graft of lae with K = 5 at strength 1"),
+        (chance().query("role != 'random'"), 4, "no random set of that size"),
+        (chance().query("split != 'test'"), 4, "no source"),
+        (chance().query("role != 'target'"), 4, "no target on test"),
+        (chance().drop(columns=["set"]), 4, "the frame lacks set"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            against_chance(rows, "lae", k)
 
 
 def test_heatmap_marks_the_chosen(generations: Pair) -> None:

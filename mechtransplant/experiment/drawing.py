@@ -89,6 +89,7 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
 
     from mechtransplant.experiment.config import read_config
     from mechtransplant.experiment.jobs import WEIGHTS
+    from mechtransplant.experiment.random_weights import drawn_beside
     from mechtransplant.experiment.rankings import read_ranking
     from mechtransplant.experiment.summary_effects import label_of
     from mechtransplant.side_effects import pareto_front
@@ -105,12 +106,23 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     test = results[results.split == "test"]
     at, own = test[test.budget == budget], results["rule"].isin(["", headline])
     yield Drawing("k_curve", figures.k_curve(at, "test", budget, candidates, headline, title)[0], at[own[at.index]])
+    strength = chosen[budget]["strength"]
+    roles = at.role.isin(["target", "source"]) | (
+        at.role.isin(["graft", "all"]) & (at.strength == strength) & (at.k == k)
+    )
+    sets = (at["rule"] == headline) & (at.k == k) & ~at["set"].astype(str).str.startswith("order")
+    sets &= at.role.isin(["random", WEIGHTS])
+    if sets.any():
+        rows = at[(roles & own[at.index]) | sets]
+        what = drawn_beside(config.operator).what if (rows.role == WEIGHTS).any() else "changes"
+        drawn = f"draws of as many {what}"
+        figure, _ = figures.against_chance(rows, headline, k, strength, title=title, drawn=drawn)
+        yield Drawing("against_chance", figure, rows)
     if len(config.rules) > 1:
         figure, _ = figures.rule_curves(at, budget, candidates, list(config.rules), title=title)
         yield Drawing("rule_curves", figure, at)
     if len(chosen) > 1:
         marked = {b: len(found["modules"]) for b, found in chosen.items()}
-        strength = chosen[budget]["strength"]
         figure, _ = figures.budget_grid(test, headline, strength=strength, chosen=marked, title=title)
         grafts = test[own[test.index] & ~test.role.isin(["random", WEIGHTS])]
         yield Drawing("budget_grid", figure, grafts)

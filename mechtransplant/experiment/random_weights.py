@@ -34,7 +34,8 @@ class RandomNumbers:
     """As many numbers as TIES changes: the share ``density`` of those that differ, drawn by DARE."""
 
     density: float
-    #: in words: what its grafts do, what is drawn, and how
+    #: in words: what is counted, what its grafts do, what is drawn, and how
+    what: ClassVar[str] = "numbers"
     does: ClassVar[str] = "change as many numbers"
     drawn: ClassVar[str] = "numbers of the same modules"
     by: ClassVar[str] = "DARE "
@@ -71,6 +72,7 @@ class RandomDirections:
     """As many directions as low_rank keeps."""
 
     rank: int
+    what: ClassVar[str] = "directions"
     does: ClassVar[str] = "keep as many directions of their changes"
     drawn: ClassVar[str] = "directions of the same modules' changes"
     by: ClassVar[str] = ""

@@ -1,14 +1,15 @@
 """Publication figures, from tidy frames alone: each function returns (figure, axes) and shows nothing.
 
-``grafts`` (what grafts did), ``sweeps`` (along strength and token budget), ``paper`` (reported rows beside ours),
-``runs`` (runs side by side), ``screen`` (recipes on choose), ``shifts`` (what differs, how surely, how consistently and
-where), ``effects`` (patches beside grafts), ``heads_mlps`` (heads against MLPs), ``side_effects`` (gain against harm),
-``bench`` (planted modules), ``calibration`` (what the tests keep of what they promise), ``cost`` (seconds and memory by
-size), ``style``.
+``grafts`` (what grafts did), ``chance`` (beside random sets), ``sweeps`` (along strength and token budget), ``paper``
+(reported rows beside ours), ``runs`` (runs side by side), ``screen`` (recipes on choose), ``shifts`` (what differs,
+how surely, how consistently and where), ``effects`` (patches beside grafts), ``heads_mlps`` (heads against MLPs),
+``side_effects`` (gain against harm), ``bench`` (planted modules), ``calibration`` (what the tests keep of what they
+promise), ``cost`` (seconds and memory by size), ``style``.
 """
 
 from mechtransplant.figures.bench import planted_benchmark
 from mechtransplant.figures.calibration import calibration_plot, interval_coverage, power_plot
+from mechtransplant.figures.chance import against_chance
 from mechtransplant.figures.cost import cost_plot
 from mechtransplant.figures.effects import patch_versus_graft_plot
 from mechtransplant.figures.grafts import k_curve, rule_curves, score_heatmap
@@ -28,6 +29,7 @@ __all__ = [
     "GREY",
     "ORANGE",
     "PAGE",
+    "against_chance",
     "budget_grid",
     "calibration_plot",
     "consistency_plot",

@@ -22,6 +22,11 @@ _CAPTIONS: dict[str, Caption] = {
         "orders, as many at every K, and the bar that of the sets matched to the chosen K; both are matched to the "
         "rule's own modules.",
     ),
+    "against_chance": Caption(
+        "Controls",
+        "How many random sets, or draws of as many changes, reach which accuracy and which log-probability of the gold "
+        "answer on the test questions. Line: the graft; dashed and dotted: source and target as they are.",
+    ),
     "rule_curves": Caption(
         "Rules",
         "Accuracy against K by every rule. Dashed and dotted: source and target as they are. The band, where there is "
