@@ -116,7 +116,8 @@ def setting() -> str:
         others = [f"{100 * row[what]:.1f}" for what in ("bottom", "unrelated", "reverse")]
         rows.append([row["pair"], row["seed"], share, *outcome(row), *others, *harm(row)])
     table = markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
-    return table + pictures("paper", "k_curve", "Accuracy of {} against the number of grafted layers")
+    shown = pictures("paper", "k_curve", "Accuracy of {} against the number of grafted layers")
+    return table + shown + pictures("paper", "against_chance", "The paper's rule on {} among its random sets")
 
 
 def pictures(what: str, figure: str, said: str, split: int = 0) -> str:
@@ -177,7 +178,10 @@ def recipes() -> str:
     columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME]
     columns += ["at the strength that suits them", "another task's layers, %"]
     columns += ["as many changes (or directions) at random: median (range), %, beaten"]
-    return markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
+    table = markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
+    # a gated run has the accuracies of the one without
+    drawn = [what for what in RECIPE_RUNS if "gated" not in what]
+    return table + "".join(pictures(what, "against_chance", "{} (" + what + ") beside its controls") for what in drawn)
 
 
 def aims() -> str:

@@ -105,13 +105,15 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     results = results.drop(columns=["correct", "digest", "beside"], errors="ignore")
     test = results[results.split == "test"]
     at, own = test[test.budget == budget], results["rule"].isin(["", headline])
-    yield Drawing("k_curve", figures.k_curve(at, "test", budget, candidates, headline, title)[0], at[own[at.index]])
     strength = chosen[budget]["strength"]
     roles = at.role.isin(["target", "source"]) | (
         at.role.isin(["graft", "all"]) & (at.strength == strength) & (at.k == k)
     )
     sets = (at["rule"] == headline) & (at.k == k) & ~at["set"].astype(str).str.startswith("order")
     sets &= at.role.isin(["random", WEIGHTS])
+    # one K is no curve: its random sets are drawn below
+    if at[(at.role == "graft") & (at["rule"] == headline)].k.nunique() > 1 or not sets.any():
+        yield Drawing("k_curve", figures.k_curve(at, "test", budget, candidates, headline, title)[0], at[own[at.index]])
     if sets.any():
         rows = at[(roles & own[at.index]) | sets]
         what = drawn_beside(config.operator).what if (rows.role == WEIGHTS).any() else "changes"

@@ -76,7 +76,7 @@ def against_chance(
     # free-form answers have no log-probability
     measured = pd.concat([graft, *ends.values(), *(part for _, _, _, part in kinds)])
     shown = [name for name in _OUTCOMES if name in measured and measured[name].notna().all()]
-    whole = graft.role.iloc[0] == "all"
+    whole = ((rows.role == "all") & (rows.k == k)).any()
     lines = [(graft.iloc[0], "graft of everything" if whole else f"graft by {rule}", BLUE, "-")]
     for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
         lines.append((ends[role].iloc[0], role, colour, dashes))
