@@ -100,6 +100,8 @@ def against_chance(
                 inside = bins[0] <= at <= bins[-1]
                 axes.axvline(at if inside else np.nan, color=colour, linestyle=dashes, label=name)
             axes.set_xlim(bins[0], bins[-1])
+            # labels of log-probabilities are long
+            axes.locator_params("x", nbins=5)
             axes.set_xlabel(label)
         panels[0].set_ylabel("sets")
         handles = panels[0].get_legend_handles_labels()[0]
