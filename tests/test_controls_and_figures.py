@@ -124,6 +124,9 @@ def test_a_graft_among_its_random_sets() -> None:
     ]
     assert figure._suptitle.get_text() == "pair\nK = 4 at strength 1, 200 test questions"
     assert left.get_xlim()[0] > 30
+    # at the graft's own strength they are the random sets again
+    same = chance().assign(strength=1.0).query("log_probability not in (-5.0, -0.1)")
+    assert len(against_chance(same, "lae", 4)[0].legends[0].get_texts()) == 4
     # free-form answers have no log-probability
     _, alone = against_chance(chance().assign(log_probability=np.nan), "lae", 4)
     assert alone.get_xlabel() == "accuracy, %"

@@ -88,7 +88,7 @@ class Run(Setup):
             return self._execute()
 
     def _execute(self) -> RunResult:
-        self.cells, self.starts = Evaluator(self, self.store), None
+        self.cells = Evaluator(self, self.store)
         if self.config.direction == "better":
             self._turn_to_better()
         start = self.where.start | ({} if self.config.device == "cpu" else {"device": self.config.device})

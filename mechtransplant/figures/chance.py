@@ -140,6 +140,10 @@ def _kinds(
     names = own["set"].astype(str).str.split("-").str[0]
     for kind, (said, colour, hatch) in _KINDS.items():
         part = own[names == kind]
-        part = part[part.strength == strength] if kind in ("set", "refitted") else part
+        if kind in ("set", "refitted"):
+            part = part[part.strength == strength]
+        elif kind == "tuned":
+            # where the graft's own strength suits them best, they are the random sets again
+            part = part[part.strength != strength]
         if len(part):
             yield said.format(strength=part.strength.iloc[0], drawn=drawn), colour, hatch, part
