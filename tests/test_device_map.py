@@ -13,7 +13,7 @@ import torch
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import evaluate
 from mechtransplant.experiment import run_experiment
-from mechtransplant.experiment.config import parse_config
+from mechtransplant.experiment.config import on_device, parse_config
 from mechtransplant.pair import LanguageModel, Pair, load_pair
 from mechtransplant.tasks import Task
 from mechtransplant.weights.spread import spread
@@ -63,6 +63,16 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     config = parse_config({"pair": "family/generations", "device_map": {"": "cpu"}, "k": [1]})
     with pytest.raises(UsageError, match="the engine processes gives every worker models of its own"):
         run_experiment(config, tmp_path / "run", engine="processes")
+
+
+def test_auto_leaves_a_map_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    content: dict[str, Any] = {"pair": "family/generations", "device": "auto"}
+    assert parse_config(content).device == "cuda"
+    mapped = parse_config({**content, "device_map": {"": "cpu"}})
+    assert mapped.device == "cpu" and on_device(mapped, "auto") == mapped
+    # a device by name contradicts the map: ``load_pair`` says so
+    assert on_device(mapped, "cuda").device == "cuda"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to spread over")

@@ -197,6 +197,14 @@ class RunConfig(Strict):
 
     _a_folder = field_validator("name")(folder_name)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _map_for_auto(cls, content: Any) -> Any:
+        # "auto" chooses where a map has not: the map is followed, and no folder notes a device that nothing is on
+        if isinstance(content, dict) and content.get("device") == "auto" and content.get("device_map") is not None:
+            return {**content, "device": "cpu"}
+        return content
+
     @model_validator(mode="after")
     def _rules(self) -> RunConfig:
         repeated = [r for r in self.rules if self.rules.count(r) > 1]
@@ -304,8 +312,10 @@ def parse_config(content: dict[str, Any], where: str = "config") -> RunConfig:
 
 
 def on_device(config: Config, device: str | None) -> Config:
-    """The configuration on a device, or as it is where none is given."""
-    return config if device is None else config.model_copy(update={"device": _chosen(device)})
+    """The configuration on a device, or as it is where none is given, or "auto" beside a map of devices."""
+    if device is None or (device == "auto" and getattr(config, "device_map", None) is not None):
+        return config
+    return config.model_copy(update={"device": _chosen(device)})
 
 
 def parse_as(model: type[Config], content: dict[str, Any], where: str) -> Config:
