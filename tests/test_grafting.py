@@ -436,3 +436,21 @@ def test_a_description_says_what_varies(random_pair: Pair) -> None:
     # what has strength 0 is not counted as written
     assert f"{Graft(['L0']).parameter_count(random_pair):,} numbers" in said
     assert "not in place" in repr(Graft(["L0"]).applied(random_pair))
+
+
+def test_how_far_a_graft_moves_the_weights(generations: Pair) -> None:
+    modules = generations.modules("linear")
+    ours, theirs = generations.target_parameters, generations.source_parameters
+    names = {region.parameter for region in Graft(modules).regions(generations)}
+    way = sum(float(((theirs[name].double() - ours[name].double()) ** 2).sum()) for name in names) ** 0.5
+    assert Graft(modules).distance(generations) == pytest.approx(way, rel=1e-5)
+    assert Graft(modules, 1.5).distance(generations) == pytest.approx(1.5 * way, rel=1e-5)
+    few, rest = Graft(modules[:5]).distance(generations), Graft(modules[5:]).distance(generations)
+    assert few**2 + rest**2 == pytest.approx(way**2, rel=1e-5) and 0 < few < way
+    # the largest tenth of the changes has more than a tenth of their squares
+    largest = Graft(modules, operator={"name": "ties", "density": 0.1}).distance(generations)
+    assert 0.1**0.5 * way < largest < way
+    # as many at random, each ten times as far, have ten times the squares of their share
+    drawn = Graft(modules, operator={"name": "dare", "density": 0.1, "rescale": "density", "seed": 1})
+    assert drawn.distance(generations) == pytest.approx((0.1 * 100) ** 0.5 * way, rel=0.05)
+    assert Graft(modules, 0.0).distance(generations) == 0

@@ -131,6 +131,19 @@ def test_a_run_compares_with_as_many_directions_at_random(tmp_path: Path) -> Non
     modules = pair.modules("linear")
     carried = Graft(modules, operator=RANK).carried_count(pair) / Graft(modules).parameter_count(pair)
     assert row.changed_share == pytest.approx(carried) and carried < 0.05
+    # the three largest of twelve directions are longer than three drawn ones, at the same strength
+    way = Graft(modules).distance(pair)
+    assert row.distance_share == pytest.approx(Graft(modules, row.strength, operator=RANK).distance(pair) / way)
+    drawn_ways = [
+        Graft(modules, test.strength.iloc[0], operator={"name": "low_rank", "rank": 3, "draw": 42 + n}).distance(pair)
+        for n in (1, 2, 3)
+    ]
+    assert row.weights_distance_share == pytest.approx(np.median(drawn_ways) / way)
+    assert row.weights_distance_share / test.strength.iloc[0] < row.distance_share / row.strength < 1
+    assert (
+        f"by {100 * row.distance_share:.1f} % of the way from the target's candidates to the source's (random draws"
+        in run.summary
+    )
     cells = [json.loads(line) for line in (run.folder / "cells.jsonl").read_text().splitlines()]
     drawn = [cell["operator"] for cell in cells if cell.get("operator")][-1]
     assert drawn == {"name": "low_rank", "rank": 3, "draw": 42 + 3}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.evaluation import Outcome, compare
 from mechtransplant.evaluation.outcome import UNCONTROLLED
+from mechtransplant.experiment.evaluator import graft_of
 from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.grafting import Graft
@@ -98,6 +100,35 @@ def _curve(run: Run, rule: str) -> CurveRank | None:
     return curve_rank(ks, heights, controls, len(run.candidates), ends)
 
 
+#: how many random sets, or draws, say how far such grafts move the weights: they hardly differ
+MEASURED = 10
+
+
+def _moved(run: Run, rule: str, graft: Graft) -> dict[str, float]:
+    """How far the graft and its random counterparts (their median) move the weights, as shares of the way to the source.
+
+    Of the way of all candidates, whatever the operator: a graft of one layer goes a little of it.
+    """
+    whole = Graft(run.candidates, kv=run.config.kv).distance(run.pair)
+    if whole == 0:
+        return {}
+    found = {"distance_share": graft.distance(run.pair) / whole}
+    if rule not in run.config.with_controls:
+        return found
+    k, strength = run.chosen[rule][run.budget]
+    controls = run.controls
+    beside = {
+        "random": controls.in_sets(rule, k, strength),
+        "tuned": controls.tuned(rule),
+        "weights": controls.reported_weights(rule),
+    }
+    for name, jobs in beside.items():
+        grafts = [graft_of(run.config, j.modules, j.strength, j.strengths, j.operator) for j in jobs[:MEASURED]]
+        if grafts:
+            found[f"{name}_distance_share"] = median(g.distance(run.pair) for g in grafts) / whole
+    return found
+
+
 def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> dict[str, Any]:
     """One row of ``rules.csv``."""
     found: dict[str, Any] = {
@@ -123,6 +154,8 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     changed = graft.carried_count(run.pair)
     if changed < graft.parameter_count(run.pair) and outcome.parameter_share is not None:
         found["changed_share"] = outcome.parameter_share * changed / graft.parameter_count(run.pair)
+    if budget == run.budget:
+        found |= _moved(run, rule, graft)
     change, ranks, curve = outcome.log_probability, outcome.controls, outcome.curve
     found["log_probability_change"] = None if change is None else change.change
     for name in _RANK:

@@ -27,7 +27,8 @@ _SOMETIMES = (
     "weights_p_value", "weights_median", "weights_low", "weights_high", "weights_strength", "tuned_n", "tuned_beaten",
     "tuned_p_value", "tuned_median", "tuned_low", "tuned_high", "tuned_strength",
     "weights_beaten_log_probability", "weights_p_value_log_probability", "tuned_beaten_log_probability",
-    "tuned_p_value_log_probability",
+    "tuned_p_value_log_probability", "distance_share", "random_distance_share", "tuned_distance_share",
+    "weights_distance_share",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from mechtransplant.experiment.words import (
     head_of,
     interval_of,
     kept_in_words,
+    moved_in_words,
     percent,
     range_of,
     ratios,
@@ -155,6 +156,7 @@ def _result(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     changed = findings.headline(headline).get("changed_share")
     if changed is not None and not math.isnan(changed):
         lines.append(f"- {kept_in_words(graft.operator, changed)}")
+    lines += moved_in_words(findings.headline(headline).to_dict())
     own = run.rankings.strengths(headline, k)
     if own:
         lines.append(

@@ -57,6 +57,22 @@ def counted_in_words(operator: Operator) -> str:
     return "have directions that take" if isinstance(operator, LowRank) else "change"
 
 
+def moved_in_words(row: dict[str, Any]) -> list[str]:
+    """How far a graft and its random counterparts move the weights, of a row of ``rules.csv``; [] where it is unknown."""
+
+    def way(name: str) -> str | None:
+        share = row.get(f"{name}distance_share")
+        return None if share is None or math.isnan(share) else percent(share)
+
+    own = way("")
+    if own is None:
+        return []
+    names = {"random_": "random sets", "tuned_": "random sets at their own strength", "weights_": "random draws"}
+    beside = [f"{name} {way(key)}" for key, name in names.items() if way(key) is not None]
+    said = f" ({', '.join(beside)})" if beside else ""
+    return [f"- it moves the weights by {own} of the way from the target's candidates to the source's{said}"]
+
+
 def kept_in_words(operator: Operator, share: float) -> str:
     """What an operator keeps of its modules, and how many numbers that is, of those in linear layers."""
     if isinstance(operator, LowRank):

@@ -124,6 +124,15 @@ def differing(pair: Pair, operator: Operator, region: Region, strength: float) -
     return int((written(operator, pair, region, strength).to(target) != target).sum())
 
 
+def squared_change(operator: Operator, pair: Pair, region: Region, strength: float) -> float:
+    """The sum of squares of what the graft would add to a region's numbers, as the target stores them."""
+    import torch
+
+    target = region.of(pair.target_parameters[region.parameter])
+    new = written(operator, pair, region, strength).to(target)
+    return float(torch.linalg.vector_norm(new.float() - target.float())) ** 2
+
+
 def written(operator: Operator, pair: Pair, region: Region, strength: float) -> Any:
     """A region's new numbers."""
     import torch

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mechtransplant.display import html_table
 from mechtransplant.errors import CompatibilityError, UnknownNameError, UsageError, check_count, finite_number
-from mechtransplant.grafting.applied import Applied, differing, in_few_parts, written
+from mechtransplant.grafting.applied import Applied, differing, in_few_parts, squared_change, written
 from mechtransplant.grafting.operators import Operator, Replace, get_operator, options_of
 from mechtransplant.grafting.overlaps import Claim, resolve
 from mechtransplant.modules import Address, Region, heads_in_words, parse_address
@@ -182,6 +182,14 @@ class Graft:
         return sum(
             self.operator.carried(region.of(parameters[region.parameter]).shape) for region in self.regions(pair)
         )
+
+    def distance(self, pair: Pair) -> float:
+        """How far the graft moves the target's weights: the L2 norm ‖t_grafted − t‖ over all numbers that it writes.
+
+        Divided by that of a graft of all candidates it says which part of the way to the source is gone. Call it while
+        no graft is in place.
+        """
+        return sum(squared_change(self.operator, pair, *part) for part in self.regions(pair).items()) ** 0.5
 
     def consequences(self, pair: Pair) -> list[str]:
         """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""
