@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_recorded_magnitudes_equal_a_slow_loop(
         np.testing.assert_allclose(values[:, row, : len(text)], expected, atol=1e-5)
         np.testing.assert_allclose(forced[:, row, : len(text)], expected, atol=1e-5)
         assert np.isnan(values[:, row, len(text) :]).all() and np.isnan(forced[:, row, len(text) :]).all()
+
+
+def test_a_step_that_is_undone_is_not_recorded(generations: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.generation.utils import DeferredStopCheck
+
+    task = replace(load_task("addition", 12), max_new_tokens=8)
+    plain, texts = decoding_magnitudes(generations.target, task, batch_size=5)
+    # as on mps, where it is known a step late that all rows have ended
+    monkeypatch.setattr(DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: True))
+    monkeypatch.setattr(torch, "Event", lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None))
+    deferred, again = decoding_magnitudes(generations.target, task, batch_size=5)
+    assert again == texts and max(len(g.tokens) for g in texts) < 8
+    np.testing.assert_array_equal(deferred, plain)
 
 
 @pytest.mark.parametrize(

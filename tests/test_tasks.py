@@ -91,6 +91,8 @@ def test_extract_boxed_inverts_boxing(inner: str) -> None:
         (r"5\mbox{ cm}^{3}", "5"),
         (r"4\pi\text{ cm}", r"4\pi"),
         (r"\text{Evelyn}", "Evelyn"),
+        ("6, 32, 192", "6,32,192"),
+        ("10, 200", "10,200"),
     ],
 )
 def test_boxed_equates(one: str, other: str) -> None:
@@ -111,10 +113,40 @@ def test_boxed_equates(one: str, other: str) -> None:
         ("0.5", "5"),
         (r"\text{A}", r"\text{B}"),
         ("1.05", "1.5"),
+        ("10, 200", "10200"),
+        ("6,32,192", "632192"),
+        ("6,32,192", "6,32192"),
     ],
 )
 def test_boxed_distinguishes(one: str, other: str) -> None:
     assert not get_scorer("boxed")(f"\\boxed{{{one}}}", other)
+
+
+def test_what_the_scorer_number_cannot_read_is_refused() -> None:
+    for answer in ("1/2", "five", "1, 2", "-", "", "0x1F"):
+        with pytest.raises(TaskError, match="the scorer number cannot read the answer .* of the question 'b': write"):
+            Task("t", (Example("a", "$1,000"), Example("b", answer)), scorer="number")
+    assert len(Task("t", (Example("a", "18%"), Example("b", "-1,234.50"), Example("c", r"\$5")), scorer="number")) == 3
+
+
+def test_a_question_that_is_shown_is_not_asked() -> None:
+    shown = PromptFormat(shots=(("q5", "5"), ("q7", "7")))
+    task = Task("t", tuple(Example(f"q{n}", str(n)) for n in range(12)), format=shown)
+    asked = [e.question for part in task.split(3, 3, 4) for e in part]
+    assert len(asked) == 10 and not {"q5", "q7"} & set(asked)
+    with pytest.raises(TaskError, match="has 10 distinct questions"):
+        task.split(4, 4, 4)
+    assert "What is 12 + 35?" in [e.question for e in load_task("arithmetic-few-shot", 1024, 13)]
+    parts = load_task("arithmetic-few-shot", 1024, 13).split(64, 64, 512)
+    assert "What is 12 + 35?" not in [e.question for part in parts for e in part]
+
+
+def test_a_file_has_no_seed(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "1 + 1", "answer": "2"}\n')
+    for wrong in ({"n": 50}, {"seed": 3}):
+        with pytest.raises(TaskError, match="n and seed are of tasks that are generated, and .* is a file"):
+            load_task(path, **wrong)
 
 
 def test_boxed_needs_a_box() -> None:
@@ -140,6 +172,15 @@ def test_boxed_needs_a_box() -> None:
         ("100000000000000001", "100000000000000000", False),
         ("5.0", "5", True),
         ("5", " 5 ", True),
+        ("The total is 1,234, as computed.", "1234", True),
+        ("He earns 1,234, so that is it", "234", False),
+        ("1,234,567, ok", "1234567", True),
+        ("1,234,5", "5", True),
+        ("it is \N{MINUS SIGN}5", "-5", True),
+        ("a loss: -$5", "-5", True),
+        ("The answer is $1,000.", "$1,000", True),
+        ("18% of them", "18%", True),
+        ("18", "1/2", False),
     ],
 )
 def test_number(text: str, answer: str, right: bool) -> None:
@@ -358,7 +399,7 @@ def test_a_training_set_may_explore_so_that_all_of_a_task_is_test() -> None:
     with pytest.raises(TaskError, match="'t' has 20 distinct questions"):
         task.split(1, 1, 21, explore=training)
     with pytest.raises(TaskError, match="asked or scored in another way"):
-        task.split(1, 1, 1, explore=replace(training, scorer="number"))
+        task.split(1, 1, 1, explore=replace(training, scorer="boxed"))
 
 
 # --- generated ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mechtransplant.activations.reading import plan_reading
-from mechtransplant.evaluation.batches import encode, make_ready
+from mechtransplant.evaluation.batches import encode, make_ready, usable_prefix
 from mechtransplant.evaluation.generation import Generation, generation_batches
 from mechtransplant.tasks import Task
 
@@ -56,14 +56,19 @@ def decoding_magnitudes(
     budget = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     values = np.full((len(model.layout.linears), len(task), budget), np.nan)
     generations: list[Generation] = [Generation((), False)] * len(task)
+    longest = max(map(len, encoded.prompts)) + budget
+    # the prefix's own forward comes before the first batch
+    before = int(bool(usable_prefix(model.hf, encoded, longest)))
     with _recorded_magnitudes(model) as calls:
         for rows, written in generation_batches(model, encoded, budget, batch_size, progress):
             steps = max(len(g.tokens) for g in written)
             for index, recorded in enumerate(calls.values()):
-                # the prefix's own forward, if any, comes before the last `steps` calls
-                for step, call in enumerate(recorded[-steps:]):
+                # from the front: where transformers finds out late that all rows have ended (on mps), a step too many
+                # was taken, whose token is undone
+                for step, call in enumerate(recorded[before : before + steps]):
                     values[index, rows, step] = call.reshape(len(rows), -1)[:, -1].numpy()
                 recorded.clear()
+            before = 0
             for row, generation in zip(rows, written, strict=True):
                 generations[row] = generation
                 # a finished row goes on being padded while others write: those steps are not the model's

@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from mechtransplant.errors import UnknownNameError
 
@@ -36,10 +36,11 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-def normalise_answer(answer: str) -> str:
+def normalise_answer(answer: str, thousands: bool = True) -> str:
     r"""The usual MATH string normalisation: spacing, units, ``\left``, ``\dfrac``, ``\text``, thousands commas.
 
-    ``\frac12`` and ``\frac{1}{2}`` become the same string; so do ``0.5`` and ``.5``, ``x=5`` and ``5``.
+    ``\frac12`` and ``\frac{1}{2}`` become the same string; so do ``0.5`` and ``.5``, ``x=5`` and ``5``. With ``thousands``
+    False a comma always separates: ``10,200`` may be a list, which only what it is compared with can tell.
     """
     text = answer.strip().rstrip(".").replace("\n", "").replace("\\ ", " ")
     text = re.sub(r"\\!\s*", "", text)
@@ -63,8 +64,9 @@ def normalise_answer(answer: str) -> str:
     unit = r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*([^{}]*?)\s*\}(\s*\^\s*(?:\d|\{\d\}))?"
     text = re.sub(unit, lambda m: _drop_unit(m, whole), text)
     text = text.replace("{,}", ",")
-    if not re.search(r"[(\[]|\\\{", text):  # in a tuple or a set, a comma separates: (100,200) is (100, 200)
-        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    # in a tuple or a set a comma separates: (100,200) is (100, 200); so it does in 6,32,192, which is no number
+    if thousands and not re.search(r"[(\[]|\\\{", text):
+        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", ""), text)
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
@@ -92,17 +94,32 @@ def exact(text: str, answer: str) -> bool:
 def boxed(text: str, answer: str) -> bool:
     """The last boxed expression equals the answer after :func:`normalise_answer`; False when nothing is boxed."""
     found = extract_boxed(text)
-    return found is not None and normalise_answer(found) == normalise_answer(answer)
+    if found is None:
+        return False
+    # as numbers, or as lists that are written with a space after the comma or without
+    return any(normalise_answer(found, way) == normalise_answer(answer, way) for way in (True, False))
+
+
+#: a minus after a digit subtracts or joins ("3-5" ends in 5); commas count only as thousands ("1,2" ends in 2)
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+
+
+def _plain(text: str) -> str:
+    """A text whose minus signs are hyphens, without dollar signs, which stand between a minus and its number."""
+    return text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "")
+
+
+def value_of(answer: str) -> Decimal | None:
+    """The value of an answer that is one number, maybe of dollars or per cent; None of any other."""
+    bare = _plain(answer).strip().rstrip(".").removesuffix("%").removesuffix("\\").strip()
+    found = _NUMBER.fullmatch(bare.removeprefix("+"))
+    return Decimal(found[0].replace(",", "")) if found else None
 
 
 def number(text: str, answer: str) -> bool:
-    """The last number in the text has the answer's value; thousands commas are ignored."""
-    # a minus after a digit subtracts or joins ("3-5" ends in 5); commas count only as thousands ("1,2" ends in 2)
-    found = re.findall(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)", text)
-    try:
-        return bool(found) and Decimal(found[-1].replace(",", "")) == Decimal(answer.strip().replace(",", ""))
-    except InvalidOperation:
-        return False
+    """The last number in the text has the answer's value; thousands commas and dollar signs are ignored."""
+    found = _NUMBER.findall(_plain(text))
+    return bool(found) and Decimal(found[-1].replace(",", "")) == value_of(answer)
 
 
 def math(text: str, answer: str) -> bool:

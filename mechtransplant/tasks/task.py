@@ -17,7 +17,7 @@ import numpy as np
 
 from mechtransplant.display import html_table
 from mechtransplant.errors import TaskError
-from mechtransplant.tasks.scorers import get_scorer
+from mechtransplant.tasks.scorers import get_scorer, value_of
 
 Role = Literal["all", "discover", "choose", "test"]
 
@@ -136,6 +136,13 @@ class Task:
 
     def __post_init__(self) -> None:
         get_scorer(self.scorer)
+        if self.scorer == "number":
+            strange = next((e for e in self.examples if value_of(e.answer) is None), None)
+            if strange is not None:
+                raise TaskError(
+                    f"task {self.name!r}: the scorer number cannot read the answer {strange.answer[:40]!r} of the question "
+                    f"{strange.question[:40]!r}: write plain numbers, or take the scorer math or boxed"
+                )
         if not self.examples:
             raise TaskError(f"task {self.name!r} has no examples: give at least one question with its answer")
         if self.short_answer and (self.scorer != "exact" or any(len(s) != 1 for s in self.stop)):
@@ -204,6 +211,8 @@ class Task:
     ) -> Splits:
         """Disjoint parts, stratified by template: each has the task's proportions of templates to within two examples.
 
+        Questions that every prompt shows as worked examples are left out.
+
         Args:
             explore: another task, such as a training set, that ``discover`` and ``choose`` are taken from, so that all
                 of this one can be ``test``; of its questions those that this one has are left out.
@@ -235,6 +244,7 @@ class Task:
 
     def _parts(self, sizes: list[int], seed: int, without: Set[str] = frozenset()) -> list[list[int]]:
         """Disjoint stratified samples of so many distinct questions, without some."""
+        without = without | {Example(shown, "").key for shown, _ in self.format.shots}
         first_of = {e.key: i for i, e in reversed(list(enumerate(self.examples))) if e.key not in without}
         if len(first_of) < sum(sizes):
             raise TaskError(
