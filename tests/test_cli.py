@@ -33,6 +33,28 @@ def refused(command: Run, folder: Path, config: str, message: str) -> None:
         (["rum"], "No such command 'rum'"),
         (["effects", "family/generations", "--prompts", "x"], "Invalid value for '--prompts'"),
         (["run", "nowhere.yaml"], "no config at nowhere.yaml"),
+        (
+            ["export", "out/x", "--modules", "L0.mlp", "--max-rank", "8"],
+            "--max-rank is of adapters: give --adapter too",
+        ),
+        (["export", "out/x", "--tolerance", "0.1"], "--tolerance is of adapters"),
+        (["export", "out/x", "--adapter", "--shard-size", "1GB"], "--shard-size is of whole models: leave it out"),
+        (
+            ["verify", "out/x", "--target", "repo:family/second", "--base", "repo:family/first"],
+            "--base is compared with",
+        ),
+        (
+            ["bench", "planted", "--out", "out/x", "--rules", "lae", "--options", '{"greedy": {"pool": 4}}'],
+            "--options names greedy, which is none of --rules",
+        ),
+        (
+            ["bench", "planted", "--out", "out/x", "--rules", "lae", "--single", "greedy"],
+            "--single names greedy, which is none of --rules",
+        ),
+        (
+            ["heads-vs-mlps", "family/planted-mixed-drifted", "--rule", "pruned", "--out", "out/x"],
+            "rule 'pruned' gives every module a strength of its own, and this study grafts all at one",
+        ),
     ],
 )
 def test_usage_mistakes_get_one_line(command: Run, arguments: list[str], message: str) -> None:
@@ -64,6 +86,10 @@ def test_the_demo_runs(command: Run, tmp_path: Path) -> None:
         ("pair: family/generations\ntask: adition\n", "unknown task"),
         ("pair: family/generations\nrule: leo\n", "unknown rule"),
         ("pair: family/generations\nkk: 3\n", "unknown key 'kk'"),
+        (
+            "pair: family/generations\nside_effects: {questions: 0, tasks: [sort]}\n",
+            "named and questions is 0",
+        ),
         ("pair: family/generations\nk: 999\n", "above the 28 candidates"),
         ("pair: family/generations\nsplit: {test: 99999}\n", "ask for fewer"),
         ("pair: family/generations\nrule_options: {alignment: sideways}\n", "unknown alignment"),

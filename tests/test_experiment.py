@@ -333,6 +333,12 @@ def test_an_unrelated_task_that_is_the_runs_own_is_refused(tmp_path: Path) -> No
         run_experiment(config(unrelated="addition"), tmp_path / "out")
     with pytest.raises(UsageError, match="unknown task 'adition'"):
         run_experiment(config(unrelated="adition"), tmp_path / "out")
+    # the same questions under another name
+    questions = tmp_path / "sums.jsonl"
+    asked = load_task("addition").examples[:3]
+    questions.write_text("".join(json.dumps({"question": e.question, "answer": e.answer}) + "\n" for e in asked))
+    with pytest.raises(UsageError, match="asks 3 of the run's own questions: name another task"):
+        run_experiment(config(unrelated=str(questions)), tmp_path / "out")
 
 
 def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import mechtransplant as mt
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment import PlantedConfig, bench_planted, planted_pairs, report_planted
 from mechtransplant.experiment.planted import default_rules, is_drifted, summary_of
@@ -84,6 +85,45 @@ def test_a_folder_is_not_overwritten_by_another_config(tmp_path: Path, command: 
     assert code == 0 and all(f"`{r}`" in page for r in ("own", "depth", "random"))
     assert len((out / "cells.jsonl").read_text().splitlines()) == 3
     assert "smollm2/" in (out / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("overrides: [a]", "overrides: expected a mapping from name to a mapping, got"),
+        ("overrides: {smollm2/: 3}", "overrides: expected a mapping from name to a mapping, got"),
+        ("overrides: {smollm2/: {options: [greedy]}}", "overrides.smollm2/: options: expected a mapping"),
+        ("options: {greedy: 4}", "options: expected a mapping from name to a mapping, got"),
+        ("rules: 5", "rules: expected a list of names, got '5'"),
+        ("seeds: many", "seeds: expected a whole number, got 'many'"),
+        ("sedes: 3", "unknown key of"),
+        ("seeds: 3\nseeds: 4", "the key 'seeds' is given twice"),
+    ],
+)
+def test_a_wrong_config_gets_one_line(command: Any, tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "bench.yaml"
+    path.write_text(content + "\n")
+    code, _, error = command("bench", "planted", "--config", str(path), "--out", str(tmp_path / "out"))
+    assert code == 2 and said in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_that_fits_strengths_is_judged_with_them() -> None:
+    from mechtransplant.experiment.planted import Problem, splits_of
+
+    pair = mt.load_pair("family/planted-mlps-drifted")
+    splits = splits_of(pair, 16, 16, 64, 0)
+    options = {"rounds": 1, "steps": 2, "settle": 2}
+    row = Problem(pair, splits).measure("pruned", 0, options)
+    ranking = mt.rank_modules(pair, splits.discover, "pruned", ("head", "mlp"), seed=0, k=2, **options)
+    assert [str(m) for m in ranking.module[:2]] == row["top"] and (ranking.strength[:2] != 1).all()
+    accuracy = {}
+    for name, strengths in (("own", list(ranking.strength[:2])), ("one", 1.0)):
+        with mt.Graft(list(ranking.module[:2]), strengths).applied(pair):
+            found = mt.evaluate(pair.target, splits.test)
+        accuracy[name] = found.log_probability.mean() - mt.evaluate(pair.target, splits.test).log_probability.mean()
+    assert row["log_probability_change"] == pytest.approx(accuracy["own"], abs=1e-6)
+    assert abs(accuracy["own"] - accuracy["one"]) > 1e-3
 
 
 def test_config_and_options_are_not_mixed(command: Any, tmp_path: Path) -> None:

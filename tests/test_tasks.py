@@ -124,7 +124,7 @@ def test_boxed_distinguishes(one: str, other: str) -> None:
 
 def test_what_the_scorer_number_cannot_read_is_refused() -> None:
     for answer in ("1/2", "five", "1, 2", "-", "", "0x1F"):
-        with pytest.raises(TaskError, match="the scorer number cannot read the answer .* of the question 'b': write"):
+        with pytest.raises(TaskError, match=r"the scorer number cannot read the answer .* of the question 'b': write"):
             Task("t", (Example("a", "$1,000"), Example("b", answer)), scorer="number")
     assert len(Task("t", (Example("a", "18%"), Example("b", "-1,234.50"), Example("c", r"\$5")), scorer="number")) == 3
 
@@ -145,7 +145,7 @@ def test_a_file_has_no_seed(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"question": "1 + 1", "answer": "2"}\n')
     for wrong in ({"n": 50}, {"seed": 3}):
-        with pytest.raises(TaskError, match="n and seed are of tasks that are generated, and .* is a file"):
+        with pytest.raises(TaskError, match=r"n and seed are of tasks that are generated, and .* is a file"):
             load_task(path, **wrong)
 
 

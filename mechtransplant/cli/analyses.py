@@ -253,5 +253,10 @@ def bench_planted_command(
         except ValueError as error:
             example = '{"greedy": {"pool": 4}}'
             raise UsageError(f"--options is JSON such as {example}, got {options!r} ({error})") from error
+    asked = given.get("rules") if config is None and not (out / "config.yaml").is_file() else None
+    for option in ("options", "single"):
+        strange = [rule for rule in given.get(option) or () if asked and rule not in asked]
+        if strange:
+            raise UsageError(f"--{option} names {strange[0]}, which is none of --rules: add it there, or leave it out")
     typer.echo(report_planted(continued(out, given), out, finished_only=finished_only))
     typer.echo(f"Tables and figures are in {out}")

@@ -28,12 +28,16 @@ def export(
         Path | None, typer.Option(help="A finished run's folder, for its pair, graft and statistics.")
     ] = None,
     adapter: Annotated[bool, typer.Option("--adapter", help="As a PEFT LoRA, where the rank is low enough.")] = False,
-    max_rank: Annotated[int, typer.Option(help="With --adapter: the largest rank of a layer.")] = 64,
-    tolerance: Annotated[float, typer.Option(help="With --adapter: the largest relative error of a layer.")] = 1e-3,
+    max_rank: Annotated[int | None, typer.Option(help="With --adapter: the largest rank of a layer (64).")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="With --adapter: the largest relative error of a layer (0.001).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; a run's own with --run.")] = "float32",
     name: Annotated[str | None, typer.Option(help="The model card's title.")] = None,
     licence: Annotated[str | None, typer.Option(help="For the model card, for example apache-2.0.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Weights are split above this size.")] = "2GB",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Without --adapter: weights are split above this size (2GB).")
+    ] = None,
 ) -> None:
     """Write a grafted model as a Hugging Face folder, with a hash of every tensor."""
     from mechtransplant.export import export_adapter, export_graft, finished_run
@@ -43,6 +47,14 @@ def export(
 
     # before any weights are loaded
     check_free(out)
+    of_adapter: dict[str, Any] = {"max_rank": max_rank, "tolerance": tolerance}
+    of_model: dict[str, Any] = {"shard_size": shard_size}
+    asked, unused = (of_adapter, of_model) if adapter else (of_model, of_adapter)
+    for option, value in unused.items():
+        if value is not None:
+            said = "is of whole models: leave it out" if adapter else "is of adapters: give --adapter too"
+            raise UsageError(f"--{option.replace('_', '-')} {said}")
+    sizes = {option: value for option, value in asked.items() if value is not None}
     outcome = task = side_effects = None
     given = (1.0, "never", "replace", "float32")
     if run is not None:
@@ -63,8 +75,7 @@ def export(
             models,
             graft,
             out,
-            max_rank=max_rank,
-            tolerance=tolerance,
+            **sizes,
             outcome=outcome,
             task=task,
             side_effects=side_effects,
@@ -81,7 +92,7 @@ def export(
             side_effects=side_effects,
             name=name,
             licence=licence,
-            shard_size=shard_size,
+            **sizes,
         )
     typer.echo(str(made))
 
@@ -100,6 +111,8 @@ def verify(
     from mechtransplant.pair import LanguageModel, load_pair
     from mechtransplant.weights import load_model
 
+    if base and not (pair or source):
+        raise UsageError("--base is compared with a pair's models: give --source and --target, or --pair, as well")
     dtype = str(read_manifest(folder)["dtype"])
     if target and not (source or pair):
         found = verify_export(folder, target=LanguageModel(target, *load_model(target, dtype=dtype)))

@@ -124,6 +124,12 @@ class SideEffectSpec(Strict):
     #: how many of the headline's random sets are measured too
     random: int = Field(default=10, ge=0)
 
+    @model_validator(mode="after")
+    def _asks(self) -> SideEffectSpec:
+        if self.tasks and not self.questions:
+            raise ValueError("side_effects: tasks are named and questions is 0: give a number, or leave tasks out")
+        return self
+
 
 class GateSpec(Strict):
     """Grafts are in place only for questions that a gate lets through (see ``grafting.fit_gate``)."""

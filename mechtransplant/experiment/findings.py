@@ -105,7 +105,7 @@ MEASURED = 10
 
 
 def _moved(run: Run, rule: str, graft: Graft) -> dict[str, float]:
-    """How far the graft and its random counterparts (their median) move the weights, as shares of the source's way.
+    """How far the graft and its random counterparts (their median) move the weights, of the way to the source.
 
     Of the way of all candidates, whatever the operator: a graft of one layer goes a little of it.
     """

@@ -66,6 +66,11 @@ class HeadsMlpsConfig:
         rule.check(("head", "mlp"), {})
         if rule.splits[0] != "discover":
             raise UsageError(f"rule {self.rule!r} selects on {rule.splits[0]}; the study ranks on discover alone")
+        if rule.refit is not None:
+            raise UsageError(
+                f"rule {self.rule!r} gives every module a strength of its own, and this study grafts all at one: name "
+                "another rule"
+            )
         Graft([], kv=self.kv)
 
 
@@ -120,6 +125,7 @@ def _ranking(config: HeadsMlpsConfig, pair: Pair, discover: Task, arm: Arm, path
         path.parent.mkdir(exist_ok=True)
         options = options_of_rule(config.rule, {}, config.batch_size, kv=config.kv)
         ranked = rank_modules(pair, discover, config.rule, ARMS[arm], seed=config.seed, progress=progress, **options)
+        plain_modules(ranked, config.rule, "this study")
         # 17 significant digits: the file gives back the very same numbers
         write_atomically(path, ranked.to_csv(index=False, float_format="%.17g"))
     return plain_modules(pd.read_csv(path), config.rule, "this study")

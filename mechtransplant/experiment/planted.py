@@ -95,7 +95,9 @@ class Problem:
         names = [str(m) for m in ranking.module]
         is_planted = np.array([m in planted for m in names])
         top = list(ranking.module[: len(planted)])
-        with Graft(top).applied(self.pair):
+        # of a rule that fits strengths, with those
+        strengths = list(ranking.strength[: len(planted)]) if "strength" in ranking else 1.0
+        with Graft(top, strengths).applied(self.pair):
             after = evaluate(self.pair.target, self.splits.test, batch_size=self.batch_size)
         outcome = compare(self.baseline("target"), self.baseline("source"), after, resamples=1000)
         low, high = outcome.recovery_interval or (None, None)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
+from mechtransplant.experiment.config import read_mapping
 from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import check_ours, locked, write_starts
 from mechtransplant.experiment.planted import (
@@ -67,23 +68,30 @@ class PlantedConfig:
 
 def read_planted_config(path: str | Path) -> PlantedConfig:
     """The configuration in a YAML file; raises UsageError naming the first wrong key."""
-    import yaml
-
     path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"no config at {path}: give the path of a YAML file, for example configs/bench-planted.yaml")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({error}): fix it") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected keys and values (rules: …, seeds: …), got {type(content).__name__}")
-    known = [f.name for f in fields(PlantedConfig)]
-    for key in content:
-        if key not in known:
-            raise UnknownNameError(f"key of {path}", key, known)
+    content = read_mapping(path)
+    _check_types(content, str(path))
+    for prefix, values in content.get("overrides", {}).items():
+        _check_types(values, f"{path}: overrides.{prefix}")
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
     return PlantedConfig(**given)
+
+
+def _check_types(content: dict[str, Any], where: str) -> None:
+    """Refuse an unknown key, and a value of another type than the default's."""
+    known = {f.name: getattr(PlantedConfig(), f.name) for f in fields(PlantedConfig)}
+    for key, value in content.items():
+        if key not in known:
+            raise UnknownNameError(f"key of {where}", key, known)
+        if isinstance(known[key], tuple):
+            what, right = "a list of names", isinstance(value, list) and all(isinstance(v, str) for v in value)
+        elif isinstance(known[key], dict):
+            what = "a mapping from name to a mapping"
+            right = isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
+        else:
+            what, right = "a whole number", isinstance(value, int)
+        if not right:
+            raise UsageError(f"{where}: {key}: expected {what}, got {str(value)[:60]!r}; fix this key")
 
 
 #: what may differ between pairs

@@ -66,8 +66,8 @@ def _specified(spec: TaskSpec) -> Task:
 def unrelated_task(config: RunConfig, pair: Pair, task: Task, explore: Task | None = None) -> Task | None:
     """The task whose ranking is a control: the config's, or the first of the pair's others; None without one."""
     name = config.unrelated
+    own = {*task.keys, *(explore.keys if explore is not None else ())}
     if name is None:
-        own = {*task.keys, *(explore.keys if explore is not None else ())}
         others = [t for t in pair.tasks if t != task.name and not set(load_task(t).keys) & own]
         if not others:
             return None
@@ -76,7 +76,11 @@ def unrelated_task(config: RunConfig, pair: Pair, task: Task, explore: Task | No
         raise UsageError(f"unrelated: {name!r} is the run's own task: name another one")
     elif name not in list_tasks() and not Path(name).exists():
         raise UnknownNameError("task", name, list_tasks())
-    return load_task(name)
+    other = load_task(name)
+    shared = len(set(other.keys) & own)
+    if shared:
+        raise UsageError(f"unrelated: {name!r} asks {shared} of the run's own questions: name another task")
+    return other
 
 
 @dataclass(frozen=True)

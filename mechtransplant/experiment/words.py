@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mechtransplant.evaluation import Outcome
@@ -57,8 +57,8 @@ def counted_in_words(operator: Operator) -> str:
     return "have directions that take" if isinstance(operator, LowRank) else "change"
 
 
-def moved_in_words(row: dict[str, Any]) -> list[str]:
-    """How far a graft and its random counterparts move the weights, of a row of ``rules.csv``; [] where it is unknown."""
+def moved_in_words(row: Mapping[Any, Any]) -> list[str]:
+    """How far a graft and its random counterparts move the weights, from a row of ``rules.csv``; [] if unknown."""
 
     def way(name: str) -> str | None:
         share = row.get(f"{name}distance_share")

@@ -29,7 +29,7 @@ __all__ = [
 _REGISTERED: dict[str, tuple[Callable[[str, int, int], Task], str]] = dict(GENERATED)
 
 #: how many questions are generated where nobody says
-GENERATED = 1024
+QUESTIONS = 1024
 
 Builder = Callable[[int, int], Task]
 
@@ -52,7 +52,7 @@ def list_tasks() -> dict[str, str]:
     return {name: description for name, (_, description) in _REGISTERED.items()}
 
 
-def load_task(name: str | Path, n: int = GENERATED, seed: int = 0, **options: Any) -> Task:
+def load_task(name: str | Path, n: int = QUESTIONS, seed: int = 0, **options: Any) -> Task:
     """A task by name, or from a JSONL file by path.
 
     Args:
@@ -71,7 +71,7 @@ def load_task(name: str | Path, n: int = GENERATED, seed: int = 0, **options: An
             raise TaskError(f"task {text!r} takes n and seed only, got {got}: those options are for JSONL files")
         return _REGISTERED[text][0](text, n, seed)
     if isinstance(name, Path) or text.endswith((".jsonl", ".json")) or "/" in text or Path(text).is_file():
-        if (n, seed) != (GENERATED, 0):
+        if (n, seed) != (QUESTIONS, 0):
             raise TaskError(
                 f"n and seed are of tasks that are generated, and {text} is a file: leave them out, and say in the "
                 "split how many questions are used"

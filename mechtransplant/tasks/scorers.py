@@ -39,8 +39,8 @@ def extract_boxed(text: str) -> str | None:
 def normalise_answer(answer: str, thousands: bool = True) -> str:
     r"""The usual MATH string normalisation: spacing, units, ``\left``, ``\dfrac``, ``\text``, thousands commas.
 
-    ``\frac12`` and ``\frac{1}{2}`` become the same string; so do ``0.5`` and ``.5``, ``x=5`` and ``5``. With ``thousands``
-    False a comma always separates: ``10,200`` may be a list, which only what it is compared with can tell.
+    ``\frac12`` and ``\frac{1}{2}`` become the same string; so do ``0.5`` and ``.5``, ``x=5`` and ``5``. Without
+    ``thousands`` a comma always separates: ``10,200`` may be a list, which only what it is compared with can tell.
     """
     text = answer.strip().rstrip(".").replace("\n", "").replace("\\ ", " ")
     text = re.sub(r"\\!\s*", "", text)

@@ -140,8 +140,8 @@ class Task:
             strange = next((e for e in self.examples if value_of(e.answer) is None), None)
             if strange is not None:
                 raise TaskError(
-                    f"task {self.name!r}: the scorer number cannot read the answer {strange.answer[:40]!r} of the question "
-                    f"{strange.question[:40]!r}: write plain numbers, or take the scorer math or boxed"
+                    f"task {self.name!r}: the scorer number cannot read the answer {strange.answer[:40]!r} of the "
+                    f"question {strange.question[:40]!r}: write plain numbers, or take the scorer math or boxed"
                 )
         if not self.examples:
             raise TaskError(f"task {self.name!r} has no examples: give at least one question with its answer")
