@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechtransplant.errors import TaskError, UnknownNameError
+from mechtransplant.pair import Pair
 from mechtransplant.tasks import (
     Example,
     PromptFormat,
@@ -127,6 +128,19 @@ def test_what_the_scorer_number_cannot_read_is_refused() -> None:
         with pytest.raises(TaskError, match=r"the scorer number cannot read the answer .* of the question 'b': write"):
             Task("t", (Example("a", "$1,000"), Example("b", answer)), scorer="number")
     assert len(Task("t", (Example("a", "18%"), Example("b", "-1,234.50"), Example("c", r"\$5")), scorer="number")) == 3
+
+
+def test_a_template_that_writes_the_date_asks_the_same_prompt_every_day(random_pair: Pair) -> None:
+    import copy
+
+    tokenizer = copy.copy(random_pair.target.tokenizer)
+    # as in Llama 3
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}: {{ messages[-1].content }}"
+    )
+    task = Task("t", (Example("q", "a"),), format=PromptFormat(chat=True))
+    assert task.prompts(tokenizer) == ["26 Jul 2024: q"]
 
 
 def test_a_question_that_is_shown_is_not_asked() -> None:

@@ -150,7 +150,8 @@ def _earlier_starts(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error
     if changed:
+        what = "prompts, end tokens or model settings" if changed[0] == "asked" else changed[0]
         raise FolderError(
-            f"{folder} was begun with different {changed[0]} (see its environment.json): {ELSEWHERE}, or remove it"
+            f"{folder} was begun with different {what} (see its environment.json): {ELSEWHERE}, or remove it"
         )
     return starts

@@ -14,6 +14,7 @@ from typing import Any
 
 from mechtransplant.errors import FolderError, UsageError
 from mechtransplant.evaluation import Evaluation
+from mechtransplant.experiment.asked import check_asked, settings_of, tokens_of
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.config import RunConfig, on_device, read_config
 from mechtransplant.experiment.elsewhere import Elsewhere, labelled
@@ -66,6 +67,8 @@ class Run(Setup):
         self.reused = Reused.of(reuse, config)
         super().__init__(config)
         check_ancestor(config, self.pair)
+        self.tokens = tokens_of(self.pair, self.splits)
+        check_asked(self.pair, self.tokens, self.splits, self.reused.began, reuse)
         self.folder, self.progress, self.where = folder, progress, engine or EngineChoice()
         self.elsewhere, self.controls = Elsewhere(self), Controls(self)
         self.starts: Starts | None = None
@@ -92,7 +95,7 @@ class Run(Setup):
         if self.config.direction == "better":
             self._turn_to_better()
         start = self.where.start | ({} if self.config.device == "cpu" else {"device": self.config.device})
-        added = ("elsewhere", "pair")
+        added = ("elsewhere", "pair", "asked")
         self.starts = Starts(self.folder, depends_on(self), ("weights", "splits"), added, start)
         if self.store.computed:
             self.starts.note()
@@ -294,6 +297,7 @@ def depends_on(run: Run) -> dict[str, Any]:
             else {"explore": {"name": run.explore.name, "fingerprint": run.explore.fingerprint}}
         ),
         "splits": {s.role: {"n": len(s), "fingerprint": s.fingerprint} for s in run.splits},
+        "asked": {"tokens": run.tokens, "settings": settings_of(run.pair)},
         "elsewhere": {
             "unrelated": None if run.other is None else {"name": run.other.name, "fingerprint": run.other.fingerprint},
             **run.elsewhere.fingerprints,

@@ -97,7 +97,7 @@ _STRUCTURE = (
     "vocab_size",
 )
 #: configuration that a graft does not move
-_SETTINGS = (
+SETTINGS = (
     "rope_parameters",
     "rope_theta",
     "rope_scaling",
@@ -135,7 +135,7 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
         if values != [None, None]:
             check(key, values, "forbids")
     _check_tokenizers(check, source.tokenizer, target.tokenizer)
-    for key in _SETTINGS:
+    for key in SETTINGS:
         values = [getattr(c, key, None) for c in configs]
         if values != [None, None]:
             check(key, values, _TARGETS)
