@@ -46,7 +46,7 @@ def gradient(
     "s(m) = ⟨mean over α of ∂L/∂W_m at W_target + α (W_source − W_target), W_source − W_target⟩, α = (i − ½) / steps",
     needs="gradients",
     cost="`steps` forward and backward passes",
-    sign="its share (nats) of what grafting all modules gains: scores of modules that do not overlap sum to that",
+    sign="its share (nats) of what grafting all modules gains, to which those that share no weights sum",
 )
 def integrated_gradient(
     pair: Pair,
