@@ -1,9 +1,9 @@
 """What the study aims at past the paper, one condition after another, and which of them a finished run meets.
 
-The numbers were given with the task: on one pair of each setting TIR ≥ 2.5 where the source leaves room for it,
+The numbers were set before the study: on one pair of each setting TIR ≥ 2.5 where the source leaves room for it,
 Recovery ≥ 100 %, better than 99 of 100 random sets, at most 15 % of the parameters, at most 1 % harm to perplexity on
 neutral text. How a row is judged was written when the first six runs were known: by its value on ``test``, against the
-control that it does worst against, and with every reservation named beside a "yes".
+control that it does worst against, and with every reservation named beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import pandas as pd
 
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 TIR, RECOVERY, BEATEN, SHARE, HARM = 2.5, 100.0, 0.99, 0.15, 0.01
+#: of the adapters of the study's pairs
+LORA_RANK = 16
 #: columns of ``runs_table`` that begin so → what is compared, where it is the strongest control
 CONTROLS = {
     "random": "random sets at the graft's strength",
@@ -35,7 +37,7 @@ class Met:
     but: str = ""
 
     def __str__(self) -> str:
-        return f"{ {True: 'yes', False: 'no', None: 'no room'}[self.met] }: {self.said}"
+        return f"{ {True: 'met', False: 'not met', None: 'no room'}[self.met] }: {self.said}"
 
 
 def missing(value: Any) -> bool:
@@ -45,12 +47,12 @@ def missing(value: Any) -> bool:
 
 def ratio(row: dict[str, Any]) -> Met:
     if missing(row["tir"]):
-        return Met(None, "undefined, the target has nothing right", "TIR, which is undefined")
+        return Met(None, "undefined, the target has nothing right")
     said = f"{row['tir']:.2f} [{row['tir_low']:.2f}, {row['tir_high']:.2f}]"
     room = row["source"] / row["target"]
     if row["tir"] >= TIR or room >= TIR:
         return Met(bool(row["tir"] >= TIR), said)
-    return Met(None, f"{said}, the source itself has {room:.2f}", "TIR, which has no room")
+    return Met(None, f"{said}, the source itself has {room:.2f}")
 
 
 def recovery(row: dict[str, Any]) -> Met:
@@ -61,7 +63,7 @@ def recovery(row: dict[str, Any]) -> Met:
     said = f"{row['recovery']:.1f} % [{low:.1f}, {high:.1f}], {right} right"
     if low < RECOVERY < high:
         said += ", not told apart"
-    but = f"Recovery, whose interval begins at {low:.0f} %" if low < RECOVERY else ""
+    but = f"the interval of Recovery begins at {low:.0f} %" if low < RECOVERY else ""
     return Met(bool(row["recovery"] >= RECOVERY), said, but)
 
 
@@ -74,23 +76,33 @@ def beaten(row: dict[str, Any]) -> Met:
             found.append((row[f"{controls}_beaten"] / n, f"{row[f'{controls}_beaten']:.0f} of {n:.0f} {name}"))
     if found:
         worst, said = min(found)
-        only = "" if len(found) > 1 else "the random sets' strength, which is the graft's"
-        return Met(worst >= BEATEN, said, only)
+        but = [] if len(found) > 1 else ["the random sets have the graft's strength, which was chosen for the graft"]
+        other = row.get("unrelated_beaten")
+        if not missing(other) and other >= BEATEN * row["random_n"]:
+            but.append(f"so do layers that the same rule picks on another task ({other:.0f} of {row['random_n']:.0f})")
+        return Met(worst >= BEATEN, said, "; ".join(but))
     n = row.get("weights_n")
     if missing(n) or not n:
         return Met(False, "no control")
     what = "directions" if str(row.get("operator", "")).startswith("low_rank") else "numbers"
     said = f"{row['weights_beaten']:.0f} of {n:.0f} draws of as many {what} of the same layers"
-    return Met(row["weights_beaten"] >= BEATEN * n, said, f"draws of {what} in place of random sets")
+    but = f"of all layers there are no random sets: draws of {what} stand in"
+    ways = [row.get("distance_share"), row.get("weights_distance_share")]
+    if not any(map(missing, ways)):
+        but += ", which move the weights by {1:.0%} of the way to the source, the graft by {0:.0%}".format(*ways)
+    return Met(row["weights_beaten"] >= BEATEN * n, said, but)
 
 
 def share(row: dict[str, Any]) -> Met:
     changed, touched = row.get("changed_share"), row["parameter_share"]
     carried = touched if missing(changed) else changed
-    said = f"{100 * carried:.1f} % carried, {100 * touched:.1f} % touched"
-    return Met(
-        bool(carried <= SHARE), said, "" if touched <= SHARE else f"the {touched:.0%} of the parameters that it touches"
-    )
+    said = f"{100 * carried:.1f} % stored, {100 * touched:.1f} % altered"
+    but = [] if touched <= SHARE else [f"it alters {touched:.0%} of the parameters"]
+    rank = re.fullmatch(r"low_rank of rank (\d+)", str(row.get("operator", "")))
+    whole = LORA_RANK / int(rank[1]) * carried if rank else 1.0
+    if whole <= SHARE:
+        but.append(f"all that the source learned in these layers stores {whole:.1%}, so the limit rules nothing out")
+    return Met(bool(carried <= SHARE), said, "; ".join(but))
 
 
 def harm(row: dict[str, Any]) -> Met:
@@ -100,10 +112,10 @@ def harm(row: dict[str, Any]) -> Met:
         page = (RUNS / str(row["run"]) / "summary.md").read_text(encoding="utf-8")
         opened = re.search(r"the gate is open for (\d+ of \d+) texts", page)
         said += f", gate open for {opened[1] if opened else '?'} texts"
-        but.append("a gate that keeps it off neutral text")
+        but.append("behind the gate the graft is not in place for neutral text, which says nothing of its harm")
     if row["worst_change_high"] < 0:
-        but.append(f"a loss on {row['worst_task']}")
-    return Met(bool(row["perplexity_change"] <= HARM), said, ", ".join(but))
+        but.append(f"it loses on {row['worst_task']}")
+    return Met(bool(row["perplexity_change"] <= HARM), said, "; ".join(but))
 
 
 #: condition → what decides
@@ -123,7 +135,12 @@ def conditions(row: dict[str, Any]) -> list[Met]:
 
 def reached(found: list[Met]) -> str:
     """What all conditions say together."""
-    missed = sum(m.met is False for m in found)
+    missed, unjudged = (sum(m.met is what for m in found) for what in (False, None))
     if missed:
-        return f"no ({missed} of {len(found)} missed)"
-    return ", but for ".join(["yes", "; ".join(m.but for m in found if m.but)]).removesuffix(", but for ")
+        return f"{missed} of {len(found)} not met"
+    return "all met" if not unjudged else f"all met but {unjudged}, which cannot be judged"
+
+
+def reservations(found: list[Met]) -> str:
+    """What stands against conditions that are met."""
+    return "; ".join(m.but for m in found if m.met and m.but) or "–"

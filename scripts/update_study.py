@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from study_aims import AIMS, conditions, reached
+from study_aims import AIMS, conditions, reached, reservations
 from study_claims import CLAIMS, Study, verdict
 from study_runs import ONCE, PAIRS, PLANNED, RECIPE_RUNS, ROOT, SPLITS, folders, planned, recipe_of
 
@@ -75,8 +75,19 @@ def changed(row: dict[str, Any]) -> str:
     return f"{100 * (row['parameter_share'] if share is None or pd.isna(share) else share):.1f}"
 
 
+def moved(row: dict[str, Any]) -> str:
+    """How far a graft moves the weights, and the median of its random counterparts, of the way to the source."""
+
+    def way(name: str) -> str:
+        return "" if pd.isna(row.get(f"{name}distance_share")) else f"{100 * row[f'{name}distance_share']:.0f}"
+
+    beside = ", ".join(filter(None, (way("random_"), way("tuned_"), way("weights_"))))
+    return (way("") or "–") + (f" ({beside})" if beside else "")
+
+
 #: a graft's size: whose layers, and how much of them
-TOUCHED, CHANGED = "layers touched (of linear layers' weights)", "numbers carried (of linear layers'), %"
+TOUCHED, CHANGED = "layers altered (of linear layers' weights)", "numbers stored (of linear layers'), %"
+MOVED = "way moved towards the source, %: graft (random sets or draws)"
 OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
 
 
@@ -173,9 +184,9 @@ def recipes() -> str:
             again = row.get("refitted_n")
             refitted = "–" if pd.isna(again) or not again else refitted_of(row)
             tuned, weights = (", ".join(dict.fromkeys(among(row, which))) for which in ("tuned", "weights"))
-            cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), *outcome(row)]
+            cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), moved(row), *outcome(row)]
             rows.append([*cells, tuned, unrelated, weights, refitted, *harm(row)])
-    columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, *OUTCOME]
+    columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, MOVED, *OUTCOME]
     columns += ["at the strength that suits them", "another task's layers, %"]
     columns += ["as many changes (or directions) at random: median (range), %, beaten"]
     table = markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
@@ -190,8 +201,8 @@ def aims() -> str:
     for pair in (*PAIRS, *ONCE):
         for row in runs_table([f for what in RECIPE_RUNS for f in folders(what, pair)]).to_dict("records"):
             found = conditions(row)
-            rows.append([row["run"].removeprefix("study-"), *found, f"**{reached(found)}**"])
-    return markdown(["run", *AIMS, "all of it"], rows)
+            rows.append([row["run"].removeprefix("study-"), *found, f"**{reached(found)}**", reservations(found)])
+    return markdown(["run", *AIMS, "all of it", "reservations"], rows)
 
 
 def headline() -> str:
@@ -205,8 +216,8 @@ def headline() -> str:
                 size = f"{row['k']} of {row['candidates']}"
                 beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "weights")]
                 beside.append("–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}")
-                rows.append([run, recipe_of(row), size, changed(row), *found, *beside, *harm(row)])
-    columns = ["run", "recipe", "layers touched", CHANGED, *OUTCOME[:5]]
+                rows.append([run, recipe_of(row), size, changed(row), moved(row), *found, *beside, *harm(row)])
+    columns = ["run", "recipe", "layers altered", CHANGED, MOVED, *OUTCOME[:5]]
     columns += [
         f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes (or directions) at random")
     ]
