@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, prod
+from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,10 +20,11 @@ from mechtransplant.errors import UsageError, check_count, check_seed
 from mechtransplant.evaluation import Evaluation, Outcome, compare, evaluate
 from mechtransplant.evaluation.outcome import check_questions
 from mechtransplant.grafting import KV, Graft
+from mechtransplant.modules import parse_address
 from mechtransplant.pair import make_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import plain_modules
-from mechtransplant.ranking.matched import Class, classes, kinds_among, matched_order
+from mechtransplant.ranking.matched import Class, classes, exchanged, kinds_among, matched_order, shares_kv
 from mechtransplant.selection import selections_of
 from mechtransplant.tasks import Task
 
@@ -54,10 +55,11 @@ class RandomOrders:
     depth: str
 
 
-def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) -> RandomSets:
+def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0, kv: KV = "never") -> RandomSets:
     """``n`` different random sets of modules, each matched to ``modules``; fewer when fewer exist.
 
-    The chosen set itself is never among them. A set of all candidates has no control: the list is then empty.
+    The chosen set itself is never among them. A set of all candidates has no control: the list is then empty. ``kv``:
+    the grafts' policy; where K and V move with heads, a set has as many heads in as many K/V groups.
     """
     check_count("n", n, least=0)
     check_seed(seed)
@@ -65,10 +67,13 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0) ->
     if not chosen:
         raise UsageError("no modules were named: give the set that random sets are matched to")
     candidates = pair.modules(kinds_among(pair, chosen))
-    parts, group = _strictest(pair, candidates, chosen)
+    by_group = shares_kv(pair, chosen, kv)
+    parts, group = _strictest(pair, candidates, chosen, by_group)
+    if by_group:
+        return RandomSets(drawn_by_group(pair, group, chosen, n, seed), DEPTH_LEVELS[parts])
     pools = _members(group)
     wanted = Counter(group[m] for m in chosen)
-    possible = _possible(group, chosen)
+    possible = possible_sets(group, chosen)
     rng = np.random.default_rng(seed)
     found: dict[frozenset[str], tuple[str, ...]] = {}
     for _ in range(50 * n):
@@ -100,11 +105,11 @@ def deal(
     return found
 
 
-def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0) -> RandomOrders:
+def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0, kv: KV = "never") -> RandomOrders:
     """``n`` random orders matched to a ranking of all candidates; depth as strictly as random sets of ``k`` would be.
 
     Drawn independently: at a small K two of them may begin alike, and one may begin as the ranking does, which a
-    permutation p-value allows for.
+    permutation p-value allows for. ``kv``: as in :func:`random_matched`.
     """
     check_count("n", n, least=0)
     check_seed(seed)
@@ -113,8 +118,12 @@ def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 
     if sorted(names) != sorted(candidates):
         raise UsageError(f"an order of all {len(candidates)} candidates was expected, got {len(names)} modules")
     check_count("k", k, most=len(names))
-    parts, group = _strictest(pair, candidates, names[:k])
+    by_group = shares_kv(pair, names, kv)
+    parts, group = _strictest(pair, candidates, names[:k], by_group)
     rng = np.random.default_rng(seed)
+    if by_group:
+        exchanges = [exchanged(pair, group, rng) for _ in range(n)]
+        return RandomOrders([tuple(each[m] for m in names) for each in exchanges], DEPTH_LEVELS[parts])
     return RandomOrders([tuple(matched_order(group, names, rng)) for _ in range(n)], DEPTH_LEVELS[parts])
 
 
@@ -195,7 +204,7 @@ def graft_with_controls(
     ]
     if unrelated is not None:
         bodies.append(("unrelated", "", pair, list(unrelated.module[:k])))
-    drawn = random_matched(pair, order[:k], random_sets, seed)
+    drawn = random_matched(pair, order[:k], random_sets, seed, kv)
     bodies += [("random", str(number), pair, list(modules)) for number, modules in enumerate(drawn.sets)]
 
     def measured(model: LanguageModel) -> Evaluation:
@@ -228,13 +237,31 @@ def graft_with_controls(
     return ControlledOutcome(outcome, pd.DataFrame(rows), identical)
 
 
-def _strictest(pair: Pair, candidates: Sequence[str], chosen: Sequence[str]) -> tuple[int, dict[str, Class]]:
+def _strictest(
+    pair: Pair, candidates: Sequence[str], chosen: Sequence[str], by_group: bool = False
+) -> tuple[int, dict[str, Class]]:
     """The strictest depth level that leaves enough different sets, and every candidate's class at it."""
     for parts in DEPTH_LEVELS:
         group = classes(pair, candidates, parts)
-        if parts == 1 or _possible(group, chosen) >= ENOUGH_SETS:
+        if parts == 1 or possible_sets(group, chosen, pair if by_group else None) >= ENOUGH_SETS:
             break
     return parts, group
+
+
+def drawn_by_group(
+    pair: Pair, group: dict[str, Class], chosen: Sequence[str], n: int, seed: int
+) -> list[tuple[str, ...]]:
+    """Sets with as many heads in as many K/V groups as the chosen one; fewer than ``n`` where fewer exist."""
+    rng, possible = np.random.default_rng(seed), possible_sets(group, chosen, pair)
+    found: dict[frozenset[str], tuple[str, ...]] = {}
+    for _ in range(50 * n):
+        if len(found) >= min(n, possible - 1):
+            break
+        other = exchanged(pair, group, rng)
+        drawn = tuple(other[m] for m in chosen)
+        if frozenset(drawn) != frozenset(chosen):
+            found.setdefault(frozenset(drawn), drawn)
+    return list(found.values())
 
 
 def _members(group: dict[str, Class]) -> dict[Class, list[str]]:
@@ -244,7 +271,18 @@ def _members(group: dict[str, Class]) -> dict[Class, list[str]]:
     return pools
 
 
-def _possible(group: dict[str, Class], chosen: Sequence[str]) -> int:
-    """How many sets have the make-up of the chosen one, itself included."""
-    pools = _members(group)
-    return prod(comb(len(pools[g]), c) for g, c in Counter(group[m] for m in chosen).items())
+def possible_sets(group: dict[str, Class], chosen: Sequence[str], pair: Pair | None = None) -> int:
+    """How many sets have the make-up of the chosen one, itself included; of a pair, also its heads' K/V groups."""
+    pools, ways = _members(group), 1
+    for its, count in Counter(group[m] for m in chosen).items():
+        heads = [parse_address(m) for m in chosen if group[m] == its]
+        if pair is None or heads[0].head is None:
+            ways *= comb(len(pools[its]), count)
+            continue
+        size = pair.layout.group_size
+        touched = Counter((h.layer, pair.layout.group(h.head)) for h in heads if h.head is not None)
+        left = len(pools[its]) // size
+        for inside, groups in Counter(touched.values()).items():
+            ways *= comb(left, groups) * comb(size, inside) ** groups
+            left -= groups
+    return ways

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +133,38 @@ def test_random_sets_of_mixed_kinds_keep_both(generations: Pair) -> None:
     controls = random_matched(generations, chosen, 30, seed=1)
     assert len(controls.sets) == 30
     assert all(sum("H" in m for m in drawn) == 4 and len(drawn) == 5 for drawn in controls.sets)
+
+
+@pytest.mark.parametrize("kv", ["group", "whole-group"])
+def test_random_sets_of_heads_move_as_many_keys_and_values(generations: Pair, kv: Any) -> None:
+    def size(modules: Sequence[str]) -> int:
+        return Graft(modules, kv=kv).parameter_count(generations)
+
+    # of four groups of two heads in four layers each: one whole group, and halves of two more
+    chosen = ["L1H0", "L1H1", "L2H2", "L2H5", "L3.mlp"]
+    found = random_matched(generations, chosen, 60, seed=1, kv=kv)
+    assert len(set(map(frozenset, found.sets))) == 60 and {size(drawn) for drawn in found.sets} == {size(chosen)}
+    assert len({size(drawn) for drawn in random_matched(generations, chosen, 60, seed=1).sets}) > 1
+    heads = list(rank_modules(generations, None, "random", ("head", "mlp"), seed=5).module)
+    for order in random_orders(generations, heads, 4, 10, seed=2, kv=kv).orders:
+        assert sorted(order) == sorted(heads)
+        assert [size(order[:k]) for k in range(1, 36)] == [size(heads[:k]) for k in range(1, 36)]
+    matched = list(rank_modules(generations, None, "random_matched", ("head", "mlp"), of="weight_delta", kv=kv).module)
+    theirs = list(rank_modules(generations, None, "weight_delta", ("head", "mlp"), kv=kv).module)
+    assert matched != theirs and [size(matched[:k]) for k in (3, 9, 20)] == [size(theirs[:k]) for k in (3, 9, 20)]
+
+
+def test_sets_that_move_keys_and_values_are_counted(generations: Pair) -> None:
+    from mechtransplant.controls import possible_sets
+    from mechtransplant.ranking.matched import classes
+
+    group = classes(generations, generations.modules("head"), 1)
+    # a whole group and one head: 16 groups, then 15 with two heads each
+    assert possible_sets(group, ["L0H0", "L0H1", "L3H5"], generations) == 16 * 15 * 2
+    # two heads of two groups: 120 pairs of groups, two heads in each
+    assert possible_sets(group, ["L0H0", "L3H5"], generations) == 120 * 4
+    few = random_matched(generations, ["L0H0", "L0H1"], 100, kv="group")
+    assert len(few.sets) == 15 and few.depth == "not matched"
 
 
 def test_random_orders_need_a_whole_order(generations: Pair) -> None:

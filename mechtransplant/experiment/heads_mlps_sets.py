@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mechtransplant.controls import RandomSets, random_matched
+from mechtransplant.controls import RandomSets, drawn_by_group, random_matched
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import Kind, parse_address
-from mechtransplant.ranking.matched import Class, classes
+from mechtransplant.ranking.matched import Class, classes, shares_kv
 
 if TYPE_CHECKING:
     from mechtransplant.pair import Pair
@@ -130,15 +130,17 @@ def _filled(order: Sequence[str], budget: int, parameters: Callable[[Sequence[st
     return tuple(chosen)
 
 
-def random_sets(pair: Pair, chosen: ModuleSet, n: int, seed: int = 0) -> RandomSets:
+def random_sets(pair: Pair, chosen: ModuleSet, n: int, seed: int = 0, kv: KV = "never") -> RandomSets:
     """``n`` different random sets of a set's make-up (kinds, parameters, depth); fewer, or none, where fewer exist.
 
     At all depths they are those of ``controls.random_matched``; in a third they are drawn from that third.
     """
     if chosen.depth == "all":
-        return random_matched(pair, chosen.modules, n, seed)
+        return random_matched(pair, chosen.modules, n, seed, kv)
     inside = candidates_in(pair, [*pair.modules("head"), *pair.modules("mlp")], chosen.depth)
     group = classes(pair, inside, 1)
+    if shares_kv(pair, chosen.modules, kv):
+        return RandomSets(drawn_by_group(pair, group, chosen.modules, n, seed), "the same third")
     pools: dict[Class, list[str]] = {}
     for module in inside:
         pools.setdefault(group[module], []).append(module)

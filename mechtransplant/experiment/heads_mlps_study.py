@@ -82,7 +82,8 @@ class Study:
         what = "graft" if intervention == "graft" else method
         base = self.base("target" if intervention == "graft" else "source")
         after = self._cell(what, chosen.modules, True)
-        drawn = random_sets(self.pair, chosen, self.config.sets, self.config.seed + len(chosen.modules))
+        seed = self.config.seed + len(chosen.modules)
+        drawn = random_sets(self.pair, chosen, self.config.sets, seed, self.config.kv)
         others = [self._cell(what, modules, False) for modules in drawn.sets]
         check_comparable([base, after, *others])
         check_unseen(after)

@@ -39,8 +39,8 @@ class Controls:
 
     def sets(self, rule: str, k: int) -> RandomSets:
         """Random sets matched to a rule's K modules."""
-        run = self.run
-        return random_matched(run.pair, run.rankings.top(rule, k), self.config.random_sets, self.config.seed + k)
+        run, config = self.run, self.config
+        return random_matched(run.pair, run.rankings.top(rule, k), config.random_sets, config.seed + k, config.kv)
 
     def in_sets(self, rule: str, k: int, strength: float) -> list[Job]:
         """Those sets, with the rule's strengths dealt anew where it fits some."""
@@ -64,7 +64,7 @@ class Controls:
             order = list(map(str, run.rankings.frame(rule, k).module))
             strictest = k if run.rankings.by_k(rule) else chosen
             known = next((o for size, o in orders.items() if not run.rankings.by_k(rule)), None)
-            orders[k] = known or random_orders(run.pair, order, config.curve_sets, strictest, config.seed)
+            orders[k] = known or random_orders(run.pair, order, config.curve_sets, strictest, config.seed, config.kv)
         curves = [{k: orders[k].orders[i][:k] for k in sizes} for i in range(config.curve_sets)]
         return curves, ", ".join(dict.fromkeys(o.depth for o in orders.values()))
 

@@ -54,6 +54,29 @@ def matched_order(classes: dict[str, Class], order: Sequence[str], rng: np.rando
     return [next(shuffled[classes[m]]) for m in order]
 
 
+def shares_kv(pair: Pair, modules: Sequence[str], kv: KV) -> bool:
+    """Whether a graft of some modules moves K and V that several heads share: its size then depends on their groups."""
+    return kv != "never" and pair.layout.group_size > 1 and any(parse_address(m).kind == "head" for m in modules)
+
+
+def exchanged(pair: Pair, classes: dict[str, Class], rng: np.random.Generator) -> dict[str, str]:
+    """Module → the one of its class that takes its place, at random; heads go with their K/V group, in any order.
+
+    What takes the place of some heads has as many of them in as many groups, so that as many K and V move with them.
+    """
+    units: dict[Class, dict[tuple[int, int], list[str]]] = {}
+    for number, (module, its) in enumerate(classes.items()):
+        address = parse_address(module)
+        unit = (number, -1) if address.head is None else (address.layer, pair.layout.group(address.head))
+        units.setdefault(its, {}).setdefault(unit, []).append(module)
+    found: dict[str, str] = {}
+    for groups in units.values():
+        members = list(groups.values())
+        for mine, other in zip(members, rng.permutation(len(members)), strict=True):
+            found |= {module: members[other][at] for module, at in zip(mine, rng.permutation(len(mine)), strict=True)}
+    return found
+
+
 def _order_of(pair: Pair, task: Task | None, kind: Kinds, of: str, seed: int, options: dict[str, Any]) -> list[str]:
     """All modules by another rule, best first."""
     rule = get_rule(of)
@@ -69,11 +92,26 @@ def _order_of(pair: Pair, task: Task | None, kind: Kinds, of: str, seed: int, op
     sign="nothing",
 )
 def random_matched(
-    pair: Pair, task: Task | None, kind: Kinds, *, of: str = "lae", parts: int = 3, seed: int = 0, **options: Any
+    pair: Pair,
+    task: Task | None,
+    kind: Kinds,
+    *,
+    of: str = "lae",
+    parts: int = 3,
+    kv: KV = "never",
+    seed: int = 0,
+    **options: Any,
 ) -> Scores:
     """Chance, matched to a rule at every K in kind, parameters and depth (`parts`: thirds, halves, or 1)."""
+    if get_rule(of).takes("kv"):
+        options["kv"] = kv
     order = _order_of(pair, task, kind, of, seed, options)
-    drawn = matched_order(classes(pair, pair.modules(kind), parts), order, np.random.default_rng(seed))
+    group, rng = classes(pair, pair.modules(kind), parts), np.random.default_rng(seed)
+    if shares_kv(pair, order, kv):
+        other = exchanged(pair, group, rng)
+        drawn = [other[m] for m in order]
+    else:
+        drawn = matched_order(group, order, rng)
     place = {m: at for at, m in enumerate(drawn)}
     return [len(drawn) - place[m] for m in pair.modules(kind)]
 
