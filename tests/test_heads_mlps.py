@@ -147,6 +147,14 @@ def test_a_graft_and_an_ablation_are_what_direct_computations_give(
     assert row.p_log_probability == pytest.approx(rank_among(-lost[row.names], rest).p_value)
 
 
+def test_where_nothing_differs_rounding_beats_no_random_set(tmp_path: Path) -> None:
+    # every head of this pair is the same in both models
+    clean = HeadsMlpsConfig("family/planted-mlps", counts=(1, 2), methods=(), sets=5, discover=16, test=40)
+    report_heads_and_mlps(clean, tmp_path, progress=False)
+    heads = pd.read_csv(tmp_path / "study.csv").query("arm == 'head' and random_sets > 0")
+    assert len(heads) and (heads.log_probability_beaten == 0).all() and (heads.p_log_probability == 1).all()
+
+
 def test_sizes_and_parameters(table: pd.DataFrame, pair: Pair) -> None:
     each = {kind: parameter_count(pair.target, [pair.modules(kind)[0]]) for kind in ("head", "mlp")}
     layers = {"early": {0, 1}, "middle": {2}, "late": {3}}

@@ -59,6 +59,14 @@ def test_the_table_and_the_page_say_both(run: Any) -> None:
     assert recheck(run.folder, cells=99).same.all()
 
 
+def test_where_nothing_differs_rounding_beats_none_of_them(tmp_path: Path) -> None:
+    # every head of this pair is the same in both models
+    same = config(pair="family/planted-mlps", task="sort", kind="head")
+    row = run_experiment(same, tmp_path / "same", progress=False).rules.iloc[0]
+    assert row.log_probability_change == pytest.approx(0, abs=1e-6)
+    assert row.tuned_beaten_log_probability == 0 and row.tuned_p_value_log_probability == 1
+
+
 def test_where_the_grafts_strength_suits_them_nothing_more_is_computed(run: Any, tmp_path: Path) -> None:
     best = float(runs_table([run.folder]).tuned_strength.iloc[0])
     same = run_experiment(config(strengths=[best]), tmp_path / "same", progress=False, reuse=run.folder)

@@ -17,6 +17,7 @@ from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.scoring import Evaluation
 from mechtransplant.selection import Selection
 from mechtransplant.significance import (
+    SAME_NATS,
     CurveRank,
     RankAmong,
     accuracy_ratio_interval,
@@ -34,8 +35,6 @@ Interval = tuple[float, float]
 FEW = 10
 #: below so many questions an interval is wide whatever the method, and the continuous outcomes' are too narrow
 SMALL = 50
-#: mean log-probabilities that are no further apart than this are ties: rounding tells them apart
-SAME_NATS = 1e-5
 #: the note of an outcome without random sets
 UNCONTROLLED = "no random sets were compared: the graft may do no better than chance"
 

@@ -13,7 +13,7 @@ from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.grafting import Graft
 from mechtransplant.ranking import get_rule
-from mechtransplant.significance import CurveRank, curve_rank, rank_among
+from mechtransplant.significance import SAME_NATS, CurveRank, curve_rank, rank_among
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,7 +182,7 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
             # of free-form answers it is not compared
             nats = [float(c.log_probability.mean()) for c in cells if c.log_probability is not None]
             if change is not None and len(nats) == len(cells):
-                by_nats = rank_among(change.after, nats)
+                by_nats = rank_among(change.after, nats, SAME_NATS)
                 found |= {f"{what}_{name}_log_probability": getattr(by_nats, name) for name in ("beaten", "p_value")}
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)

@@ -22,6 +22,7 @@ from mechtransplant.patching import Ablation, reference_activations
 from mechtransplant.patching.ablation import Method
 from mechtransplant.progress import track
 from mechtransplant.significance import (
+    SAME_NATS,
     adjust,
     bootstrap_indices,
     paired_difference_interval,
@@ -118,7 +119,7 @@ class Study:
         if base.log_probability is None or len(means) < 1 + len(others):
             means = []
         levels = [(float(m), float(m - base.log_probability.mean())) for m in means]  # type: ignore[union-attr]
-        row |= _among(sign, levels, "random_log_probability_", "log_probability_beaten", "p_log_probability")
+        row |= _among(sign, levels, "random_log_probability_", "log_probability_beaten", "p_log_probability", SAME_NATS)
         return row
 
     def _log_probability_change(self, base: Evaluation, after: Evaluation) -> dict[str, float | None]:
@@ -176,13 +177,15 @@ class Study:
         return self.known[key]
 
 
-def _among(sign: int, values: Sequence[tuple[float, float]], ends: str, beaten: str, p: str) -> dict[str, Any]:
+def _among(
+    sign: int, values: Sequence[tuple[float, float]], ends: str, beaten: str, p: str, tolerance: float = 0.0
+) -> dict[str, Any]:
     """Where the first of some (level, change) stands among the others; None everywhere without others."""
     names = (*(f"{ends}{end}" for end in ("median", "low", "high")), beaten, p)
     if len(values) < 2:
         return dict.fromkeys(names)
     changes = [change for _, change in values[1:]]
     # levels, not changes, are compared: rounding of the difference must not break a tie
-    rank = rank_among(sign * values[0][0], [sign * level for level, _ in values[1:]])
+    rank = rank_among(sign * values[0][0], [sign * level for level, _ in values[1:]], tolerance)
     found = (float(np.median(changes)), min(changes), max(changes), rank.beaten, rank.p_value)
     return dict(zip(names, found, strict=True))

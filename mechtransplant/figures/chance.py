@@ -9,7 +9,7 @@ import numpy as np
 
 from mechtransplant.errors import UsageError
 from mechtransplant.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, PURPLE, SKY, new_figure, style
-from mechtransplant.significance import rank_among
+from mechtransplant.significance import SAME_NATS, rank_among
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ _NEEDED = ("split", "budget", "role", "rule", "set", "k", "strength", "accuracy"
 #: outcome → (how its rank is introduced, its axis, its scale, what is no further apart is a tie)
 _OUTCOMES = {
     "accuracy": ("", "accuracy, %", 100.0, 0.0),
-    "log_probability": ("by log-probability ", "log-probability of the gold answer, nats", 1.0, 1e-5),
+    "log_probability": ("by log-probability ", "log-probability of the gold answer, nats", 1.0, SAME_NATS),
 }
 BINS = 24
 

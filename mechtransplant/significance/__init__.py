@@ -23,12 +23,13 @@ from mechtransplant.significance.paired import (
 )
 from mechtransplant.significance.permutation import Permuted, label_permutation, sign_flip
 from mechtransplant.significance.power import effective_tests, power, prompts_needed, smallest_effect
-from mechtransplant.significance.ranks import CurveRank, RankAmong, curve_area, curve_rank, rank_among
+from mechtransplant.significance.ranks import SAME_NATS, CurveRank, RankAmong, curve_area, curve_rank, rank_among
 from mechtransplant.significance.table import NORMS, SIGNED, TESTS, shift_matrix, test_shifts
 
 __all__ = [
     "CORRECTIONS",
     "NORMS",
+    "SAME_NATS",
     "SIGNED",
     "TESTS",
     "CurveRank",

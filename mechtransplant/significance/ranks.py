@@ -13,6 +13,9 @@ from mechtransplant.significance.accuracy import rank_p_value
 
 Floats = NDArray[np.float64]
 
+#: mean log-probabilities that are no further apart than this are ties: rounding tells them apart
+SAME_NATS = 1e-5
+
 
 @dataclass(frozen=True)
 class RankAmong:
@@ -38,7 +41,7 @@ class RankAmong:
 def rank_among(value: float, controls: Sequence[float] | Floats, tolerance: float = 0.0) -> RankAmong:
     """Where a value stands among controls; raises ValueError without any, or for a number that is not finite.
 
-    ``tolerance``: what is no further apart is a tie (means of log-probabilities that rounding alone tells apart).
+    ``tolerance``: what is no further apart is a tie (``SAME_NATS`` for mean log-probabilities).
     """
     others = np.asarray(controls, dtype=float)
     if others.size == 0 or not np.isfinite([value, *others]).all():
