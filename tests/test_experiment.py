@@ -16,6 +16,7 @@ from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment import Run, evaluator, lower_layers, run_experiment
 from mechtransplant.experiment.cells import CellStore
 from mechtransplant.experiment.config import parse_config, read_config
+from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.setup import Setup, build_task
 from mechtransplant.experiment.summary_effects import _with_fronts
 from mechtransplant.experiment.worker import Shipped
@@ -569,11 +570,11 @@ def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:
 
 
 def test_outcome_is_strict_json_with_null_for_unbounded() -> None:
-    from mechtransplant.experiment.result import _without_infinity
+    from mechtransplant.experiment.result import _strict
     from mechtransplant.experiment.words import interval_of
 
     assert interval_of((18.0, float("inf")), "", 1) == "[18, ∞]"
-    assert json.dumps(_without_infinity({"a": (1.0, float("inf"))}), allow_nan=False) == '{"a": [1.0, null]}'
+    assert json.dumps(_strict({"a": (1.0, float("inf")), "b": float("nan")})) == '{"a": [1.0, null], "b": null}'
 
 
 def test_random_controls_have_the_strength_of_their_graft(instruct_run: Any) -> None:
@@ -627,6 +628,52 @@ def test_chosen_by_log_probability_and_within_a_share_of_the_parameters(tmp_path
     assert chosen == accuracy[accuracy.index.get_level_values(0).isin(allowed)].max()
     with pytest.raises(UsageError, match=r"all grafts of weight_delta change more than 0\.1% of the parameters"):
         run_experiment(config(**lean, parameters=0.001), tmp_path / "none", progress=False)
+
+
+#: a run of one rule, whose grafts at 1e30 overflow
+OVERFLOWING: dict[str, Any] = {
+    "rule": "weight_delta", "k": [9], "strengths": [1e30, 1.0], "choose_by": "log_probability", "random_sets": 5,
+    "curve_sets": 0, "controls": ["all"], "side_effects": None,
+}  # fmt: skip
+
+
+def test_a_graft_that_overflows_is_not_chosen(tmp_path: Path) -> None:
+    run = run_experiment(parse_config(small(**OVERFLOWING)), tmp_path / "run", progress=False)
+    assert run.graft.strengths == (1.0,) * 9 and run.outcomes[8].log_probability is not None
+    swept = run.results[(run.results.split == "choose") & (run.results.role == "graft")]
+    assert swept.set_index("strength").log_probability.isna().to_dict() == {1e30: True, 1.0: False}
+    broken = parse_config(small(**{**OVERFLOWING, "strengths": [1e30]}))
+    with pytest.raises(UsageError, match="all grafts of weight_delta overflow on choose: give smaller ones"):
+        run_experiment(broken, tmp_path / "broken", progress=False)
+
+
+def test_a_run_whose_graft_overflows_is_reported_without_log_probability(tmp_path: Path) -> None:
+    given = {**OVERFLOWING, "strengths": [1e30], "choose_by": "accuracy", "random_strengths": [1e20]}
+    given["side_effects"] = SMALL["side_effects"]
+    run = run_experiment(parse_config(small(**given)), tmp_path / "run", progress=False)
+    saved = json.loads((run.folder / "outcome.json").read_text(), parse_constant=pytest.fail)
+    (outcome,) = saved.values()
+    assert outcome["log_probability"] is None and outcome["log_probability_controls"] is None
+    assert "the graft overflows: the gold answer has no log-probability" in run.summary and "nan" not in run.summary
+    assert "tuned_p_value_log_probability" not in run.rules and run.rules.tuned_n[0] == 5
+    assert set(draw(run.folder)) >= {"against_chance", "gain_against_harm"}
+
+
+def test_a_strength_at_which_random_sets_overflow_suits_them_least(tmp_path: Path) -> None:
+    # at 1e16 the graft itself has a log-probability
+    given = {**OVERFLOWING, "strengths": [1e16], "random_strengths": [1.0]}
+    run = run_experiment(parse_config(small(**given)), tmp_path / "run", progress=False)
+    assert run.rules.strength[0] == 1e16 and run.rules.tuned_strength[0] == 1
+    assert run.rules.tuned_beaten_log_probability[0] == 0 and run.outcomes[8].log_probability_controls is None
+    broken = parse_config(small(**{**given, "random_strengths": [1e17]}))
+    with pytest.raises(UsageError, match="random sets of weight_delta overflow on choose at every strength"):
+        run_experiment(broken, tmp_path / "broken", progress=False)
+
+
+def test_a_strength_at_which_random_draws_overflow_is_not_taken(tmp_path: Path) -> None:
+    given = {**OVERFLOWING, "operator": {"name": "ties", "density": 0.5}, "random_sets": 0, "random_weights": 2}
+    run = run_experiment(parse_config(small(**given)), tmp_path / "run", progress=False)
+    assert run.rules.weights_strength[0] < 1e30 and run.rules.weights_n[0] == 2
 
 
 def test_a_format_that_is_given_in_part_is_written_in_part(tmp_path: Path) -> None:

@@ -207,6 +207,10 @@ def compare(
             f"{tried} grafts of this ranking were evaluated on these questions: if the best of them was picked, its "
             "numbers are too good, and p does not count the picking"
         )
+    named = {"target": target, "source": source, "graft": after}
+    for role, e in named.items():
+        if e.log_probability is not None and not np.isfinite(e.log_probability).all():
+            notes.append(f"the {role} overflows: the gold answer has no log-probability")
     if not controls:
         notes.append(UNCONTROLLED)
     return Outcome(
@@ -274,7 +278,7 @@ def _change(
     target: Evaluation, source: Evaluation, after: Evaluation, what: str, resamples: int, seed: int
 ) -> Change | None:
     values = [getattr(e, what) for e in (target, source, after)]
-    if any(v is None for v in values):
+    if any(v is None or not np.isfinite(v).all() for v in values):
         return None
     base, best, grafted = values
     gain = grafted - base

@@ -138,7 +138,9 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
         named = plane.assign(label=[label_of(row) for row in plane.to_dict("records")])
         if "harm" in named:
             yield Drawing("gain_against_harm", figures.gain_against_harm(named, title=title)[0], named)
-        if {"harm", "kl"} <= set(named.columns):
+        # of a graft that overflows it is not known
+        named = named.dropna(subset=["kl"]) if {"harm", "kl"} <= set(named.columns) else named[:0]
+        if len(named):
             grafts = pareto_front(named[named.role != "random"], harm="kl")
             both = pd.concat([grafts, named[named.role == "random"]], ignore_index=True)
             yield Drawing("gain_against_kl", figures.gain_against_harm(both, harm="kl", title=title)[0], both)

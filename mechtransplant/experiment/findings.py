@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -179,9 +180,9 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
             cells = [run.cells.of(job.cell(run.splits.test))[budget] for job in jobs]
             rank = rank_among(outcome.after_accuracy, [cell.accuracy for cell in cells])
             found |= {f"{what}_{name}": getattr(rank, name) for name in _RANK} | {f"{what}_strength": jobs[0].strength}
-            # of free-form answers it is not compared
+            # of free-form answers, and of draws that overflow, it is not compared
             nats = [float(c.log_probability.mean()) for c in cells if c.log_probability is not None]
-            if change is not None and len(nats) == len(cells):
+            if change is not None and len(nats) == len(cells) and all(map(isfinite, nats)):
                 by_nats = rank_among(change.after, nats, SAME_NATS)
                 found |= {f"{what}_{name}_log_probability": getattr(by_nats, name) for name in ("beaten", "p_value")}
     for role in ("bottom", "unrelated", "reverse"):

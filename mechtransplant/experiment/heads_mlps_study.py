@@ -116,7 +116,7 @@ class Study:
         row |= _among(sign, accuracies, "random_", "beaten", "p")
         # of a random set the mean alone is kept
         means = [e.log_probability.mean() for e in (after, *others) if e.log_probability is not None]
-        if base.log_probability is None or len(means) < 1 + len(others):
+        if base.log_probability is None or len(means) < 1 + len(others) or not np.isfinite(means).all():
             means = []
         levels = [(float(m), float(m - base.log_probability.mean())) for m in means]  # type: ignore[union-attr]
         row |= _among(sign, levels, "random_log_probability_", "log_probability_beaten", "p_log_probability", SAME_NATS)

@@ -79,9 +79,7 @@ def write_report(run: Run, findings: Findings) -> RunResult:
         gate = {"gate": {"layer": gating.gate.layer, "open": gating.open, "elsewhere": others}}
     chosen = run.chosen[headline]
     content = {str(b): {**_saved(graft, chosen[b][1], outcomes[b]), **gate} for b, graft in grafts.items()}
-    write_atomically(
-        run.folder / "outcome.json", json.dumps(_without_infinity(content), indent=1, allow_nan=False) + "\n"
-    )
+    write_atomically(run.folder / "outcome.json", json.dumps(_strict(content), indent=1, allow_nan=False) + "\n")
     write_atomically(run.folder / "summary.md", summary)
     draw(run.folder)
     ranking = run.rankings.frame(headline, chosen[run.budget][0])
@@ -102,10 +100,10 @@ def _saved(graft: Graft, strength: float, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _without_infinity(value: Any) -> Any:
-    """The same value for strict JSON, which has no infinity: an unbounded end of an interval becomes null."""
+def _strict(value: Any) -> Any:
+    """The same value for strict JSON: an unbounded end of an interval becomes null, and so does what is no number."""
     if isinstance(value, dict):
-        return {key: _without_infinity(inner) for key, inner in value.items()}
+        return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):
-        return [_without_infinity(inner) for inner in value]
-    return None if isinstance(value, float) and math.isinf(value) else value
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,6 +8,7 @@ budget), ``rules.csv``, ``plane.csv`` (side effects, one row a graft), ``outcome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,7 @@ class Run(Setup):
     def _choose(self, rule: str, budget: int) -> tuple[int, float]:
         """K and strength that are best on ``choose`` at a token budget; the smallest among equals.
 
+        A graft that overflows has no log-probability, and is not chosen by it.
         A graft of every candidate selects nothing and has no random control: it is always reported as ``all``, and
         chosen only where the config names no smaller K.
         """
@@ -272,6 +274,9 @@ class Run(Setup):
             )
         if any(r[by] is None for r in options):
             raise UsageError(f"choose_by: {by} is not known of this task's answers: choose by accuracy")
+        options = [r for r in options if math.isfinite(r[by])]
+        if not options:
+            raise UsageError(f"strengths: all grafts of {rule} overflow on choose: give smaller ones")
         selective = [r for r in options if r["k"] < len(self.candidates)]
         best = min(selective or options, key=lambda r: (-r[by], r["k"], abs(r["strength"] - 1)))
         return best["k"], best["strength"]

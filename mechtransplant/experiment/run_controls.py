@@ -12,10 +12,11 @@ A graft that keeps a part of every module's change has ``random_weights`` too (s
 from __future__ import annotations
 
 from dataclasses import replace
-from math import fsum
+from math import fsum, isfinite
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.controls import RandomOrders, RandomSets, deal, random_matched, random_orders
+from mechtransplant.errors import UsageError
 from mechtransplant.experiment.jobs import WEIGHTS, Job
 from mechtransplant.experiment.random_weights import RandomDirections, RandomNumbers, random_weights
 from mechtransplant.experiment.rankings import strengths_in
@@ -121,7 +122,12 @@ class Controls:
         if not by:
             return []
         # exact sums: equal numbers of right answers are equal
-        best = max(by, key=lambda strength: (fsum(by[strength]), strength == own))
+        sums = {strength: total for strength, values in by.items() if isfinite(total := fsum(values))}
+        if not sums:
+            raise UsageError(
+                f"random_strengths: random sets of {rule} overflow on choose at every strength: give smaller ones"
+            )
+        best = max(sums, key=lambda strength: (sums[strength], strength == own))
         return self._tuned(self.in_sets(rule, k, best))
 
     @staticmethod
@@ -163,6 +169,9 @@ class Controls:
             return []
         by = self.config.choose_by
         rows = self.run.rows.where(role=WEIGHTS, split="choose", budget=self.run.budget, rule=rule)
+        rows = [row for row in rows if isfinite(row[by])]
+        if not rows:
+            raise UsageError(f"strengths: all random draws beside {rule} overflow on choose: give smaller ones")
         best = min(rows, key=lambda row: (-row[by], row["strength"]))
         return self.weights(rule, best["strength"], range(1, self.config.random_weights + 1))
 

@@ -36,6 +36,8 @@ def side_effects_of(run: Run, plane: pd.DataFrame, effects: pd.DataFrame) -> lis
     grafts = plane[plane.role != "random"]
     for graft in _with_fronts(grafts).to_dict("records"):
         own = effects[(effects.role == graft["role"]) & (effects.rule == graft["rule"]) & (effects.k == graft["k"])]
+        # perplexity and KL of a graft that overflows are not known
+        own = own.dropna(subset=["change"])
         lines.append(row_of(_cells_of({str(k): v for k, v in graft.items()}, own.to_dict("records"))))
     lines += ["", _FRONT]
     notes = dict.fromkeys(note for c in run.side_effects for note in c["notes"])
@@ -55,7 +57,7 @@ def _random_texts(effects: pd.DataFrame) -> str:
     """What random sets do to texts: a graft that beats them may also move the model further."""
     said = ""
     for what, form in (("perplexity", "{:+.1%}"), ("KL", "{:.3g}")):
-        found = effects[(effects.role == "random") & (effects.what == what)].change
+        found = effects[(effects.role == "random") & (effects.what == what)].change.dropna()
         if len(found):
             said += f", {what} {form.format(found.min())} to {form.format(found.max())}"
     return said
