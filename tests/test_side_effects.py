@@ -21,6 +21,7 @@ from mechtransplant.export.card import side_effect_lines
 from mechtransplant.figures import GREY, gain_against_harm
 from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.pair import LanguageModel, Pair, load_pair, make_pair
+from mechtransplant.ranking import rank_modules
 from mechtransplant.side_effects import (
     Baseline,
     Divergence,
@@ -428,6 +429,25 @@ def selected(role: str) -> Task:
 def test_bad_arguments_are_refused(planted: Pair, options: Callable[[], dict[str, object]], said: str) -> None:
     with pytest.raises((UsageError, TaskError), match=said):
         measure_side_effects(planted, Graft(MODULES), **options())  # type: ignore[arg-type]
+
+
+def test_questions_that_selected_the_modules_are_refused_before_anything_is_measured(
+    generations: Pair, addition: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # another seed's split has questions in common with the one that a name stands for
+    ranking = rank_modules(generations, addition.split(discover=32, choose=8, test=8, seed=1).discover, kind="linear")
+    graft = Graft(ranking.module[:8])
+    before = side_effect_baseline(generations, tasks=addition, text=False)
+
+    def never(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("mechtransplant.side_effects.measure.evaluate", never)
+    for options in ({"tasks": "addition", "text": False}, {"tasks": ["sort", addition]}, {"before": before}):
+        # names that went through plain strings are recognised by the pair
+        for same in (graft, Graft([str(m) for m in graft.modules]), ConditionalGraft(graft, when="prompt")):
+            with pytest.raises(UsageError, match="of 'addition' selected the modules"):
+                measure_side_effects(generations, same, **options)  # type: ignore[arg-type]
 
 
 def test_what_would_measure_another_model_is_refused(planted: Pair, generations: Pair, baseline: Baseline) -> None:

@@ -12,6 +12,7 @@ from mechtransplant.experiment.evaluator import Cell, graft_of, unpacked_budgets
 from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import ConditionalGraft
+from mechtransplant.selection import remembering
 from mechtransplant.side_effects import (
     Baseline,
     NeutralText,
@@ -106,7 +107,10 @@ class Elsewhere:
 
     def compute(self, job: dict[str, Any]) -> dict[str, Any]:
         """{"row": gain against harm, "effects": one record a task and text measure} of one graft."""
-        run, modules = self.run, tuple(job["modules"])
+        run = self.run
+        # what selected them, and not a ranking on another task that has the same ones highest
+        selecting = [q for split in (run.splits.discover, run.splits.choose) for q in split.keys]
+        modules = tuple(remembering(job["modules"], selecting))
         plain = graft_of(run.config, modules, job["strength"], job["strengths"])
         graft = plain if run.gating is None else ConditionalGraft(plain, accepts=run.gating.gate)
         found = measure_side_effects(run.pair, graft, before=self.baseline, seed=run.config.seed)

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError, check_count, check_seed
 from mechtransplant.evaluation import Evaluation, Outcome, evaluate
+from mechtransplant.evaluation.outcome import check_questions
 from mechtransplant.grafting import ConditionalGraft, Gate, Graft
 from mechtransplant.progress import track
+from mechtransplant.selection import selected_by
 from mechtransplant.side_effects.divergence import (
     LONGEST,
     Divergence,
@@ -215,9 +217,12 @@ def measure_side_effects(
         raise UsageError(f"side effects are those of a Graft or ConditionalGraft, got {type(graft).__name__}")
     check_untouched(pair)
     check_seed(seed)
+    plain = graft if isinstance(graft, Graft) else graft.graft
     if before is None:
+        chosen = _tasks_of(pair, tasks, n, seed)
+        _check_unseen(pair, plain, chosen)
         before = side_effect_baseline(
-            pair, tasks=tasks, text=text, n=n, seed=seed, batch_size=batch_size, progress=progress
+            pair, tasks=chosen, text=text, n=n, seed=seed, batch_size=batch_size, progress=progress
         )
     elif not isinstance(before, Baseline):
         raise UsageError(f"before is a side_effect_baseline(…), got {type(before).__name__}")
@@ -225,6 +230,8 @@ def measure_side_effects(
         raise UsageError("a baseline has its own tasks and text: leave out tasks and text, or before")
     elif before.fingerprint != pair.target.fingerprint:
         raise UsageError(f"this baseline is of other weights than {pair.target.name} has now: measure it again")
+    else:
+        _check_unseen(pair, plain, before.tasks)
     gate = None
     if before.reading is not None and isinstance(graft, ConditionalGraft):
         gate = graft.accepts if isinstance(graft.accepts, Gate) and graft.when == "always" else None
@@ -241,7 +248,6 @@ def measure_side_effects(
     notes = _task_notes(rows)
     measured = None
     if before.reading is not None:
-        plain = graft if isinstance(graft, Graft) else graft.graft
         measured = text_divergence(pair, plain, before.reading)
         if gate is not None:
             open_for = gate.opens(before.reading.rows)
@@ -252,7 +258,6 @@ def measure_side_effects(
             notes.append(f"{len(measured.tokens)} texts are few: their bootstrap intervals are too narrow")
         if before.reading.cut:
             notes.append(f"{before.reading.cut} texts are longer than {LONGEST} tokens: their beginnings were read")
-    plain = graft.graft if isinstance(graft, ConditionalGraft) else graft
     said = f"{'conditional ' if plain is not graft else ''}graft of {len(plain)} modules into {pair.target.name}"
     return SideEffects(_frame(rows), evaluations, measured, before.text, tuple(notes), said)
 
@@ -281,6 +286,13 @@ def _tasks_of(pair: Pair, tasks: Any, n: int, seed: int) -> tuple[Task, ...]:
             raise UsageError(f"the task {task.name!r} is given twice: keep one")
         chosen[task.name] = task
     return tuple(chosen.values())
+
+
+def _check_unseen(pair: Pair, graft: Graft, tasks: tuple[Task, ...]) -> None:
+    """Raise UsageError where questions selected the graft's modules, before anything is measured."""
+    selections = selected_by(pair.target.hf, graft.modules)
+    for task in tasks:
+        check_questions(task.name, task.role, task.keys, selections)
 
 
 def _text_of(model: LanguageModel, text: Any, seed: int, batch_size: int) -> NeutralText | None:
