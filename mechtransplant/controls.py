@@ -25,7 +25,7 @@ from mechtransplant.pair import make_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import plain_modules
 from mechtransplant.ranking.matched import Class, classes, exchanged, kinds_among, matched_order, shares_kv
-from mechtransplant.selection import selections_of
+from mechtransplant.selection import remembering, selections_of
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -212,7 +212,9 @@ def graft_with_controls(
 
     found = [("target", "", 0, measured(pair.target)), ("source", "", 0, measured(pair.source))]
     for role, number, body, modules in track(bodies, "controls", progress):
-        with Graft(modules, strength, kv=kv).applied(body):
+        # controls are not picked from, so their names remember no ranking that would count them as tried
+        named = modules if role == "graft" else list(remembering(modules, ()))
+        with Graft(named, strength, kv=kv).applied(body):
             found.append((role, number, len(modules), measured(body.target)))
     by_role = {role: evaluation for role, _, _, evaluation in found if role != "random"}
     outcome = compare(

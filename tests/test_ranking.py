@@ -488,6 +488,19 @@ def test_grafts_that_were_tried_on_the_reporting_questions_are_counted(generatio
         assert ("2 grafts of this ranking were evaluated on these questions" in notes) == said
 
 
+def test_controls_are_no_grafts_that_were_tried(generations: Pair, addition: Task) -> None:
+    from mechtransplant.controls import graft_with_controls
+
+    splits = addition.split(discover=16, choose=8, test=24, seed=4)
+    rank = rank_modules(generations, splits.discover, "own", "mlp")
+    other = rank_modules(generations, load_task("sort").split(discover=16, choose=8, test=8).discover, "own", "mlp")
+    for k, said in ((1, False), (1, False), (2, True)):
+        report = graft_with_controls(generations, rank, k, splits.test, unrelated=other, random_sets=3)
+        notes = " ".join(report.outcome.notes)
+        assert ("2 grafts of this ranking were evaluated on these questions" in notes) == said
+        assert said or "were evaluated" not in notes
+
+
 def test_gradients_that_were_there_are_left_alone(generations: Pair, splits: Any) -> None:
     clean = scores(generations, splits.discover, "gradient")
     parameters = dict(generations.target.hf.named_parameters())
