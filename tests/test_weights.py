@@ -52,18 +52,32 @@ def tiny(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "tiny"))
 
 
-def add_adapter(base: Path, folder: Path, seed: int = 0) -> Path:
-    """A LoRA of rank 2 with random weights on two kinds of layers."""
+def add_adapter(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
+    """A LoRA of rank 2 with random weights, on two kinds of layers if ``options`` say nothing else."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
+    options = {"target_modules": ["q_proj", "down_proj"], **options}
+    config = LoraConfig(r=2, lora_alpha=6, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             parameter.data.normal_()
     model.save_pretrained(folder)
+    return folder
+
+
+def tied(folder: Path) -> Path:
+    """The same model with one tensor as its embeddings and its output head."""
+    from safetensors.torch import load_file, save_file
+
+    at = folder / "model.safetensors"
+    tensors = load_file(at)
+    del tensors["lm_head.weight"]
+    save_file(tensors, at, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     return folder
 
 
@@ -277,6 +291,24 @@ def test_adapters_that_cannot_be_merged(tiny: Path, tmp_path: Path) -> None:
     fails(f"{tiny} + {adapter}", "only LoRA")
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     fails(f"{tiny} + {adapter}", "pickled")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": {"lm_head": [1, 2]}},
+    ],
+    ids=str,
+)
+def test_adapters_of_tied_embeddings_are_refused(tiny: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    adapter = add_adapter(tied(tiny), tmp_path / "adapter", **options)
+    fails(f"{tiny} + {adapter}", "lm_head", "tied embeddings", "other layers")
+    # what is on other layers merges as before
+    other = add_adapter(tiny, tmp_path / "other")
+    model, _ = weights.load_model(f"{tiny} + {other}")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_what_a_script_made_in_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +195,7 @@ def _merge(model: Any, adapter: Path) -> Any:
         raise WeightsError(f"{adapter} is a {kind} adapter: only LoRA can be merged into the weights")
     import peft
 
+    tied = _tied_modules(model)
     try:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute that is being renamed: nothing that a user could change
@@ -205,6 +207,13 @@ def _merge(model: Any, adapter: Path) -> Any:
             merged = wrapped.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise WeightsError(f"the adapter {adapter} does not fit its base model: {one_line(error)}") from error
+    for name, kinds in tied.items():
+        if any(key.startswith(f"base_model.model.{name}.{kind}") for key in wrapped_keys for kind in kinds):
+            others = " and ".join(other for other in tied if other != name)
+            raise WeightsError(
+                f"the adapter {adapter} changes {name} alone, whose weight is that of {others} as well (tied "
+                "embeddings): merged, it would change both; give an adapter of other layers, or an untied base model"
+            )
     if not _keys_match(wrapped_keys, adapter):
         raise WeightsError(
             f"the adapter {adapter} has other tensors than its config makes for this base model: it would be merged in "
@@ -214,6 +223,19 @@ def _merge(model: Any, adapter: Path) -> Any:
         # left behind by peft, which would warn about a second adapter
         del merged.peft_config
     return merged
+
+
+def _tied_modules(model: Any) -> dict[str, tuple[str, ...]]:
+    """The modules whose weight is another module's as well, with how the keys begin that would be merged into both."""
+    named = [(name.rpartition(".")[0], id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+    owners = Counter(tensor for _, tensor in named)
+    embedding = model.get_input_embeddings()
+    # peft has trained tokens of the embeddings act in the output head too, but not the other way round
+    return {
+        module: ("lora_",) if model.get_submodule(module) is embedding else ("lora_", "token_adapter.")
+        for module, tensor in named
+        if owners[tensor] > 1
+    }
 
 
 def _keys_match(expected: set[str], adapter: Path) -> bool:
