@@ -199,6 +199,29 @@ def test_two_pairs_that_share_a_target(random_model: Any) -> None:
     assert target.fingerprint == before
 
 
+def test_a_plain_graft_that_is_left_first_is_restored_all_the_same(random_pair: Pair) -> None:
+    before, ids = random_pair.target.fingerprint, torch.tensor([[1, 20, 21]])
+    plain = Graft(["L1.mlp"]).applied(random_pair)
+    behind = ConditionalGraft(Graft(["L1.mlp"], 0.5), "prompt").applied(random_pair)
+    # twice: a block that was left may be entered again
+    for _ in range(2):
+        plain.__enter__()
+        behind.__enter__()
+        random_pair.target.hf(ids)
+        with pytest.raises(UsageError, match="nest"):
+            plain.__exit__(None, None, None)
+        behind.__exit__(None, None, None)
+        assert random_pair.target.fingerprint == before and random_pair.applied == []
+    # one that writes other weights is entered inside, and may be left after it
+    inside = Graft(["L0"]).applied(random_pair)
+    behind.__enter__()
+    inside.__enter__()
+    random_pair.target.hf(ids)
+    behind.__exit__(None, None, None)
+    inside.__exit__(None, None, None)
+    assert random_pair.target.fingerprint == before and random_pair.applied == [] and guard.depth == 0
+
+
 def test_a_switch_that_fails_midway_leaves_nothing_half_written(
     random_pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Entry:
-    """One entry of a block: what was overwritten, newest last; whether the block was left, and the target has to stay
-    in memory (see ``weights.residence``)."""
+    """One entry of a block: what was overwritten, newest last; whether the block was left, the target has to stay in
+    memory (see ``weights.residence``), and the graft is in place under a condition only."""
 
     saved: list[tuple[Any, Any]] = field(default_factory=list)
     left: bool = False
     pinned: bool = False
+    conditional: bool = False
 
     def restore(self) -> None:
         """Write back what was overwritten, newest first."""
@@ -92,14 +93,19 @@ class Applied:
         self.entries.pop().left = True
         take_off(self.pair.target.hf, *self.chosen)
         try:
-            # a graft that was left too early waits for those above it, or it would restore over their weights
-            while self.pair.applied and self.pair.applied[-1].left:
-                self.pair.applied[-1].restore()
-                if self.pair.applied.pop().pinned:
-                    unpin(self.pair.target.hf)
-            self.pair.target.weights_changed()
+            unwind(self.pair)
         finally:
             guard.release()
+
+
+def unwind(pair: Pair) -> None:
+    """Undo the entries that were left, newest first; one that was left too early waits for those above it, or it would
+    restore over their weights."""
+    while pair.applied and pair.applied[-1].left:
+        pair.applied[-1].restore()
+        if pair.applied.pop().pinned:
+            unpin(pair.target.hf)
+    pair.target.weights_changed()
 
 
 def in_few_parts(operator: Operator, regions: dict[Region, float]) -> dict[Region, float]:

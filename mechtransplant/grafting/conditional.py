@@ -17,7 +17,7 @@ from mechtransplant.evaluation.interventions import (
     check_phases,
     interventions_on,
 )
-from mechtransplant.grafting.applied import Entry, in_few_parts, write
+from mechtransplant.grafting.applied import Entry, in_few_parts, unwind, write
 from mechtransplant.grafting.graft import Graft, checked
 from mechtransplant.interrupts import guard
 from mechtransplant.modules import Region
@@ -73,7 +73,7 @@ class AppliedConditional:
 
     def __init__(self, conditional: ConditionalGraft, pair: Pair, regions: dict[Region, float]) -> None:
         self.conditional, self.pair, self.regions = conditional, pair, regions
-        self.entry = Entry()
+        self.entry = Entry(conditional=True)
         self.intervention = Intervention(conditional.when != "always", conditional.accepts)
         self.ends: list[Callable[[], None]] = []
         self.inside = False
@@ -92,6 +92,9 @@ class AppliedConditional:
             guard.release()
             raise
         self.inside = True
+        self.entry = Entry(conditional=True)
+        # a plain graft that is left before this one would restore under what this one holds
+        self.pair.applied.append(self.entry)
         self.pair.conditional.append(self.regions)
         interventions_on(self.pair.target.hf).append(self.intervention)
         self.pair.target.when_bridged.append(self._on_bridge)
@@ -116,6 +119,8 @@ class AppliedConditional:
             while self.ends:
                 self.ends.pop()()
             self.entry.restore()
+            self.entry.left = True
+            unwind(self.pair)
             self.pair.target.when_bridged.remove(self._on_bridge)
             take_off(self.pair.target.hf, *self.chosen)
             interventions_on(self.pair.target.hf).remove(self.intervention)
