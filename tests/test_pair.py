@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, build
 
 from mechtransplant.errors import CompatibilityError, UsageError
 from mechtransplant.pair import Compatibility, LanguageModel, Pair, load_pair, make_pair
@@ -51,6 +52,31 @@ def test_report_of_the_family(generations: Pair) -> None:
 def test_models_of_different_shape_are_refused(random_model: Build, changes: dict[str, int], reason: str) -> None:
     with pytest.raises(CompatibilityError, match=reason):
         make_pair(random_model(0), random_model(1, **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "spelled_out", "other"),
+    [
+        ("qwen2", {"head_dim": 8}, {"head_dim": 16}),
+        ("phi3", {"head_dim": 8}, {"head_dim": 16}),
+        ("gpt2", {"num_key_value_heads": 4}, {"num_key_value_heads": 2}),
+    ],
+)
+def test_what_one_config_leaves_out_is_derived(
+    generations: Pair, architecture: str, spelled_out: dict[str, int], other: dict[str, int]
+) -> None:
+    tokenizer = generations.target.tokenizer
+    models = [LanguageModel(f"{seed}", build(ARCHITECTURES[architecture][0](), seed), tokenizer) for seed in (0, 1)]
+    for name, value in spelled_out.items():
+        setattr(models[0].hf.config, name, value)
+    for ours, theirs in (models, models[::-1]):
+        pair = make_pair(ours, theirs)
+        row = pair.compatibility.checks.set_index("what").loc[next(iter(spelled_out))]
+        assert (row.source, row.target, row.verdict) == (*2 * tuple(spelled_out.values()), "same")
+    for name, value in other.items():
+        setattr(models[0].hf.config, name, value)
+    with pytest.raises(CompatibilityError, match=next(iter(other))):
+        make_pair(*models)
 
 
 def test_a_different_tokenizer_is_refused(random_model: Build) -> None:

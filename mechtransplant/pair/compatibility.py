@@ -133,7 +133,7 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
     for key in _STRUCTURE:
         values = [getattr(c, key, None) for c in configs]
         if values != [None, None]:
-            check(key, values, "forbids")
+            check(key, [_derived(c, key) if v is None else v for c, v in zip(configs, values, strict=True)], "forbids")
     _check_tokenizers(check, source.tokenizer, target.tokenizer)
     for key in SETTINGS:
         values = [getattr(c, key, None) for c in configs]
@@ -154,6 +154,14 @@ def compare_models(source: LanguageModel, target: LanguageModel) -> Compatibilit
     if misfits.empty and not any(quantised):
         _check_other_tensors(check, source, target)
     return Compatibility(pd.DataFrame(rows), shapes)
+
+
+def _derived(config: Any, key: str) -> Any:
+    """What a model takes for a number that its config leaves out; None where there is no such rule."""
+    heads = getattr(config, "num_attention_heads", None)
+    if key == "head_dim" and heads:
+        return config.hidden_size // heads
+    return heads if key == "num_key_value_heads" else None
 
 
 def _check_tokenizers(check: Any, source: Any, target: Any) -> None:
