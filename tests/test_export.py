@@ -340,6 +340,36 @@ def test_a_run_exports_its_graft_with_its_statistics(
     assert not (tmp_path / "no").exists()
 
 
+def test_a_run_with_an_ancestor_exports_its_graft(
+    command: Callable[..., tuple[int, str, str]], instruct: Pair, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(ROOT / "runs" / "family-instruct", tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    names = {"source": instruct.source.name, "target": instruct.target.name, "base": "repo:family/second"}
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "pair": names}))
+    environment = json.loads((run / "environment.json").read_text())
+    ancestor = load_pair("family/generations").target.fingerprint
+    measured = {**environment["weights"], "base": ancestor}
+
+    def ran_with(weights: dict[str, str]) -> None:
+        (run / "environment.json").write_text(json.dumps({**environment, "weights": weights}))
+
+    ran_with(measured)
+    code, _, error = command("export", str(tmp_path / "out"), "--run", str(run))
+    assert code == 0, error
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["pair"]["base"]["fingerprint"] == ancestor
+    # a run that took the better of the two for its source
+    turned = {"source": measured["target"], "target": measured["source"]}
+    ran_with({**turned, "base": ancestor})
+    found = finished_run(run).pair
+    assert found.target.name == names["source"] and found.base is not None
+    # another ancestor, or none
+    for weights in ({**measured, "base": "0" * 16}, {**turned, "base": "0" * 16}, turned, environment["weights"]):
+        ran_with(weights)
+        with pytest.raises(UsageError, match="are not those that its run measured"):
+            finished_run(run)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

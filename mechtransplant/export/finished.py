@@ -64,8 +64,9 @@ def finished_run(folder: str | Path) -> FinishedRun:
             "export a run without a gate"
         )
     pair = load_pair(named, dtype=dtype) if isinstance(named, str) else load_pair(**named, dtype=dtype)
-    now = {"source": pair.source.fingerprint, "target": pair.target.fingerprint}
-    if now == {"source": weights.get("target"), "target": weights.get("source")} and now != weights:
+    models = {"source": pair.source, "target": pair.target, "base": pair.base}
+    now = {role: model.fingerprint for role, model in models.items() if model is not None}
+    if weights == {**now, "source": now["target"], "target": now["source"]} and now != weights:
         # the run took the better of the two for its source
         pair = pair.reversed()
     elif now != weights:
