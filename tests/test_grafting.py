@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechtransplant.errors import CompatibilityError, UsageError
-from mechtransplant.grafting import Graft
+from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.grafting import applied as grafting
 from mechtransplant.interrupts import guard
 from mechtransplant.pair import LanguageModel, Pair, make_pair
@@ -402,6 +402,40 @@ def test_a_source_that_becomes_nan_after_a_first_graft_is_refused(random_model: 
     pair.source.hf.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(CompatibilityError, match="NaN"), Graft(["L0.mlp"]).applied(pair):
         pass
+
+
+def test_an_ancestor_that_is_not_finite_is_refused(random_model: Callable[..., LanguageModel]) -> None:
+    pair = make_pair(random_model(0), random_model(1), "nan")
+    pair.base = random_model(2)
+    graft = Graft(["L0.up_proj"], operator="ties")
+    with graft.applied(pair):
+        pass
+    pair.base.hf.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    kept = snapshot(pair.target)
+    with pytest.raises(CompatibilityError, match=r"ancestor's .*up_proj.* NaN"), graft.applied(pair):
+        pass
+    assert same(pair.target, kept)
+
+
+def test_a_graft_that_overflows_is_refused_and_undone(random_model: Callable[..., LanguageModel]) -> None:
+    models = [random_model(seed) for seed in (0, 1)]
+    for model in models:
+        model.hf.half()
+    pair = make_pair(*models, "half")
+    models[0].hf.model.layers[0].mlp.up_proj.weight[0, 0] = 60000
+    kept, ids = snapshot(pair.target), torch.tensor([[1, 20, 21]])
+    graft, message = Graft(["L0"], 2), r"up_proj.* at strength 2 gives NaN or Inf in float16"
+    with pytest.raises(UsageError, match=message), graft.applied(pair):
+        pass
+    assert same(pair.target, kept) and pair.applied == [] and guard.depth == 0
+    with pytest.raises(UsageError, match=message), ConditionalGraft(graft, "prompt").applied(pair):
+        pair.target.hf(ids)
+    assert same(pair.target, kept) and pair.applied == [] and guard.depth == 0
+    with pytest.raises(UsageError, match=message):
+        graft.copied(pair)
+    # the source's own numbers fit
+    with Graft(["L0"]).applied(pair):
+        assert pair.target.hf.model.layers[0].mlp.up_proj.weight[0, 0] == 60000
 
 
 def test_a_reversed_pair_keeps_its_ancestor(random_model: Callable[..., LanguageModel]) -> None:

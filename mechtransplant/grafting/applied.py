@@ -140,14 +140,22 @@ def squared_change(operator: Operator, pair: Pair, region: Region, strength: flo
 
 
 def written(operator: Operator, pair: Pair, region: Region, strength: float) -> Any:
-    """A region's new numbers."""
+    """A region's new numbers, as the target stores them; raises UsageError where one of them is NaN or Inf."""
     import torch
 
     source = region.of(pair.source_parameters[region.parameter])
     if strength == 1 and isinstance(operator, Replace):
         return source
+    stored = region.of(pair.target_parameters[region.parameter])
     # at least in float32: a bf16 difference would round twice
-    target = region.of(pair.target_parameters[region.parameter])
-    target = target.to(torch.promote_types(target.dtype, torch.float32))
+    target = stored.to(torch.promote_types(stored.dtype, torch.float32))
     base = None if pair.base is None else region.of(pair.base_parameters[region.parameter]).to(target)
-    return operator(target, source.to(target), base, strength, str(region))
+    new = operator(target, source.to(target), base, strength, str(region)).to(stored)
+    # one pass without a mask as large as the numbers
+    if not all(end.isfinite() for end in torch.aminmax(new)):
+        kind = str(stored.dtype).removeprefix("torch.")
+        raise UsageError(
+            f"a graft of {region} at strength {strength:g} gives NaN or Inf in {kind}: the target stays as it was; "
+            "give a smaller strength, or load intact weights, in float32"
+        )
+    return new

@@ -318,7 +318,7 @@ def layer_swap(pair: Pair, first: int, last: int, strength: float = 1.0) -> Graf
 
 
 def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
-    """The graft's regions, if source and target have the same shape and dtype there and the source is finite."""
+    """The graft's regions, if source and target have one shape and dtype there, and source and ancestor are finite."""
     regions = graft.regions(pair)
     for name in dict.fromkeys(region.parameter for region in regions):
         source, target = pair.source_parameters.get(name), pair.target_parameters[name]
@@ -333,14 +333,16 @@ def checked(graft: Graft, pair: Pair) -> dict[Region, float]:
                 f"the source's {name} is {types[0]} and the target's {types[1]}: nothing was grafted; load both with "
                 "one dtype"
             )
-        # looked at once, and again when the source's numbers have changed
-        state = (id(source), source._version)
-        if pair.known_finite.get(name) != state:
-            if not source.isfinite().all():
-                raise CompatibilityError(
-                    f"the source's {name} holds NaN or Inf: nothing was grafted; use intact weights"
-                )
-            pair.known_finite[name] = state
+        given = {"source": source} if pair.base is None else {"source": source, "ancestor": pair.base_parameters[name]}
+        for role, numbers in given.items():
+            # looked at once, and again when the numbers have changed
+            state = (id(numbers), numbers._version)
+            if pair.known_finite.get((role, name)) != state:
+                if not numbers.isfinite().all():
+                    raise CompatibilityError(
+                        f"the {role}'s {name} holds NaN or Inf: nothing was grafted; use intact weights"
+                    )
+                pair.known_finite[role, name] = state
     return regions
 
 

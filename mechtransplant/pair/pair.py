@@ -38,8 +38,8 @@ class Pair:
     base: LanguageModel | None = None
     #: names of the tasks that the models can do, the pair's own included: where side effects are measured
     tasks: tuple[str, ...] = ()
-    #: the state of a parameter that was seen to be finite (see ``grafting``)
-    known_finite: dict[str, Any] = field(default_factory=dict)
+    #: role and name of a parameter → its state when it was seen to be finite (see ``grafting``)
+    known_finite: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
