@@ -488,3 +488,21 @@ def test_how_far_a_graft_moves_the_weights(generations: Pair) -> None:
     drawn = Graft(modules, operator={"name": "dare", "density": 0.1, "rescale": "density", "seed": 1})
     assert drawn.distance(generations) == pytest.approx((0.1 * 100) ** 0.5 * way, rel=0.05)
     assert Graft(modules, 0.0).distance(generations) == 0
+
+
+@pytest.mark.parametrize("operator", ["replace", "ties", "dare", {"name": "low_rank", "rank": 2}])
+def test_what_stays_at_strength_0_is_not_counted(random_model: Callable[..., LanguageModel], operator: Any) -> None:
+    pair = make_pair(random_model(0), random_model(1), "counted")
+    # with an ancestor TIES computes other numbers than the target's at strength 0 too
+    pair.base = random_model(2)
+    some = Graft(["L0.up_proj", "L1.mlp", "L1H2"], [0.5, 0, 0], operator=operator)
+    alone = Graft(["L0.up_proj"], 0.5, operator=operator)
+    before = pair.target_parameters["model.layers.0.mlp.up_proj.weight"].clone()
+    with some.applied(pair):
+        changed = int((pair.target_parameters["model.layers.0.mlp.up_proj.weight"] != before).sum())
+    assert some.changed_count(pair) == alone.changed_count(pair) == changed
+    assert some.carried_count(pair) == alone.carried_count(pair)
+    assert some.distance(pair) == alone.distance(pair)
+    # the size of its modules is what it was
+    assert some.parameter_count(pair) > alone.parameter_count(pair)
+    assert Graft(some.modules, 0, operator=operator).carried_count(pair) == 0

@@ -153,7 +153,8 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     for name, ends in (("tir", outcome.tir_interval), ("recovery", outcome.recovery_interval)):
         found[f"{name}_low"], found[f"{name}_high"] = ends or (None, None)
     changed = graft.carried_count(run.pair)
-    if changed < graft.parameter_count(run.pair) and outcome.parameter_share is not None:
+    # a graft at strength 0 keeps nothing, by whichever operator
+    if 0 < changed < graft.parameter_count(run.pair) and outcome.parameter_share is not None:
         found["changed_share"] = outcome.parameter_share * changed / graft.parameter_count(run.pair)
     if budget == run.budget:
         found |= _moved(run, rule, graft)

@@ -156,19 +156,25 @@ class Graft:
         """
         return resolve(self.claims(pair), self.strict)
 
+    def _written(self, pair: Pair) -> dict[Region, float]:
+        """The regions that the graft writes: those at strength 0 stay as they are."""
+        return {region: strength for region, strength in self.regions(pair).items() if strength != 0}
+
     def parameter_count(self, pair: Pair) -> int:
         """How many numbers the graft's modules have."""
         parameters = pair.target_parameters
         return sum(region.of(parameters[region.parameter]).numel() for region in self.regions(pair))
 
     def changed_count(self, pair: Pair) -> int:
-        """How many of them it changes: all, but for operators that drop changes (TIES, DARE), where they are counted.
+        """How many of them it changes: all but those at strength 0, and fewer by operators that drop changes (TIES,
+        DARE), where they are counted.
 
         Call it while no graft is in place.
         """
         if not getattr(self.operator, "drops", False):
-            return self.parameter_count(pair)
-        return sum(differing(pair, self.operator, *part) for part in self.regions(pair).items())
+            parameters = pair.target_parameters
+            return sum(region.of(parameters[region.parameter]).numel() for region in self._written(pair))
+        return sum(differing(pair, self.operator, *part) for part in self._written(pair).items())
 
     def carried_count(self, pair: Pair) -> int:
         """How many of the source's numbers it carries: what a limit to a graft's size counts.
@@ -180,7 +186,7 @@ class Graft:
             return self.changed_count(pair)
         parameters = pair.target_parameters
         return sum(
-            self.operator.carried(region.of(parameters[region.parameter]).shape) for region in self.regions(pair)
+            self.operator.carried(region.of(parameters[region.parameter]).shape) for region in self._written(pair)
         )
 
     def distance(self, pair: Pair) -> float:
@@ -189,7 +195,7 @@ class Graft:
         Divided by that of a graft of all candidates it says which part of the way to the source is gone. Call it while
         no graft is in place.
         """
-        return sum(squared_change(self.operator, pair, *part) for part in self.regions(pair).items()) ** 0.5
+        return sum(squared_change(self.operator, pair, *part) for part in self._written(pair).items()) ** 0.5
 
     def consequences(self, pair: Pair) -> list[str]:
         """What a reader of a result must know: K and V, heads that are touched beside the graft's, what stays."""
