@@ -311,6 +311,67 @@ def test_adapters_of_tied_embeddings_are_refused(tiny: Path, tmp_path: Path, opt
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize(
+    ("options", "is_tied"),
+    [
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["norm", "embed_tokens"]}, False),
+        ({"trainable_token_indices": [1, 2]}, False),
+        ({"trainable_token_indices": [1, 2]}, True),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, False),
+        ({"bias": "lora_only"}, False),
+        ({"bias": "all", "lora_bias": True, "target_modules": ["q_proj"]}, False),
+        ({"use_dora": True, "modules_to_save": ["lm_head"]}, True),
+    ],
+    ids=str,
+)
+def test_adapters_of_more_than_lora_are_merged(
+    tiny: Path, tmp_path: Path, options: dict[str, Any], is_tied: bool
+) -> None:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    if "bias" in options:
+        config = json.loads((tiny / "config.json").read_text())
+        (tiny / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+        torch.manual_seed(1)
+        model = LlamaForCausalLM.from_pretrained(tiny)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.data.normal_()
+        model.save_pretrained(tiny)
+    adapter = add_adapter(tied(tiny) if is_tied else tiny, tmp_path / "adapter", **options)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.no_grad():
+        base = LlamaForCausalLM.from_pretrained(tiny)
+        plain = base(ids).logits
+        # not merged: what peft itself computes with the adapter
+        expected = PeftModel.from_pretrained(base, str(adapter)).eval()(ids).logits
+    merged, _ = weights.load_model(f"{tiny} + {adapter}")
+    assert type(merged) is LlamaForCausalLM and (expected - plain).abs().max() > 1e-3
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-5, rtol=1e-4)
+    names = {name for name, _ in LlamaForCausalLM(merged.config).named_parameters()}
+    assert {name for name, _ in merged.named_parameters()} == names
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ("lm_head.weight", "does not fit"),
+        ("norm.weight", "does not fit"),
+        ("lora_A.weight", "other tensors than its config makes"),
+    ],
+)
+def test_adapters_that_lack_a_tensor_are_refused(tiny: Path, tmp_path: Path, lost: str, said: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    at = add_adapter(tiny, tmp_path / "adapter", modules_to_save=["lm_head", "norm"]) / "adapter_model.safetensors"
+    tensors = load_file(at)
+    del tensors[next(name for name in tensors if name.endswith(lost))]
+    save_file(tensors, at, metadata={"format": "pt"})
+    fails(f"{tiny} + {at.parent}", said)
+
+
 def test_what_a_script_made_in_the_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
     fails(f"{tiny} + cache:adapters/mine", "not shipped", "train_gemma3.py")

@@ -203,7 +203,9 @@ def _merge(model: Any, adapter: Path) -> Any:
             # said by the error below
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
             wrapped = peft.PeftModel.from_pretrained(model, str(adapter))
-            wrapped_keys = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+            wrapped_keys, with_embeddings = (
+                set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=saved)) for saved in (False, True)
+            )
             merged = wrapped.merge_and_unload(safe_merge=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise WeightsError(f"the adapter {adapter} does not fit its base model: {one_line(error)}") from error
@@ -214,7 +216,8 @@ def _merge(model: Any, adapter: Path) -> Any:
                 f"the adapter {adapter} changes {name} alone, whose weight is that of {others} as well (tied "
                 "embeddings): merged, it would change both; give an adapter of other layers, or an untied base model"
             )
-    if not _keys_match(wrapped_keys, adapter):
+    # peft saves embeddings and output head with an adapter of theirs, or of a longer vocabulary
+    if not wrapped_keys <= _keys_of(adapter) <= wrapped_keys | with_embeddings:
         raise WeightsError(
             f"the adapter {adapter} has other tensors than its config makes for this base model: it would be merged in "
             "part or not at all; use the base model that it was trained on"
@@ -238,12 +241,12 @@ def _tied_modules(model: Any) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _keys_match(expected: set[str], adapter: Path) -> bool:
-    """Whether the adapter's file holds just the LoRA tensors that the wrapped model has places for."""
+def _keys_of(adapter: Path) -> set[str]:
+    """The names of the tensors in an adapter's file."""
     import safetensors
 
     with safetensors.safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        return {key for key in file.keys() if "lora_" in key} == expected  # noqa: SIM118 (no dict)
+        return set(file.keys())
 
 
 def fingerprint(model: Any) -> str:
