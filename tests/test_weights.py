@@ -135,6 +135,27 @@ def test_fingerprint_sees_every_weight(tiny: Path) -> None:
     assert weights.fingerprint(model.bfloat16()) != first
 
 
+def with_dtype(at: Path, name: str) -> None:
+    """Give the tensors of a safetensors file another dtype in its header, of as many letters."""
+    assert len(name) == 3
+    at.write_bytes(at.read_bytes().replace(b'"F32"', f'"{name}"'.encode()))
+
+
+@pytest.mark.parametrize(("value", "said"), [("wide", "expected int, got str"), (None, "expected int, got None")])
+def test_a_config_that_no_model_has(tiny: Path, value: Any, said: str) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "hidden_size": value}))
+    fails(str(tiny), "config.json describes no model", "hidden_size", said)
+
+
+def test_a_dtype_that_nothing_knows(tiny: Path, tmp_path: Path) -> None:
+    adapter = add_adapter(tiny, tmp_path / "adapter")
+    with_dtype(adapter / "adapter_model.safetensors", "F99")
+    fails(f"{tiny} + {adapter}", "does not fit", "F99")
+    with_dtype(tiny / "model.safetensors", "F99")
+    fails(str(tiny), "transformers cannot load", "F99")
+
+
 @pytest.mark.parametrize("kept", [4, 40, -1, -1000])
 def test_truncated_safetensors(tiny: Path, kept: int) -> None:
     at = tiny / "model.safetensors"

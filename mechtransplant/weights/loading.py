@@ -126,6 +126,8 @@ def load_model(
         raise WeightsError(QUANTISED.format(spec))
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
     final = getattr(torch, dtype)
     try:
@@ -139,7 +141,13 @@ def load_model(
                 output_loading_info=True,
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except StrictDataclassError as error:
+        # its cause has what was expected
+        said = one_line(error.__cause__ or error)
+        raise WeightsError(
+            f"{base / 'config.json'} describes no model: {said}; correct it, or fetch it again"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise WeightsError(f"transformers cannot load {spec!r}: {one_line(error)}") from error
     model, found = loaded
     # transformers would fill these with random numbers and go on
@@ -194,6 +202,7 @@ def _merge(model: Any, adapter: Path) -> Any:
     if kind != "LORA":
         raise WeightsError(f"{adapter} is a {kind} adapter: only LoRA can be merged into the weights")
     import peft
+    from safetensors import SafetensorError
 
     tied = _tied_modules(model)
     try:
@@ -207,7 +216,7 @@ def _merge(model: Any, adapter: Path) -> Any:
                 set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=saved)) for saved in (False, True)
             )
             merged = wrapped.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise WeightsError(f"the adapter {adapter} does not fit its base model: {one_line(error)}") from error
     for name, kinds in tied.items():
         if any(key.startswith(f"base_model.model.{name}.{kind}") for key in wrapped_keys for kind in kinds):
