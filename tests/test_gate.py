@@ -68,6 +68,27 @@ def test_a_graft_behind_it(unchanged: Pair, splits: Splits, gate: Gate) -> None:
     )
 
 
+def test_it_does_not_read_a_grafted_target(unchanged: Pair, splits: Splits) -> None:
+    pair, other = unchanged, load_task("sort").split(32, 8, 64)
+    gate = fit_gate(pair.target, splits.discover, [other.discover])
+    questions = splits.test.examples + other.test.examples
+    right = list(gate.opens([pair.target.tokenizer(e.question)["input_ids"] for e in questions]))
+    plain, behind = Graft(["L0", "L1"]), ConditionalGraft(Graft(["L3.mlp"]), accepts=gate)
+    with plain.applied(pair):
+        with behind.applied(pair), pytest.raises(UsageError, match=r"reads the target as it is.*gate\.read"):
+            evaluate(pair.target, splits.test)
+        with pytest.raises(UsageError, match="reads the target as it is"):
+            fit_gate(pair.target, splits.discover, [other.discover])
+    assert gate.known == {}
+    # behind another conditional graft, which is off meanwhile, and inside of a plain one what it knows already
+    with ConditionalGraft(plain, accepts=lambda e: True).applied(pair):
+        evaluate(pair.target, splits.test)
+        gate.read(questions)
+    with plain.applied(pair), behind.applied(pair):
+        evaluate(pair.target, splits.test)
+    assert [gate(e) for e in questions] == right
+
+
 def test_side_effects_behind_it(unchanged: Pair, gate: Gate) -> None:
     pair = unchanged
     reverse = load_task("reverse").split(32, 8, 64).test

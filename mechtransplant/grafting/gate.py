@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mechtransplant.errors import UsageError, check_count
 from mechtransplant.evaluation.batches import check_lengths, length_sorted, make_ready, pad
 from mechtransplant.evaluation.interventions import all_closed, interventions_on
+from mechtransplant.pair import grafts_on
 from mechtransplant.tasks import Example, Task
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Gate:
     """A predicate of a question, to be given as ``ConditionalGraft(graft, accepts=gate)``; see :func:`fit_gate`.
 
     ``direction`` and ``centre`` have shape (d_model,), of the residual stream after ``layer``; ``known`` keeps what was
-    decided, by the question's key.
+    decided, by the question's key. It reads the target as it is: inside of a plain graft's block only what it knows.
     """
 
     model: LanguageModel
@@ -116,15 +117,19 @@ def residual_means(
     """Mean residual stream after a layer over each row's tokens, shape (rows, d_model).
 
     What asks about questions is off meanwhile; Hugging Face models give the last layer's after the final norm. Raises
-    UsageError where something acts on every question, whose readings would be another model's.
+    UsageError where something acts on every question, or a plain graft is in place: these would be another model's
+    readings.
     """
     import torch
 
     make_ready(model)
     check_count("batch_size", batch_size)
-    if any(i.accepts is None for i in interventions_on(model.hf)):
+    acts = any(i.accepts is None for i in interventions_on(model.hf))
+    # a conditional graft asks about questions, and is off while the gate reads them
+    if acts or any(entry.saved and not entry.conditional for entry in grafts_on(model.hf)):
         raise UsageError(
-            "a gate reads the target as it is: leave the block of the graft or patch that acts on it first"
+            "a gate reads the target as it is: leave the block of the graft or patch that acts on it first, or have "
+            "the gate read the questions before it (gate.read)"
         )
     found = np.zeros((len(rows), int(model.hf.config.get_text_config().hidden_size)))
     lengths = [len(row) for row in rows]

@@ -2,7 +2,7 @@
 
 from mechtransplant.pair.compatibility import Compatibility, compare_models
 from mechtransplant.pair.model import LanguageModel, copy_without_hooks, holds_copies
-from mechtransplant.pair.pair import Pair, load_pair, make_pair
+from mechtransplant.pair.pair import Pair, grafts_on, load_pair, make_pair
 
 __all__ = [
     "Compatibility",
@@ -10,6 +10,7 @@ __all__ = [
     "Pair",
     "compare_models",
     "copy_without_hooks",
+    "grafts_on",
     "holds_copies",
     "load_pair",
     "make_pair",

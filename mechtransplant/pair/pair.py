@@ -23,6 +23,11 @@ def _in_place(hf: Any) -> tuple[list[Any], list[Any]]:
     return _IN_PLACE.setdefault(hf, ([], []))
 
 
+def grafts_on(hf: Any) -> list[Any]:
+    """What grafts of any pair have written into a model now, oldest first."""
+    return _in_place(hf)[0]
+
+
 @dataclass
 class Pair:
     """A source that gives modules and a target that receives them."""
@@ -64,7 +69,7 @@ class Pair:
     @property
     def applied(self) -> list[Any]:
         """What grafts of any pair have written into the target now, oldest first."""
-        return _in_place(self.target.hf)[0]
+        return grafts_on(self.target.hf)
 
     @property
     def conditional(self) -> list[Iterable[Region]]:
