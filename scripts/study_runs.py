@@ -30,13 +30,14 @@ PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "gentle": _BOTH,
     "pruned": {"instruct": _FIRST},
     "pruned-gated": {"instruct": _FIRST},
+    "number": {"instruct": _FIRST},
     "heads": _BOTH,
     "mlps": _BOTH,
 }
 
 
 #: those that a screen chose, or a rule that fits strengths
-RECIPE_RUNS = tuple(what for what in PLANNED if what not in ("paper", "heads", "mlps"))
+RECIPE_RUNS = tuple(what for what in PLANNED if what not in ("paper", "number", "heads", "mlps"))
 
 
 def planned(what: str) -> list[tuple[str, int]]:

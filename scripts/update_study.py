@@ -229,6 +229,16 @@ def refitted_of(row: dict[str, Any]) -> str:
     return f"{100 * row['refitted_median']:.1f}, {row['refitted_beaten']:.0f} of {row['refitted_n']:.0f}"
 
 
+def answers() -> str:
+    """The same grafts where the whole text has to be the boxed answer, and where the last number counts."""
+    rows = []
+    right = {"directions": "the whole text is `\\boxed{ANSWER}`", "number": "the last number of the text"}
+    for what, counts in right.items():
+        for row in runs_table(folders(what, "instruct")).to_dict("records"):
+            rows.append([row["pair"], counts, recipe_of(row), row["n"], *outcome(row)[:5]])
+    return markdown(["pair", "right is", "recipe", "n", *OUTCOME[:5]], rows)
+
+
 def parts() -> str:
     """Heads alone and MLPs alone."""
     rows = []
@@ -281,6 +291,7 @@ SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
         "screens": screens,
         "recipes": recipes,
         "aims": aims,
+        "answers": answers,
         "parts": parts,
     },
 }

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from small_runs import small
@@ -173,6 +174,15 @@ def test_controls_beside_the_random_sets(finished: Any, generations: Any) -> Non
         assert evaluate(generations.target, run.splits.test).accuracy == test.accuracy["bottom"]
     other = pd.read_csv(finished.folder / "rankings" / "lae-unrelated.csv")
     assert list(other.module) != list(finished.ranking.module)
+    # whether the choice is specific to the task: the other graft among the sets, and beside the own one
+    row, drawn = finished.rules.iloc[0], finished.results[finished.results.role == "random"]
+    sets = drawn[drawn.set.str.startswith("set") & (drawn.k == len(finished.graft)) & (drawn.split == "test")].accuracy
+    assert len(sets) == 4 and row.unrelated_beaten == (sets < row.unrelated).sum()
+    graft = finished.results[(finished.results.role == "graft") & (finished.results.split == "test")]
+    correct = (graft.correct[graft.k == len(finished.graft)].iloc[0], test.correct["unrelated"])
+    own, theirs = (np.array([c == "1" for c in bits]) for bits in correct)
+    assert (row.unrelated_gained, row.unrelated_lost) == ((own & ~theirs).sum(), (theirs & ~own).sum())
+    assert f"What it picks on `{run.other.name}` reaches {100 * row.unrelated:.1f} %" in finished.summary
 
 
 def test_side_effects_of_every_reported_graft(finished: Any) -> None:

@@ -80,6 +80,9 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                 config = read_config(path)
                 assert config.name == f"study-{pair}-{what}-{split}" and config.split.test >= 500
                 assert config.random_sets >= 100 and config.split.seed == split
+                if what == "number":
+                    same = read_config(ROOT / "configs" / "study" / f"{pair}-directions-{split}.yaml")
+                    assert config.operator == same.operator and config.k == same.k and config.split == same.split
                 assert (config.gate is not None) == ("gated" in what)
                 if "sparse" in what or "directions" in what:
                     assert config.random_weights == 100

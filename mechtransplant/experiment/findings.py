@@ -7,14 +7,16 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mechtransplant.evaluation import Outcome, compare
+import numpy as np
+
+from mechtransplant.evaluation import Evaluation, Outcome, compare
 from mechtransplant.evaluation.outcome import UNCONTROLLED
 from mechtransplant.experiment.evaluator import graft_of
 from mechtransplant.experiment.jobs import Job
 from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.grafting import Graft
 from mechtransplant.ranking import get_rule
-from mechtransplant.significance import SAME_NATS, CurveRank, curve_rank, rank_among
+from mechtransplant.significance import SAME_NATS, CurveRank, curve_rank, mcnemar_exact, rank_among
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,4 +191,27 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
     for role in ("bottom", "unrelated", "reverse"):
         at = run.rows.where(split="test", role=role, rule=rule, budget=budget)
         found[role] = at[0]["accuracy"] if at and budget == run.budget else None
+        if role == "unrelated" and found[role] is not None:
+            found |= _specific(run, rule, at[0])
     return found
+
+
+def _specific(run: Run, rule: str, other: dict[str, Any]) -> dict[str, Any]:
+    """How a graft of the modules that a rule picks on another task does, beside its random sets and its own graft.
+
+    Layers that do as well whatever task picked them are not specific to the run's.
+    """
+    k, strength = run.chosen[rule][run.budget]
+
+    def asked(job: Job) -> Evaluation:
+        return run.cells.of(job.cell(run.splits.test))[run.budget]
+
+    sets = [asked(job).accuracy for job in run.controls.in_sets(rule, k, strength)]
+    own = asked(run.ranked(rule, k, strength)).correct
+    theirs = np.array([bit == "1" for bit in other["correct"]])
+    return {
+        "unrelated_beaten": sum(other["accuracy"] > accuracy for accuracy in sets) if sets else None,
+        "unrelated_gained": int((own & ~theirs).sum()),
+        "unrelated_lost": int((theirs & ~own).sum()),
+        "unrelated_p_value": mcnemar_exact(theirs, own),
+    }

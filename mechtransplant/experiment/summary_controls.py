@@ -46,7 +46,8 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
     more = _against_refitted(rule, findings) if fits else ""
-    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(run, rule, findings)}"
+    more += _against_tuned(rule, findings) + _against_weights(run, rule, findings)
+    return f"{said}.{more}{_against_unrelated(run, rule, findings)}"
 
 
 def _against_tuned(rule: str, findings: Findings) -> str:
@@ -61,6 +62,19 @@ def _against_tuned(rule: str, findings: Findings) -> str:
         f" At strength {row.tuned_strength:g}, which suits random sets best on `choose`, it beats "
         f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})"
         f"{_by_nats(row, 'tuned')}."
+    )
+
+
+def _against_unrelated(run: Run, rule: str, findings: Findings) -> str:
+    """Whether modules that the rule picks on another task do as well; nothing where none were picked."""
+    row = findings.headline(rule)
+    beaten = row.get("unrelated_beaten")
+    if beaten is None or math.isnan(beaten) or run.other is None:
+        return ""
+    return (
+        f" What it picks on `{run.other.name}` reaches {percent(row.unrelated)} and beats {beaten:.0f} of these sets; "
+        f"of the questions on which the two grafts differ its own has {row.unrelated_gained:.0f} right and the other "
+        f"{row.unrelated_lost:.0f} (exact McNemar p = {row.unrelated_p_value:.2g})."
     )
 
 
