@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from mechtransplant.grafting import Graft
 from mechtransplant.grafting.operators import Dare, Slerp
 from mechtransplant.pair import LanguageModel, Pair, load_pair, make_pair
 from mechtransplant.tasks import Task
-from mechtransplant.weights import fingerprint, models_folder
+from mechtransplant.weights import fingerprint, models_folder, takes_turns
 
 # --- the export is the graft ------------------------------------------------------------
 
@@ -338,6 +339,33 @@ def test_a_run_exports_its_graft_with_its_statistics(
         code, _, error = command("export", str(tmp_path / "no"), "--run", str(copy))
         assert code == 2 and said in error and len(error.strip().splitlines()) == 1, error
     assert not (tmp_path / "no").exists()
+
+
+def test_a_runs_graft_is_made_where_the_run_was(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(ROOT / "runs" / "family-instruct", tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+
+    def ran_with(**changes: Any) -> Pair:
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, **changes}))
+        return finished_run(run).pair
+
+    assert takes_turns(ran_with(one_at_a_time=True).target.hf)
+    assert ran_with(device_map={"": "cpu"}).target.hf.hf_device_map == {"": "cpu"}
+    if torch.cuda.is_available():
+        assert ran_with(device="cuda").target.hf.device.type == "cuda"
+        return
+    with warnings.catch_warnings():
+        # most operators round alike everywhere
+        warnings.simplefilter("error")
+        for gone in ({"device": "cuda"}, {"device": "cuda:1"}, {"device_map": "auto"}, {"device_map": {"": 0}}):
+            pair = ran_with(**gone)
+            assert pair.target.hf.device.type == "cpu" and not hasattr(pair.target.hf, "hf_device_map")
+    assert takes_turns(ran_with(device="cuda", one_at_a_time=True).target.hf)
+    chosen = json.loads((run / "outcome.json").read_text())
+    chosen["16"] |= {"operator": "low_rank"}
+    (run / "outcome.json").write_text(json.dumps(chosen))
+    with pytest.warns(UserWarning, match="the run was on cuda, .* low_rank rounds a little otherwise"):
+        ran_with(device="cuda")
 
 
 def test_a_run_with_an_ancestor_exports_its_graft(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def finished_run(folder: str | Path) -> FinishedRun:
             f"the graft of {folder} is in place for some questions alone (gate), which no one set of weights is: "
             "export a run without a gate"
         )
-    pair = load_pair(named, dtype=dtype) if isinstance(named, str) else load_pair(**named, dtype=dtype)
+    options = {"dtype": dtype, **_where(config, graft)}
+    pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named, **options)
     models = {"source": pair.source, "target": pair.target, "base": pair.base}
     now = {role: model.fingerprint for role, model in models.items() if model is not None}
     if weights == {**now, "source": now["target"], "target": now["source"]} and now != weights:
@@ -75,6 +77,29 @@ def finished_run(folder: str | Path) -> FinishedRun:
             "not hold for them; run it again"
         )
     return FinishedRun(pair, graft, outcome, task, _side_effects(folder, graft))
+
+
+def _where(config: dict[str, Any], graft: Graft) -> dict[str, Any]:
+    """Where the run had its models, as options of ``load_pair``; the CPU where its CUDA devices are not here.
+
+    Warns where the graft's numbers are then rounded otherwise.
+    """
+    import torch
+
+    where = {key: config[key] for key in ("device", "one_at_a_time", "device_map") if config.get(key) is not None}
+    spread = where.get("device_map", {})
+    devices = ["cuda"] if spread == "auto" else [where.get("device", "cpu"), *spread.values()]
+    names = [f"cuda:{device}" if isinstance(device, int) else str(device) for device in devices]
+    gone = [n for n in names if n.startswith("cuda") and int(n.partition(":")[2] or 0) >= torch.cuda.device_count()]
+    if not gone:
+        return where
+    if not getattr(graft.operator, "reproducible", True):
+        warnings.warn(
+            f"the run was on {gone[0]}, which is not here: on the CPU {graft.operator.name} rounds a little otherwise, "
+            "so the weights are its graft's but for rounding",
+            stacklevel=3,
+        )
+    return {key: value for key, value in where.items() if key == "one_at_a_time"}
 
 
 def _side_effects(folder: Path, graft: Graft) -> dict[str, dict[str, str]] | None:
