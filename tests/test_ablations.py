@@ -158,6 +158,25 @@ def test_mean_shift_of_a_pair_of_equals_is_nothing_and_files_come_back(
             MeanShift.load(path)
 
 
+def test_a_mean_shift_of_views_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    both, path = torch.arange(8.0).reshape(2, 4), tmp_path / "shift.safetensors"
+    shift = MeanShift({"L0.mlp": both[0], "L1.mlp": both[0], "L2.mlp": both[1]})
+    shift.save(path)
+    kept = path.read_bytes()
+    for name, vector in MeanShift.load(path).vectors.items():
+        assert torch.equal(vector, shift.vectors[name])
+    # what cannot be written leaves what was there
+    (tmp_path / ".shift.safetensors.tmp").mkdir()
+    with pytest.raises(UsageError, match="choose another path"):
+        MeanShift({"L0.mlp": both[1]}).save(path)
+    (tmp_path / ".shift.safetensors.tmp").rmdir()
+    assert path.read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == [path.name]
+    for bad in (tmp_path, path / "inside", tmp_path / "no" / "folder", ""):
+        with pytest.raises(UsageError, match="choose another path"):
+            shift.save(bad)
+    assert path.read_bytes() == kept and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
 def test_heads_against_mlps_are_matched(
     unchanged: Pair, addition: Task, random_model: Callable[..., LanguageModel]
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,14 +92,24 @@ class MeanShift:
 
     def save(self, path: str | Path) -> None:
         """Write the vectors to a safetensors file, with positions and strength."""
+        import torch
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
+        path = Path(path)
         said = json.dumps({"positions": self.positions, "strength": self.strength, "measured": self.measured})
+        temporary = path.parent / f".{path.name}.tmp"
         try:
-            save_file({k: v.contiguous() for k, v in self.vectors.items()}, path, {"mean_shift": said})
+            # copies: vectors may be views of one tensor, or one vector under two names
+            vectors = {k: v.clone(memory_format=torch.contiguous_format) for k, v in self.vectors.items()}
+            save_file(vectors, temporary, {"mean_shift": said})
+            # atomic: a reader sees a whole file, the old one or the new
+            os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"cannot write {path} ({error}): choose another path") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> MeanShift:
