@@ -462,3 +462,55 @@ def test_a_flipped_bit_in_converted_weights_is_found(
     gguf._VERIFIED.clear()
     with pytest.raises(WeightsError, match="not what was converted"):
         gguf.converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
+
+
+def test_another_transformers_converts_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    import transformers
+
+    monkeypatch.setenv("MECHTRANSPLANT_CACHE", str(tmp_path / "cache"))
+    made, now = [], transformers.__version__
+
+    def convert(gguf_file: Path, folder: Path, name: str, sha256: str) -> None:
+        made.append(name)
+        shutil.copytree(tiny, folder)
+        at = folder / "model.safetensors"
+        note = {"model_sha256": sha256_of(at), "model_bytes": at.stat().st_size, "transformers": now}
+        (folder / "source.json").write_text(json.dumps(note))
+
+    def again(provide: Any = lambda into: into / "toy.gguf", by: str | None = None) -> Path:
+        """What a new process is given, of weights that this version of transformers converted."""
+        gguf._VERIFIED.clear()
+        note = cached / "source.json"
+        if by is not None:
+            note.write_text(json.dumps({**json.loads(note.read_text()), "transformers": by}))
+        return gguf.converted("toy", "0" * 64, provide, verify=False)
+
+    def no_network(into: Path) -> Path:
+        raise WeightsError("cannot fetch toy with pip")
+
+    monkeypatch.setattr(gguf, "convert", convert)
+    monkeypatch.setattr(gguf, "_VERIFIED", set())
+    cached = gguf.converted("toy", "0" * 64, lambda into: into / "toy.gguf", verify=False)
+    first, inode = sha256_of(cached / "model.safetensors"), (cached / "model.safetensors").stat().st_ino
+    major, minor, *_ = now.split(".")
+    again()
+    again(by=f"{major}.{minor}.999")
+    assert made == ["toy"]
+    # equal weights: nothing but the note is written
+    again(by="4.57.1")
+    assert len(made) == 2 and (cached / "model.safetensors").stat().st_ino == inode
+    assert json.loads((cached / "source.json").read_text())["transformers"] == now
+    with pytest.warns(UserWarning, match="by transformers 4.57.1, and cannot be by .*cannot fetch toy"):
+        again(no_network, by="4.57.1")
+    assert sha256_of(cached / "model.safetensors") == first
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="converts toy to other weights than 4.57.1 did"):
+        again()
+    assert sha256_of(cached / "model.safetensors") == sha256_of(tiny / "model.safetensors") != first
+    assert sorted(p.name for p in cached.parent.iterdir()) == [cached.name, f"{cached.name}.lock"]

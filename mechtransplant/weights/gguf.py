@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from mechtransplant.errors import WeightsError, one_line
@@ -91,7 +93,8 @@ _VERIFIED: set[Path] = set()
 def converted(name: str, sha256: str, provide: Callable[[Path], Path], verify: bool) -> Path:
     """The safetensors folder of the GGUF file with this hash, converted now if the cache does not hold it.
 
-    ``provide`` puts the GGUF file into a temporary folder, and is called only if a conversion is needed.
+    ``provide`` puts the GGUF file into a temporary folder, and is called only if a conversion is needed: also where
+    the cache holds one by another version of transformers (major and minor number).
     """
     import filelock
 
@@ -105,6 +108,8 @@ def converted(name: str, sha256: str, provide: Callable[[Path], Path], verify: b
                     convert(provide(Path(temporary)), made, name, sha256)
                     # atomic: a reader sees the whole folder or none
                     os.replace(made, folder)
+            elif folder not in _VERIFIED:
+                _renew(folder, name, sha256, provide)
     except OSError as error:
         raise WeightsError(f"cannot write converted weights to {folder}: {error}; set MECHTRANSPLANT_CACHE") from error
     note = read_json(folder / "source.json")
@@ -118,6 +123,36 @@ def converted(name: str, sha256: str, provide: Callable[[Path], Path], verify: b
     else:
         raise WeightsError(f"{weights} is not what was converted there: delete {folder} and run again")
     return folder
+
+
+def _renew(folder: Path, name: str, sha256: str, provide: Callable[[Path], Path]) -> None:
+    """Convert again what another version of transformers converted, whose numbers may be others; equal ones stay."""
+    note = read_json(folder / "source.json")
+    before, now = str(note.get("transformers", "")), version("transformers")
+    # a third number is a repair of faults, which would convert everything anew every few weeks
+    if not before or before.split(".")[:2] == now.split(".")[:2]:
+        return
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as temporary:
+        made = Path(temporary) / "made"
+        try:
+            convert(provide(Path(temporary)), made, name, sha256)
+        except (OSError, WeightsError) as error:
+            warnings.warn(
+                f"{folder} was converted by transformers {before}, and cannot be by {now}: it is used as it is "
+                f"({one_line(error)})",
+                stacklevel=4,
+            )
+            return
+        if read_json(made / "source.json").get("model_sha256") == note.get("model_sha256"):
+            os.replace(made / "source.json", folder / "source.json")
+            return
+        warnings.warn(
+            f"transformers {now} converts {name} to other weights than {before} did, and the new ones are used: "
+            "numbers from before do not hold for them",
+            stacklevel=4,
+        )
+        os.replace(folder, Path(temporary) / "before")
+        os.replace(made, folder)
 
 
 def convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
