@@ -349,6 +349,12 @@ def test_a_runs_graft_is_made_where_the_run_was(tmp_path: Path) -> None:
         (run / "config.yaml").write_text(yaml.safe_dump({**config, **changes}))
         return finished_run(run).pair
 
+    sums = []
+    for name, changes in (("here", {}), ("turns", {"one_at_a_time": True}), ("map", {"device_map": {"": "cpu"}})):
+        found = ran_with(**changes)
+        export_graft(found, finished_run(run).graft, tmp_path / name)
+        sums.append(json.loads((tmp_path / name / "manifest.json").read_text())["tensors"])
+    assert sums[0] == sums[1] == sums[2]
     assert takes_turns(ran_with(one_at_a_time=True).target.hf)
     assert ran_with(device_map={"": "cpu"}).target.hf.hf_device_map == {"": "cpu"}
     if torch.cuda.is_available():
@@ -361,6 +367,9 @@ def test_a_runs_graft_is_made_where_the_run_was(tmp_path: Path) -> None:
             pair = ran_with(**gone)
             assert pair.target.hf.device.type == "cpu" and not hasattr(pair.target.hf, "hf_device_map")
     assert takes_turns(ran_with(device="cuda", one_at_a_time=True).target.hf)
+    for broken in ({"device": "cuda:first"}, {"device_map": "balanced"}):
+        with pytest.raises(UsageError, match="no finished run that can be read"):
+            ran_with(**broken)
     chosen = json.loads((run / "outcome.json").read_text())
     chosen["16"] |= {"operator": "low_rank"}
     (run / "outcome.json").write_text(json.dumps(chosen))

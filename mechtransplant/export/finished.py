@@ -51,7 +51,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
         modules = list(remembering(chosen["modules"], chosen.get("selected_on", ())))
         graft = Graft(modules, chosen.get("strengths", float(chosen["strength"])), **options)
         outcome = _outcome(chosen)
-        named, dtype = config["pair"], str(config["dtype"])
+        named, where = config["pair"], {"dtype": str(config["dtype"]), **_where(config, graft)}
         weights = dict(environment["weights"])
         task = f"{environment['task']['name']} (the run's test split, which chose nothing; at most {budget} new tokens)"
     except FileNotFoundError as error:
@@ -64,8 +64,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
             f"the graft of {folder} is in place for some questions alone (gate), which no one set of weights is: "
             "export a run without a gate"
         )
-    options = {"dtype": dtype, **_where(config, graft)}
-    pair = load_pair(named, **options) if isinstance(named, str) else load_pair(**named, **options)
+    pair = load_pair(named, **where) if isinstance(named, str) else load_pair(**named, **where)
     models = {"source": pair.source, "target": pair.target, "base": pair.base}
     now = {role: model.fingerprint for role, model in models.items() if model is not None}
     if weights == {**now, "source": now["target"], "target": now["source"]} and now != weights:
