@@ -222,7 +222,7 @@ def _merge(model: Any, adapter: Path) -> Any:
         if any(key.startswith(f"base_model.model.{name}.{kind}") for key in wrapped_keys for kind in kinds):
             others = " and ".join(other for other in tied if other != name)
             raise WeightsError(
-                f"the adapter {adapter} changes {name} alone, whose weight is that of {others} as well (tied "
+                f"the adapter {adapter} changes {name}, whose weight is that of {others} as well (tied "
                 "embeddings): merged, it would change both; give an adapter of other layers, or an untied base model"
             )
     # peft saves embeddings and output head with an adapter of theirs, or of a longer vocabulary
