@@ -472,6 +472,13 @@ def test_a_description_says_what_varies(random_pair: Pair) -> None:
     assert "not in place" in repr(Graft(["L0"]).applied(random_pair))
 
 
+def test_a_mapping_alone_is_no_set_of_modules() -> None:
+    strengths = {"L0.mlp": 0.5, "L1.mlp": 1.5}
+    with pytest.raises(UsageError, match=r"strengths are given beside the modules: Graft\(list\(m\), m\)"):
+        Graft(strengths)
+    assert Graft(list(strengths), strengths).strengths == (0.5, 1.5)
+
+
 def test_how_far_a_graft_moves_the_weights(generations: Pair) -> None:
     modules = generations.modules("linear")
     ours, theirs = generations.target_parameters, generations.source_parameters

@@ -78,6 +78,9 @@ class Graft:
         operator: str | Mapping[str, Any] | Operator = "replace",
         strict: bool = False,
     ) -> None:
+        if isinstance(modules, Mapping):
+            # a mapping iterates over its keys: its numbers would be lost without a word
+            raise UsageError("strengths are given beside the modules: Graft(list(m), m) for a mapping m of strengths")
         names = addresses_of(modules, ordered=isinstance(strength, Sequence) or hasattr(strength, "__array__"))
         if kv not in get_args(KV):
             raise UnknownNameError("K/V policy", kv, get_args(KV))
