@@ -579,6 +579,16 @@ def test_every_budget_has_its_own_best_k(instruct_run: Any) -> None:
     assert "each with its own best K" in instruct_run.summary
 
 
+def test_the_sweep_says_why_a_point_has_no_random_orders(instruct_run: Any, tmp_path: Path) -> None:
+    own = instruct_run.rules.set_index("budget").strength
+    assert own[6] != own[12] and f"random orders are at strength {own[12]:g} alone |" in instruct_run.summary
+    lean = {"k": [8], "rule": ["weight_delta", "lae"], "controlled": ["lae"], "controls": [], "side_effects": None}
+    run = run_experiment(config(**lean), tmp_path / "run", progress=False)
+    assert "| this rule has no controls (`controlled`) |" in run.summary
+    for summary in (instruct_run.summary, run.summary):
+        assert "no other set has this make-up" not in summary
+
+
 def test_outcome_is_strict_json_with_null_for_unbounded() -> None:
     from mechtransplant.experiment.result import _strict
     from mechtransplant.experiment.words import interval_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mechtransplant.evaluation import Outcome
 from mechtransplant.experiment.config import PAPER_SHARES, RunConfig
 from mechtransplant.experiment.findings import Findings
-from mechtransplant.experiment.summary_controls import against_lowest, controls_of, no_sets, verdict
+from mechtransplant.experiment.summary_controls import against_lowest, controls_of, verdict
 from mechtransplant.experiment.summary_effects import side_effects_of
 from mechtransplant.experiment.words import (
     RATIOS,
@@ -231,11 +231,15 @@ def _sweep(run: Run, results: pd.DataFrame, findings: Findings) -> list[str]:
     choose, test = (at[(at.split == split)] for split in ("choose", "test"))
     columns = ["K", "strength", "accuracy on choose", "on test", "random orders on test: median (lowest – highest)"]
     lines = ["", f"## K sweep of `{headline}`", "", *head_of(columns)]
+    none = f"random orders are at strength {run.chosen[headline][run.budget][1]:g} alone"
+    if headline not in run.config.with_controls:
+        none = "this rule has no controls (`controlled`)"
+    elif not run.config.curve_sets:
+        none = "no random order was asked for"
     for point in choose[choose.role == "graft"].sort_values(["k", "strength"]).itertuples():
         same = test[(test.k == point.k) & (test.strength == point.strength)]
         grafted = same[same.role == "graft"].accuracy
         sets = same[(same.role == "random") & same.set.str.startswith("order")].accuracy
-        none = no_sets(run) if run.config.curve_sets else "no random order was asked for"
         band = f"{range_of(sets)}, {len(sets)} sets" if len(sets) else none if len(grafted) else "–"
         if point.k == candidates:
             only = "all of them select nothing"

@@ -31,7 +31,8 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     if ranks is None:
         if rule not in run.config.with_controls:
             return f"`{rule}` has no random sets of its own (`controlled` names the rules that have)."
-        said = f"no matched random set at K = {len(graft)}: {no_sets(run)}"
+        none = "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
+        said = f"no matched random set at K = {len(graft)}: {none}"
         if curve is not None:
             said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
         return f"`{rule}` has {said}.{_against_weights(run, rule, findings)}"
@@ -195,8 +196,3 @@ def self_graft_is_identical(run: Run) -> bool | None:
     if not found:
         return None
     return all(r["digest"] == r["beside"] for r in found)
-
-
-def no_sets(run: Run) -> str:
-    """Why there is no random set."""
-    return "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
