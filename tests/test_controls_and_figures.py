@@ -153,6 +153,14 @@ def test_chance_needs_a_graft_and_random_sets() -> None:
             against_chance(rows, "lae", k)
 
 
+def test_chance_refuses_questions_that_served_to_select() -> None:
+    # on choose random sets and draws were tried at several strengths, and the graft was the best of several
+    rows = chance().assign(split="choose")
+    rows.loc[rows["set"] == "tuned-1", "strength"] = 2.0
+    with pytest.raises(UsageError, match="'choose' split served to select: draw the test split"):
+        against_chance(rows, "lae", 4, split="choose")
+
+
 def test_heatmap_marks_the_chosen(generations: Pair) -> None:
     ranking = rank_modules(generations, None, "weight_delta")
     _, axes = score_heatmap(ranking, chosen=5)

@@ -49,16 +49,21 @@ def against_chance(
     Args:
         results: as a run's ``results.parquet`` has them: columns split, budget, role, rule, set ("set-3", "tuned-3",
             "refitted-3", "weights-3"), k, strength, accuracy, log_probability.
-        rule: whose graft. k, strength: which of its grafts. drawn: what random weights are, in words.
+        rule: whose graft. k, strength: which of its grafts. split: one that selected nothing. drawn: what random
+            weights are, in words.
 
     Raises:
-        UsageError: results without that graft, its two models, or any random set of it, or that lack a column.
+        UsageError: results without that graft, its two models, or any random set of it, or that lack a column; a split
+            that served to select.
     """
     import pandas as pd
 
     missing = [name for name in _NEEDED if name not in getattr(results, "columns", [])]
     if missing:
         raise UsageError(f"the frame lacks {', '.join(missing)}: pass a run's results")
+    if split in ("discover", "choose"):
+        # there the graft is the best of several, and controls are tried at several strengths
+        raise UsageError(f"the {split!r} split served to select: draw the test split")
     rows = results[(results.split == split) & (results.budget == (budget or results.budget.max()))]
     graft = rows[(rows.role == "graft") & (rows["rule"] == rule) & (rows.k == k) & (rows.strength == strength)]
     if graft.empty:
