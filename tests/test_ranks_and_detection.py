@@ -59,6 +59,15 @@ def test_a_curve_that_is_best_everywhere_and_one_that_is_worst() -> None:
         curve_rank([1, 2, 4], [0.5] * 3, controls[:, :2], 8, (0, 1))
 
 
+def test_areas_that_rounding_tells_apart_are_ties() -> None:
+    # the same heights in another order, at equal distances, have one area
+    heights = np.array([7, 13, 22, 29]) / 48
+    orders = [list(order) for order in permutations(heights)]
+    for own in orders:
+        found = curve_rank([1, 2, 3, 4], own, orders, 5, (0.1, 0.9))
+        assert found.area_rank.beaten == 0 and found.area_rank.tied == len(orders) and found.area_rank.p_value == 1
+
+
 def test_p_of_a_curve_is_uniform_where_nothing_differs() -> None:
     """Exchangeable curves with correlated heights: the share of p ≤ α is α, for every α on the grid."""
     rng = np.random.default_rng(1)

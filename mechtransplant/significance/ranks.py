@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 
 #: mean log-probabilities that are no further apart than this are ties: rounding tells them apart
 SAME_NATS = 1e-5
+#: the same of a curve's area and of its largest height
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,9 @@ def curve_rank(
     largest = heights_in_sd.max(1)
     return CurveRank(
         float(areas[0]),
-        rank_among(float(areas[0]), areas[1:]),
+        rank_among(float(areas[0]), areas[1:], _ROUNDING),
         float(largest[0]),
         int(ks[int(heights_in_sd[0].argmax())]),
         len(others),
-        # rounding must not break a tie
-        float((1 + (largest[1:] >= largest[0] - 1e-12).sum()) / (1 + len(others))),
+        float((1 + (largest[1:] >= largest[0] - _ROUNDING).sum()) / (1 + len(others))),
     )
