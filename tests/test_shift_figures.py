@@ -106,6 +106,17 @@ def test_volcano_fills_the_significant(table: pd.DataFrame) -> None:
     assert len(names) == 6 and names <= set(table[table.p_adjusted <= 0.05].module)
 
 
+def test_a_p_value_of_0_stands_at_the_end_of_the_scale(shifts: pd.DataFrame) -> None:
+    # a t-test's p underflows where a module shifts equally on all prompts
+    equal = shifts[shifts.measure == "magnitude"].copy()
+    equal.loc[equal.module == "L0.mlp", "value"] = 1.0
+    table = table_of(equal, test="t", correction="holm").set_index("module", drop=False)
+    assert table.p_adjusted["L0.mlp"] == 0
+    figure, axes = volcano(table.reset_index(drop=True))
+    figure.draw_without_rendering()
+    assert np.isfinite(axes.get_ylim()).all() and "L0.mlp" in [text.get_text() for text in axes.texts]
+
+
 def test_consistency_and_lorenz(shifts: pd.DataFrame) -> None:
     signs = consistency(shifts)
     _, axes = consistency_plot(signs)

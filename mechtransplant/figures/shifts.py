@@ -188,7 +188,8 @@ def volcano(table: pd.DataFrame, alpha: float = 0.05, names: int = 6, title: str
     frame = frame.assign(effect_size=frame.effect_size.clip(-1.05 * bound, 1.05 * bound))
     with style():
         figure, axes = new_figure(COLUMN, 2.6)
-        y = -np.log10(frame.p_adjusted)
+        # a p-value that underflows stands at the end of what numbers can say
+        y = -np.log10(frame.p_adjusted.clip(lower=np.finfo(float).tiny))
         sure = (frame.p_adjusted <= alpha).to_numpy()
         _scatter(axes, frame, frame.effect_size, y, sure)
         axes.axhline(-np.log10(alpha), color=ORANGE, linewidth=0.8, linestyle="--", label=f"adjusted p = {alpha:g}")
