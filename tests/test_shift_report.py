@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from mechtransplant import cli
 from mechtransplant.errors import UsageError
 from mechtransplant.experiment import ShiftConfig, report_shifts
+from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.significance import test_shifts as table_of
 
 
@@ -92,6 +95,28 @@ def test_wrong_input(
 def test_a_clean_pair_has_fewer_shifts_than_k(tmp_path: Path) -> None:
     page = report_shifts(ShiftConfig("family/planted-mlps", prompts=8), tmp_path / "out")
     assert "The 2 largest own shifts (no more than 2 of 36 modules have any)" in page
+
+
+@pytest.mark.parametrize(
+    ("parameter", "nowhere", "elsewhere"),
+    [("model.embed_tokens.weight", "own", "inherited"), ("model.layers.3.mlp.down_proj.weight", "inherited", "own")],
+)
+def test_a_measure_that_is_0_everywhere_is_left_out(
+    parameter: str, nowhere: str, elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instruct: Pair
+) -> None:
+    changed = copy.deepcopy(instruct.target.hf)
+    with torch.no_grad():
+        changed.get_parameter(parameter).mul_(1.25)
+    source = LanguageModel("changed", changed, instruct.target.tokenizer)
+    pair = make_pair(source, instruct.target, "one tensor")
+    monkeypatch.setattr("mechtransplant.experiment.shift_report.load_pair", lambda name: pair)
+    config = ShiftConfig("family/instruct", "addition", control="sort", prompts=8, permutations=100)
+    page = report_shifts(config, tmp_path / "out", progress=False)
+    assert f"No module's `{nowhere}` is above 0 on any prompt" in page
+    concentrated = set(pd.read_csv(tmp_path / "out" / "concentration.csv").measure)
+    assert nowhere not in concentrated and {"distance", elsewhere} <= concentrated
+    drawn = {p.stem for p in (tmp_path / "out" / "figures").glob("*.pdf")}
+    assert ("lorenz" in drawn) == (tmp_path / "out" / "stability.csv").exists() == (nowhere != "own")
 
 
 def test_templates_as_the_unit(tmp_path: Path) -> None:

@@ -169,8 +169,10 @@ def _of_shifts(folder: Path) -> Iterator[Drawing]:
     yield Drawing("volcano", figures.volcano(magnitude, title=name)[0], magnitude)
     alike = pd.read_csv(folder / "consistency.csv")
     yield Drawing("consistency", figures.consistency_plot(alike, title=name)[0], alike)
-    curve = lorenz_curve(shifts, "own", seed=config["seed"])
-    yield Drawing("lorenz", figures.lorenz(curve, f"{name}: own shift")[0], curve)
+    # models that differ outside the layers alone have none
+    if (shifts[shifts.measure == "own"].value > 0).any():
+        curve = lorenz_curve(shifts, "own", seed=config["seed"])
+        yield Drawing("lorenz", figures.lorenz(curve, f"{name}: own shift")[0], curve)
     both = shifts[shifts.measure.isin(["own", "inherited"])]
     means = both.groupby(["module", "measure"], sort=False, observed=True)["value"].mean().reset_index()
     figure, _ = figures.own_against_inherited(means, _planted_in(config["pair"]), title=name)

@@ -110,7 +110,7 @@ def report_shifts(config: ShiftConfig, folder: str | Path, progress: bool = True
         "consistency": consistency(shifts[shifts.measure == "magnitude"], vectors, seed=config.seed),
         "concentration": _concentrated(shifts, config),
     }
-    if shifts.prompt.nunique() >= FEWEST_TO_HALVE:
+    if k and shifts.prompt.nunique() >= FEWEST_TO_HALVE:
         tables["stability"] = topk_stability(shifts, k, "own", seed=config.seed).frequency.assign(k=k)
     with locked(folder):
         begin(folder, began)
@@ -147,9 +147,12 @@ def _tested(shifts: pd.DataFrame, against: pd.DataFrame | None, config: ShiftCon
 
 
 def _concentrated(shifts: pd.DataFrame, config: ShiftConfig) -> pd.DataFrame:
+    """How concentrated every norm is that is above 0 anywhere; raises UsageError where none is."""
     import pandas as pd
 
-    each = [concentration(shifts, m, config.k, seed=config.seed).assign(measure=m) for m in _NORMS]
+    above = shifts[shifts.value > 0].measure
+    measures = [m for m in _NORMS if (above == m).any()] or _NORMS
+    each = [concentration(shifts, m, config.k, seed=config.seed).assign(measure=m) for m in measures]
     return pd.concat(each, ignore_index=True)
 
 
@@ -212,6 +215,8 @@ def summarise(
         "",
         "p says that prompts agree on which modules shift most; how concentrated that is, only the value says.",
     ]
+    nowhere = [m for m in _NORMS if not (tables["concentration"].measure == m).any()]
+    lines += [f"No module's `{m}` is above 0 on any prompt: of it there is nothing to localise." for m in nowhere]
     consistent, sure = tables["consistency"], tables.get("stability")
     if "alignment" in consistent.columns:
         lines += [
