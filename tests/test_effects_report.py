@@ -61,6 +61,19 @@ def test_the_table_is_patch_versus_graft(folder: Path) -> None:
         assert table[column][["L1H4", "L2.mlp"]].to_list() == pytest.approx(expected[column].to_list(), abs=1e-4)
 
 
+def test_few_prompts_give_no_interval_and_are_no_evidence(folder: Path, tmp_path: Path) -> None:
+    pair = load_pair(CONFIG.pair)
+    task = load_task(pair.default_task or "").split(8, 1, 1, 0).discover
+    ends = ["patch_low", "patch_high", "graft_low", "graft_high"]
+    for n, none in ((1, True), (4, True), (5, False)):
+        table = patch_versus_graft(pair, task.subset(range(n)), ["L1H4", "L2.mlp"])
+        assert (table[ends].isna() == none).all().all() and table[["patch_effect", "graft_effect"]].notna().all().all()
+    page = report_effects(EffectsConfig(CONFIG.pair, prompts=4), tmp_path, progress=False)
+    assert "| head | 32 | 0 | 0 | 0 |" in page and "nan" not in page
+    assert "4 prompts are too few for intervals" in page
+    assert "8 prompts are few: their bootstrap intervals are too narrow" in (folder / "summary.md").read_text()
+
+
 def test_the_page_and_the_figure(folder: Path) -> None:
     page = (folder / "summary.md").read_text(encoding="utf-8")
     assert "| L2.mlp (planted) |" in page and "a gap of" in page and "rank correlation" in page

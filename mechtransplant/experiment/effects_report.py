@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import UnknownNameError, UsageError, check_count, check_seed
+from mechtransplant.evaluation.outcome import SMALL
 from mechtransplant.experiment.cells import CellStore, cell_key, write_atomically
 from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.folder import begin, locked, write_compatibility
@@ -21,6 +22,7 @@ from mechtransplant.modules import parse_address
 from mechtransplant.pair import Pair, load_pair
 from mechtransplant.patching import HeadPoint, Patch, patch_versus_graft
 from mechtransplant.progress import track
+from mechtransplant.significance.effects import FEWEST
 from mechtransplant.tasks import Task, load_task
 
 if TYPE_CHECKING:
@@ -103,6 +105,8 @@ def _measure(config: EffectsConfig, pair: Pair, task: Task, store: CellStore, pr
             store.put(keys[layer], {"rows": json.loads(rows), "models": table.attrs})
     cells = [store.cells[key] for key in keys]
     table = pd.concat([pd.DataFrame(cell["rows"]) for cell in cells], ignore_index=True)
+    # in JSON an end that is not known is null
+    table = table.astype({f"{what}_{end}": float for what in ("patch", "graft") for end in ("low", "high")})
     table.attrs.update(cells[-1]["models"])
     return table
 
@@ -150,11 +154,15 @@ def summarise(config: EffectsConfig, pair: Pair, task: Task, table: pd.DataFrame
     order = table[["patch_effect", "graft_effect"]].abs().max(axis=1).sort_values(ascending=False).index
     for row in table.loc[order[:12]].itertuples():
         patch, graft = (
-            f"{getattr(row, f'{what}_effect'):+.3f} [{getattr(row, f'{what}_low'):+.3f}, "
-            f"{getattr(row, f'{what}_high'):+.3f}]"
+            f"{getattr(row, f'{what}_effect'):+.3f}"
+            + f" [{getattr(row, f'{what}_low'):+.3f}, {getattr(row, f'{what}_high'):+.3f}]" * (len(task) >= FEWEST)
             for what in ("patch", "graft")
         )
         planted = " (planted)" if row.module in pair.planted else ""
         lines.append(f"| {row.module}{planted} | {patch} | {graft} |")
     lines += ["", "The twelve largest effects of either kind; `effects.csv` has all. Intervals are one module's own."]
+    if len(task) < FEWEST:
+        lines += ["", f"{len(task)} prompts are too few for intervals: no effect is known to be above 0."]
+    elif len(task) < SMALL:
+        lines += ["", f"{len(task)} prompts are few: their bootstrap intervals are too narrow."]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation import gold_scores
 from mechtransplant.grafting import KV, graft_effects
@@ -15,6 +17,7 @@ from mechtransplant.patching.sites import modules_of
 from mechtransplant.patching.sweeps import patch_effects
 from mechtransplant.selection import remembering
 from mechtransplant.significance import bootstrap_indices, percentile_interval
+from mechtransplant.significance.effects import FEWEST
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
@@ -50,8 +53,8 @@ def patch_versus_graft(
 
     Returns:
         one row a module: module, kind, layer, head, n, and for "patch" and "graft" each ``…_effect``, ``…_low``,
-        ``…_high`` (95 % bootstrap interval over prompts) and ``…_accuracy`` (share answered rightly). ``attrs`` holds
-        the log-probabilities and accuracies of "target" and "source".
+        ``…_high`` (95 % bootstrap interval over prompts; NaN below five of them) and ``…_accuracy`` (share answered
+        rightly). ``attrs`` holds the log-probabilities and accuracies of "target" and "source".
     """
     if modules is None:
         modules = [*pair.modules("head"), *pair.modules("mlp")]
@@ -70,7 +73,8 @@ def patch_versus_graft(
         row: dict[str, float] = {}
         for what, after, before in (("patch", patched, plain), ("graft", grafted, base)):
             gain = after.log_probability[at] - before.log_probability
-            low, high = percentile_interval(gain[picks].mean(1))
+            # of one prompt it would have no width
+            low, high = percentile_interval(gain[picks].mean(1)) if len(task) >= FEWEST else (np.nan, np.nan)
             row |= {f"{what}_effect": gain.mean(), f"{what}_low": low, f"{what}_high": high}
             row[f"{what}_accuracy"] = after.correct[at].mean()
         rows.append(row)
