@@ -14,6 +14,7 @@ from mechtransplant.evaluation.batches import encode
 from mechtransplant.pair import LanguageModel, Pair
 from mechtransplant.significance import mcnemar_exact, wilson_interval
 from mechtransplant.tasks import Example, PromptFormat, Task, load_task
+from mechtransplant.tasks.scorers import SCORERS, has_answer
 
 Build = Callable[..., LanguageModel]
 
@@ -144,6 +145,38 @@ def test_a_number_that_the_budget_cut_off_does_not_count(generations: Pair) -> N
         task = Task("cut", shorter, scorer, max_new_tokens=8)
         found = evaluate_budgets(generations.source, task, [1, 2, 3, 8])
         assert [found[b].accuracy for b in (1, 2, 3, 8)] == [0, 0, 0, 0]
+
+
+def test_answered_is_what_can_be_scored(generations: Pair) -> None:
+    examples = tuple(load_task("addition", 40).examples)
+    for scorer in ("number", "math"):
+        found = evaluate_budgets(generations.source, Task("sums", examples, scorer, max_new_tokens=8), [2, 8])
+        for each in found.values():
+            assert each.answered is not None and not (each.correct & ~each.answered).any()
+        assert found[8].answered is not None and found[8].answered.all()
+    # a word that has ended holds no number
+    words = tuple(load_task("copy", 20).examples)
+    for scorer, some in (("number", False), ("math", False), ("exact", True)):
+        asked = tuple(replace(e, answer="1") for e in words) if scorer == "number" else words
+        text = evaluate_budgets(generations.source, Task("words", asked, scorer, max_new_tokens=12), [12])[12]
+        assert text.ended is not None and text.answered is not None
+        assert text.ended.any() and (text.answered.any() == some)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "text", "known"),
+    [
+        ("number", "12 + 30 = 42, so ", True),
+        ("number", "so the sum is ", False),
+        ("math", "12 + 30 = 42, so ", True),
+        ("math", "so the sum is ", False),
+        ("math", r"so the sum is \boxed{x}", True),
+        ("boxed", "12 + 30 = 42", False),
+    ],
+)
+def test_a_text_that_has_not_ended_is_answered_where_it_can_be_scored(scorer: str, text: str, known: bool) -> None:
+    assert has_answer(text, scorer) == known
+    assert not SCORERS[scorer](text, "42") or known
 
 
 def scored(bits: str, role: str = "test") -> Evaluation:

@@ -23,7 +23,7 @@ from mechtransplant.evaluation.gold import gold_outcomes
 from mechtransplant.selection import Selection, selections_on, what_acts_on
 from mechtransplant.significance import wilson_interval
 from mechtransplant.tasks import Task
-from mechtransplant.tasks.scorers import extract_boxed
+from mechtransplant.tasks.scorers import extract_boxed, has_answer
 
 if TYPE_CHECKING:
     from mechtransplant.pair import LanguageModel
@@ -38,8 +38,9 @@ class Evaluation:
     ``fingerprint`` is the task's: its questions, format and scorer. ``correct`` has one bool a question, in the task's
     order; ``log_probability`` the natural log-probability of the gold completion and ``logit_difference`` its
     narrowest margin, both under teacher forcing (see ``gold``); ``answered`` whether anything could be scored within
-    the budget (a box, for boxed scorers) and ``ended`` whether the model ended its answer (generated evaluations
-    only). ``questions`` are the questions' keys, ``selections`` what selected the modules that acted on the model.
+    the budget (a box, a number, for ``math`` either or a formula, for ``exact`` the ended text) and ``ended`` whether
+    the model ended its answer (generated evaluations only). ``questions`` are the questions' keys, ``selections`` what
+    selected the modules that acted on the model.
     """
 
     task: str
@@ -179,12 +180,10 @@ def evaluate_budgets(
         texts, ended = [t for t, _ in written], np.array([e for _, e in written])
         settled = [_settled(text, done, task.scorer) for text, done in written]
         correct = np.array([task.score(text, e.answer) for text, e in zip(settled, task.examples, strict=True)])
-        answered = ended.copy()
-        if task.scorer in ("boxed", "math"):
-            answered = np.array([extract_boxed(text) is not None for text in texts])
-        elif task.scorer == "exact":
+        answered = np.array([has_answer(text, task.scorer) for text in settled])
+        if task.scorer == "exact":
             # an answer that is still being written is not yet the whole text
-            correct &= ended
+            answered, correct = ended.copy(), correct & ended
         results[budget] = Evaluation(
             task.name,
             task.role,

@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Callable
 from decimal import Decimal
+from typing import Any
 
 from mechtransplant.errors import UnknownNameError
 
@@ -124,18 +125,27 @@ def number(text: str, answer: str) -> bool:
 
 def math(text: str, answer: str) -> bool:
     """The boxed expression (or, without a box, the text) is mathematically equal to the answer by math-verify."""
-    from math_verify import parse, verify  # type: ignore[import-untyped]
+    from math_verify import verify  # type: ignore[import-untyped]
 
     if boxed(text, answer):
         return True
     found = extract_boxed(text)
     if _HUGE.search(found if found is not None else text):
         return False
-    # the time-outs use SIGALRM, which only works in a main thread
-    limit = 5 if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM") else None
-    gold = parse(f"${answer}$", parsing_timeout=limit)
-    guess = parse(f"${found}$" if found is not None else text, parsing_timeout=limit)
-    return bool(gold) and bool(guess) and bool(verify(gold, guess, timeout_seconds=limit))
+    gold, guess = _parsed(f"${answer}$"), _parsed(f"${found}$" if found is not None else text)
+    return bool(gold) and bool(guess) and bool(verify(gold, guess, timeout_seconds=_limit()))
+
+
+def _parsed(text: str) -> list[Any]:
+    """What math-verify finds in a text; [] for nothing."""
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=_limit()))
+
+
+def _limit() -> int | None:
+    """Seconds; None where there can be no time-out: they use SIGALRM, which only works in a main thread."""
+    return 5 if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM") else None
 
 
 #: Towers of powers, long exponents, and factorials of long numbers: evaluating one can take hours, and no time-out
@@ -144,6 +154,15 @@ _HUGE = re.compile(r"\^\s*\{?\s*\(?\s*\d+\s*\^|\^\s*\{?\s*\d{6,}|\d{5,}\s*!|[)}\
 
 
 SCORERS: dict[str, Scorer] = {"exact": exact, "boxed": boxed, "number": number, "math": math}
+
+
+def has_answer(text: str, scorer: str) -> bool:
+    """Whether a text has what a scorer compares: a box, a number, for ``math`` either or a formula, or any text."""
+    if scorer == "number":
+        return _NUMBER.search(text) is not None
+    if scorer in ("boxed", "math") and extract_boxed(text) is not None:
+        return True
+    return scorer == "exact" or (scorer == "math" and not _HUGE.search(text) and bool(_parsed(text)))
 
 
 def get_scorer(name: str) -> Scorer:
