@@ -72,8 +72,10 @@ def test_a_worker_that_is_killed_is_replaced(two: Processes, tmp_path: Path) -> 
     found: dict[int, int] = {}
     two.run(jobs, lambda at, result: found.__setitem__(at, result["value"]))
     assert found == {i: i**3 for i in range(6)} and (tmp_path / "mark").exists()
-    # one that dies between two jobs, with a line on its way that nobody reads
-    os.kill(two._started[-1].process.pid, signal.SIGKILL)
+    # one that dies between two jobs, with a line on its way that nobody reads: no one took the dead one's place where
+    # the other did all that was left
+    alive_now = next(one.process for one in reversed(two._started) if one.process.poll() is None)
+    os.kill(alive_now.pid, signal.SIGKILL)
     two.run(jobs, lambda at, result: found.__setitem__(at, -result["value"]))
     assert found == {i: -(i**3) for i in range(6)}
     two.close()

@@ -105,7 +105,7 @@ def test_a_stop_ends_a_text(random_model: Build, generations: Pair, stops: tuple
 
 
 def test_a_stop_gives_the_verdicts_of_every_budget(random_model: Build) -> None:
-    model, task = random_model(3), replace(mixed(16), scorer="number", stop=("sort", "8"))
+    model, task = random_model(3), replace(mixed(16), scorer="boxed", stop=("sort", "8"))
     results = evaluate_budgets(model, task, [1, 3, 9, 24])
     for budget, found in results.items():
         again = evaluate(model, task, "generate", budget)
