@@ -79,7 +79,7 @@ def beaten(row: dict[str, Any]) -> Met:
         but = [] if len(found) > 1 else ["the random sets have the graft's strength, which was chosen for the graft"]
         other = row.get("unrelated_beaten")
         if not missing(other) and other >= BEATEN * row["random_n"]:
-            but.append(f"so do layers that the same rule picks on another task ({other:.0f} of {row['random_n']:.0f})")
+            but.append(f"what the same rule picks on another task beats {other:.0f} of {row['random_n']:.0f} as well")
         return Met(worst >= BEATEN, said, "; ".join(but))
     n = row.get("weights_n")
     if missing(n) or not n:

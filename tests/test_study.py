@@ -155,7 +155,7 @@ def test_the_aim_is_judged_condition_by_condition() -> None:
     for changes, said in (
         ({"recovery_low": 98.0}, "the interval of Recovery begins at 98 %"),
         ({"tuned_n": nan}, "the random sets have the graft's strength, which was chosen for the graft"),
-        ({"unrelated_beaten": 99}, "so do layers that the same rule picks on another task (99 of 100)"),
+        ({"unrelated_beaten": 99}, "what the same rule picks on another task beats 99 of 100 as well"),
         ({"unrelated_beaten": 98}, "–"),
         (draws, "of all layers there are no random sets: draws of numbers stand in"),
         (
