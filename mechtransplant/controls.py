@@ -3,7 +3,8 @@
 A matched set has exactly as many modules of every size class (attention or feed-forward, number of parameters) as the
 chosen set, and therefore the same kind counts and parameter count. Depth is matched by thirds of the layers; where that
 leaves too few different sets (a model of four layers), by halves, else not at all. The level that was used is part of
-the result. A matched order has such a set at every K.
+the result. A matched order has such a set at every K. With ``match="projection"`` linear layers are exchanged for the
+same projection of other layers only: a rule that prefers V to K, of the same size, then gains nothing by that.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mechtransplant.modules import parse_address
 from mechtransplant.pair import make_pair
 from mechtransplant.progress import track
 from mechtransplant.ranking import plain_modules
-from mechtransplant.ranking.matched import Class, classes, exchanged, kinds_among, matched_order, shares_kv
+from mechtransplant.ranking.matched import Class, Match, classes, exchanged, kinds_among, matched_order, shares_kv
 from mechtransplant.selection import remembering, selections_of
 from mechtransplant.tasks import Task
 
@@ -55,11 +56,14 @@ class RandomOrders:
     depth: str
 
 
-def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0, kv: KV = "never") -> RandomSets:
+def random_matched(
+    pair: Pair, modules: Sequence[str], n: int, seed: int = 0, kv: KV = "never", match: Match = "size"
+) -> RandomSets:
     """``n`` different random sets of modules, each matched to ``modules``; fewer when fewer exist.
 
     The chosen set itself is never among them. A set of all candidates has no control: the list is then empty. ``kv``:
-    the grafts' policy; where K and V move with heads, a set has as many heads in as many K/V groups.
+    the grafts' policy; where K and V move with heads, a set has as many heads in as many K/V groups. ``match``:
+    "projection" gives a set as many of each projection (q, k, v, o, gate, …) too, where modules are linear layers.
     """
     check_count("n", n, least=0)
     check_seed(seed)
@@ -68,7 +72,7 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0, kv
         raise UsageError("no modules were named: give the set that random sets are matched to")
     candidates = pair.modules(kinds_among(pair, chosen))
     by_group = shares_kv(pair, chosen, kv)
-    parts, group = _strictest(pair, candidates, chosen, by_group)
+    parts, group = _strictest(pair, candidates, chosen, by_group, match)
     if by_group:
         return RandomSets(drawn_by_group(pair, group, chosen, n, seed), DEPTH_LEVELS[parts])
     pools = _members(group)
@@ -86,13 +90,17 @@ def random_matched(pair: Pair, modules: Sequence[str], n: int, seed: int = 0, kv
 
 
 def deal(
-    pair: Pair, modules: Sequence[str], strengths: Sequence[float], sets: Sequence[Sequence[str]]
+    pair: Pair,
+    modules: Sequence[str],
+    strengths: Sequence[float],
+    sets: Sequence[Sequence[str]],
+    match: Match = "size",
 ) -> list[tuple[float, ...]]:
     """Strengths for sets that are matched to ``modules``: theirs, each to a module of the same class, in order.
 
-    Raises UsageError for a set that is not matched.
+    Raises UsageError for a set that is not matched, in the way that ``match`` says.
     """
-    group = _strictest(pair, pair.modules(kinds_among(pair, modules)), list(map(str, modules)))[1]
+    group = _strictest(pair, pair.modules(kinds_among(pair, modules)), list(map(str, modules)), match=match)[1]
     hands: dict[Class, list[float]] = {}
     for module, strength in zip(modules, strengths, strict=True):
         hands.setdefault(group[str(module)], []).append(strength)
@@ -105,11 +113,13 @@ def deal(
     return found
 
 
-def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0, kv: KV = "never") -> RandomOrders:
+def random_orders(
+    pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 0, kv: KV = "never", match: Match = "size"
+) -> RandomOrders:
     """``n`` random orders matched to a ranking of all candidates; depth as strictly as random sets of ``k`` would be.
 
     Drawn independently: at a small K two of them may begin alike, and one may begin as the ranking does, which a
-    permutation p-value allows for. ``kv``: as in :func:`random_matched`.
+    permutation p-value allows for. ``kv`` and ``match``: as in :func:`random_matched`.
     """
     check_count("n", n, least=0)
     check_seed(seed)
@@ -119,7 +129,7 @@ def random_orders(pair: Pair, order: Sequence[str], n: int, k: int, seed: int = 
         raise UsageError(f"an order of all {len(candidates)} candidates was expected, got {len(names)} modules")
     check_count("k", k, most=len(names))
     by_group = shares_kv(pair, names, kv)
-    parts, group = _strictest(pair, candidates, names[:k], by_group)
+    parts, group = _strictest(pair, candidates, names[:k], by_group, match)
     rng = np.random.default_rng(seed)
     if by_group:
         exchanges = [exchanged(pair, group, rng) for _ in range(n)]
@@ -168,6 +178,7 @@ def graft_with_controls(
     random_sets: int = 100,
     strength: float = 1.0,
     kv: KV = "never",
+    match: Match = "size",
     batch_size: int = 64,
     seed: int = 0,
     progress: bool = False,
@@ -180,6 +191,7 @@ def graft_with_controls(
     Args:
         ranking: as :func:`rank_modules` returns it. task: the ``test`` split.
         unrelated: a ranking by the same rule on another task, for that control.
+        match: of random sets, as in :func:`random_matched`.
 
     Raises:
         UsageError: a K above the candidates, or questions that selected the modules.
@@ -204,7 +216,7 @@ def graft_with_controls(
     ]
     if unrelated is not None:
         bodies.append(("unrelated", "", pair, list(unrelated.module[:k])))
-    drawn = random_matched(pair, order[:k], random_sets, seed, kv)
+    drawn = random_matched(pair, order[:k], random_sets, seed, kv, match)
     bodies += [("random", str(number), pair, list(modules)) for number, modules in enumerate(drawn.sets)]
 
     def measured(model: LanguageModel) -> Evaluation:
@@ -240,11 +252,11 @@ def graft_with_controls(
 
 
 def _strictest(
-    pair: Pair, candidates: Sequence[str], chosen: Sequence[str], by_group: bool = False
+    pair: Pair, candidates: Sequence[str], chosen: Sequence[str], by_group: bool = False, match: Match = "size"
 ) -> tuple[int, dict[str, Class]]:
     """The strictest depth level that leaves enough different sets, and every candidate's class at it."""
     for parts in DEPTH_LEVELS:
-        group = classes(pair, candidates, parts)
+        group = classes(pair, candidates, parts, match)
         if parts == 1 or possible_sets(group, chosen, pair if by_group else None) >= ENOUGH_SETS:
             break
     return parts, group

@@ -63,7 +63,7 @@ def recovery(row: dict[str, Any]) -> Met:
     said = f"{row['recovery']:.1f} % [{low:.1f}, {high:.1f}], {right} right"
     if low < RECOVERY < high:
         said += ", not told apart"
-    but = f"the interval of Recovery begins at {low:.0f} %" if low < RECOVERY else ""
+    but = f"the interval of Recovery begins at {low:.0f} %" if low < RECOVERY <= row["recovery"] else ""
     return Met(bool(row["recovery"] >= RECOVERY), said, but)
 
 
@@ -79,7 +79,9 @@ def beaten(row: dict[str, Any]) -> Met:
         but = [] if len(found) > 1 else ["the random sets have the graft's strength, which was chosen for the graft"]
         other = row.get("unrelated_beaten")
         if not missing(other) and other >= BEATEN * row["random_n"]:
-            but.append(f"what the same rule picks on another task beats {other:.0f} of {row['random_n']:.0f} as well")
+            same = row.get("unrelated_shared")
+            same = "" if missing(same) else f", {same:.0f} of {row['k']:.0f} the same,"
+            but.append(f"what the rule picks on another task{same} beats {other:.0f} of {row['random_n']:.0f} as well")
         return Met(worst >= BEATEN, said, "; ".join(but))
     n = row.get("weights_n")
     if missing(n) or not n:
@@ -89,7 +91,7 @@ def beaten(row: dict[str, Any]) -> Met:
     but = f"of all layers there are no random sets: draws of {what} stand in"
     ways = [row.get("distance_share"), row.get("weights_distance_share")]
     if not any(map(missing, ways)):
-        but += ", which move the weights by {1:.0%} of the way to the source, the graft by {0:.0%}".format(*ways)
+        but += ", whose change of the weights is {1:.0%} as long as all of it, the graft's {0:.0%}".format(*ways)
     return Met(row["weights_beaten"] >= BEATEN * n, said, but)
 
 
@@ -101,7 +103,7 @@ def share(row: dict[str, Any]) -> Met:
     rank = re.fullmatch(r"low_rank of rank (\d+)", str(row.get("operator", "")))
     whole = LORA_RANK / int(rank[1]) * carried if rank else 1.0
     if whole <= SHARE:
-        but.append(f"all that the source learned in these layers stores {whole:.1%}, so the limit rules nothing out")
+        but.append(f"the whole difference in these layers stores {whole:.1%}, so the limit rules nothing out")
     return Met(bool(carried <= SHARE), said, "; ".join(but))
 
 
@@ -110,9 +112,11 @@ def harm(row: dict[str, Any]) -> Met:
     said, but = f"{100 * row['perplexity_change']:+.1f} % [{low:.1f}, {high:.1f}]", []
     if row["gate"]:
         page = (RUNS / str(row["run"]) / "summary.md").read_text(encoding="utf-8")
-        opened = re.search(r"the gate is open for (\d+ of \d+) texts", page)
-        said += f", gate open for {opened[1] if opened else '?'} texts"
-        but.append("behind the gate the graft is not in place for neutral text, which says nothing of its harm")
+        opened = re.search(r"the gate is open for (\d+) of (\d+) texts", page)
+        assert opened is not None, f"{row['run']}: its page does not say for how many texts the gate is open"
+        said += f", gate open for {opened[1]} of {opened[2]} texts"
+        shut = int(opened[2]) - int(opened[1])
+        but.append(f"for {shut} of {opened[2]} neutral texts the graft is not in place, which says nothing of its harm")
     if row["worst_change_high"] < 0:
         but.append(f"it loses on {row['worst_task']}")
     return Met(bool(row["perplexity_change"] <= HARM), said, "; ".join(but))
@@ -138,9 +142,11 @@ def reached(found: list[Met]) -> str:
     missed, unjudged = (sum(m.met is what for m in found) for what in (False, None))
     if missed:
         return f"{missed} of {len(found)} not met"
-    return "all met" if not unjudged else f"all met but {unjudged}, which cannot be judged"
+    said = "all met" if not unjudged else f"all met but {unjudged}, which cannot be judged"
+    # one who quotes the cell alone quotes this too
+    return said if reservations(found) == "–" else f"{said}, with reservations"
 
 
 def reservations(found: list[Met]) -> str:
-    """What stands against conditions that are met."""
-    return "; ".join(m.but for m in found if m.met and m.but) or "–"
+    """What stands against conditions that are met, or weakens their controls, and harm beside that of the condition."""
+    return "; ".join(m.but for m in found if m.but) or "–"

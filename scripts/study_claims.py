@@ -83,7 +83,10 @@ def specific(study: Study) -> Evidence:
     other = study.bits("unrelated", rule=row["rule"])
     low, high = paired_difference_interval(other, ours)
     said = f"{100 * (ours.mean() - other.mean()):+.1f} points [{100 * low:.1f}, {100 * high:.1f}] over the modules "
-    return Evidence(int(low > 0) - int(high < 0), said + "of the unrelated task")
+    said += "of the unrelated task"
+    if not pd.isna(row.get("unrelated_shared")):
+        said += f", of which {row['unrelated_shared']:.0f} are the same (random sets {row['random_shared']:g})"
+    return Evidence(int(low > 0) - int(high < 0), said)
 
 
 def reaches(study: Study) -> Evidence:

@@ -39,12 +39,14 @@ class Recipe(NamedTuple):
 
 
 WHOLE, SPARSE, DIRECTIONS = ("screen", "neuron-screen"), ("sparse-screen",), ("directions-screen",)
+# sets of the same sizes have K where the recipe has V, which is another question
+SAME = MappingProxyType({"random_match": "projection"})
 HIGHEST = "the recipe of the highest log-probability"
 OPEN = "behind a gate that lets this task's questions through"
 RECIPES = {
-    "best": Recipe(WHOLE, HIGHEST),
-    "gated": Recipe(WHOLE, f"{HIGHEST}, {OPEN}", more={"gate": {}}),
-    "gentle": Recipe(WHOLE, f"{HIGHEST} that raises perplexity by at most 1 %", 0.01),
+    "best": Recipe(WHOLE, HIGHEST, more=SAME),
+    "gated": Recipe(WHOLE, f"{HIGHEST}, {OPEN}", more={**SAME, "gate": {}}),
+    "gentle": Recipe(WHOLE, f"{HIGHEST} that raises perplexity by at most 1 %", 0.01, SAME),
     "sparse": Recipe(SPARSE, f"{HIGHEST} that changes 15 % of the numbers", more={"random_weights": 100}),
     "sparse-gated": Recipe(
         SPARSE,

@@ -22,6 +22,8 @@ _BOTH = {"generations": _FIRST, "instruct": _FIRST}
 PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "paper": {"generations": SPLITS, "instruct": SPLITS, "gemma": _FIRST},
     "best": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
+    # beside random sets of the same sizes, in which K stands for V: what ``best`` was compared with at first
+    "sizes": {"generations": _FIRST},
     "gated": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
     "sparse": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
     "sparse-gated": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},

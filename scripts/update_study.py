@@ -76,18 +76,19 @@ def changed(row: dict[str, Any]) -> str:
 
 
 def moved(row: dict[str, Any]) -> str:
-    """How far a graft moves the weights, and the median of its random counterparts, of the way to the source."""
+    """How long a graft's change is, and its random counterparts' in the median, in % of the whole difference."""
 
     def way(name: str) -> str:
         return "" if pd.isna(row.get(f"{name}distance_share")) else f"{100 * row[f'{name}distance_share']:.0f}"
 
-    beside = ", ".join(filter(None, (way("random_"), way("tuned_"), way("weights_"))))
+    names = {"random": "", "tuned": "at their own strength ", "weights": ""}
+    beside = ", ".join(f"{name}{way(f'{key}_')}" for key, name in names.items() if way(f"{key}_"))
     return (way("") or "–") + (f" ({beside})" if beside else "")
 
 
 #: a graft's size: whose layers, and how much of them
 TOUCHED, CHANGED = "layers altered (of linear layers' weights)", "numbers stored (of linear layers'), %"
-MOVED = "way moved towards the source, %: graft (random sets or draws)"
+MOVED = "length of the change, % of the whole difference: graft (random sets or draws)"
 OUTCOME = ["target, %", "source, %", "after, %", "TIR", "Recovery, %", "random sets: median (range), %", "beaten"]
 
 
@@ -110,6 +111,14 @@ def opened(row: dict[str, Any]) -> str:
     return "" if found is None else f" (gate open for {found[0]} of {found[1]})"
 
 
+def elsewhere(row: dict[str, Any]) -> str:
+    """What the layers that the rule picks on another task reach, and how many of them are the graft's own."""
+    if pd.isna(row["unrelated"]):
+        return "–"
+    return f"{100 * row['unrelated']:.1f} ({row['unrelated_shared']:.0f} of {row['k']}; {row['random_shared']:g})"
+
+
+ELSEWHERE = "another task's layers, % (how many are the same; of random sets)"
 HARM = ["perplexity, %", "worst other task, points"]
 
 
@@ -124,9 +133,9 @@ def setting() -> str:
     rows = []
     for row in runs_table(folders("paper")).to_dict("records"):
         share = f"{row['k']} of {row['candidates']}"
-        others = [f"{100 * row[what]:.1f}" for what in ("bottom", "unrelated", "reverse")]
+        others = [f"{100 * row['bottom']:.1f}", elsewhere(row), f"{100 * row['reverse']:.1f}"]
         rows.append([row["pair"], row["seed"], share, *outcome(row), *others, *harm(row)])
-    table = markdown(["pair", "split", "K", *OUTCOME, "bottom, %", "unrelated, %", "reverse, %", *HARM], rows)
+    table = markdown(["pair", "split", "K", *OUTCOME, "lowest-ranked, %", ELSEWHERE, "reverse, %", *HARM], rows)
     shown = pictures("paper", "k_curve", "Accuracy of {} against the number of grafted layers")
     return table + shown + pictures("paper", "against_chance", "The paper's rule on {} among its random sets")
 
@@ -154,7 +163,8 @@ def screens() -> str:
         table = pd.read_csv(folder / "screen.csv", keep_default_na=False, na_values=[""])
         table = table[table.log_probability.notna()].sort_values("log_probability", ascending=False, kind="stable")
         # a set that several rules rank first is one graft
-        grafts = table.drop_duplicates(["kind", "operator", "strength", "k", "log_probability"])
+        # also where heads or MLPs alone are the best of heads and MLPs
+        grafts = table.drop_duplicates(["operator", "strength", "k", "log_probability"])
         close = int((grafts.log_probability >= grafts.log_probability.iloc[0] - NEAR).sum()) - 1
         near.append(f"In {folder.name} {close} of {len(grafts) - 1} other grafts lie within {NEAR} nats of the first.")
         candidates = {path.stem: len(pd.read_csv(path)) for path in (folder / "rankings").glob("*.csv")}
@@ -180,14 +190,13 @@ def recipes() -> str:
     for what in RECIPE_RUNS:
         for row in runs_table(folders(what)).to_dict("records"):
             size = f"{row['k']} of {row['candidates']} ({100 * row['parameter_share']:.1f} %)"
-            unrelated = "–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}"
             again = row.get("refitted_n")
             refitted = "–" if pd.isna(again) or not again else refitted_of(row)
             tuned, weights = (", ".join(dict.fromkeys(among(row, which))) for which in ("tuned", "weights"))
             cells = [row["pair"], row["seed"], what, recipe_of(row), size, changed(row), moved(row), *outcome(row)]
-            rows.append([*cells, tuned, unrelated, weights, refitted, *harm(row)])
+            rows.append([*cells, tuned, elsewhere(row), weights, refitted, *harm(row)])
     columns = ["pair", "split", "what", "recipe", TOUCHED, CHANGED, MOVED, *OUTCOME]
-    columns += ["at the strength that suits them", "another task's layers, %"]
+    columns += ["at the strength that suits them", ELSEWHERE]
     columns += ["as many changes (or directions) at random: median (range), %, beaten"]
     table = markdown([*columns, "random sets with strengths fitted to them: median, beaten", *HARM], rows)
     # a gated run has the accuracies of the one without
@@ -215,13 +224,13 @@ def headline() -> str:
                 found = outcome(row)[:5]
                 size = f"{row['k']} of {row['candidates']}"
                 beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "weights")]
-                beside.append("–" if pd.isna(row["unrelated"]) else f"{100 * row['unrelated']:.1f}")
+                beside.append(elsewhere(row))
                 rows.append([run, recipe_of(row), size, changed(row), moved(row), *found, *beside, *harm(row)])
     columns = ["run", "recipe", "layers altered", CHANGED, MOVED, *OUTCOME[:5]]
     columns += [
         f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes (or directions) at random")
     ]
-    return markdown([*columns, "another task's layers, %", *HARM], rows) + "\n" + status()
+    return markdown([*columns, ELSEWHERE, *HARM], rows) + "\n" + status()
 
 
 def refitted_of(row: dict[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mechtransplant.controls import random_matched
+from mechtransplant.controls import deal, random_matched, random_orders
 from mechtransplant.errors import UsageError
+from mechtransplant.experiment.make_up import others_make_up
 from mechtransplant.figures import against_chance, cost_plot, k_curve, save_figure, score_heatmap
 from mechtransplant.grafting import Graft
 from mechtransplant.pair import Pair
@@ -43,6 +45,50 @@ def test_depth_is_matched_where_it_can_be(generations: Pair) -> None:
 
     assert all(profile(s) == profile(chosen) for s in controls.sets)
     assert random_matched(generations, chosen[:1], 10).depth == "not matched"
+
+
+def projections(modules: Any) -> Counter[str]:
+    return Counter(m.split(".", 1)[1] for m in modules)
+
+
+def test_random_sets_of_the_same_projections(generations: Pair) -> None:
+    chosen = [m for m in generations.modules("linear") if m.endswith(("v_proj", "up_proj"))][1:7]
+    by_size, matched = (random_matched(generations, chosen, 20, 3, match=m) for m in ("size", "projection"))
+    assert len(matched.sets) == 4 * 4 - 1 and all(projections(s) == projections(chosen) for s in matched.sets)
+    assert any(projections(s) != projections(chosen) for s in by_size.sets), "of one size they are exchanged"
+    order = list(rank_modules(generations, None, "random", "linear").module)
+    for drawn in random_orders(generations, order, 5, 6, match="projection").orders:
+        assert [m.split(".", 1)[1] for m in drawn] == [m.split(".", 1)[1] for m in order] and drawn != tuple(order)
+    # strengths stay with their projection
+    hands = [1.0 if m.endswith("v_proj") else 2.0 for m in chosen]
+    dealt_to = deal(generations, chosen, hands, matched.sets, "projection")
+    for drawn, dealt in zip(matched.sets, dealt_to, strict=True):
+        assert list(dealt) == [1.0 if m.endswith("v_proj") else 2.0 for m in drawn]
+    with pytest.raises(UsageError, match="match: expected size or projection, got 'name'"):
+        random_matched(generations, chosen, 2, match="name")  # type: ignore[arg-type]
+
+
+def test_a_page_says_where_random_sets_are_of_other_projections(generations: Pair) -> None:
+    chosen = [f"L{layer}.v_proj" for layer in range(4)]
+    others = [["L0.k_proj", *chosen[1:]], ["L0.k_proj", "L1.k_proj", *chosen[2:]]]
+    said = others_make_up(generations, chosen, others, "size")
+    assert "it has 0 k_proj (they 1 to 2), 4 v_proj (they 2 to 3)" in said
+    assert not others_make_up(generations, chosen, [*others, chosen], "size"), "nothing outside their range"
+    assert not others_make_up(generations, chosen, others, "projection")
+    assert not others_make_up(generations, ["L0H0"], [["L1H1"]], "size")
+
+
+def test_bins_hold_as_many_possible_values() -> None:
+    graft, sets = 0.6, [0.6 - 1 / 200] * 3 + [0.6] * 2 + [0.6 + 1 / 200, 0.9]
+    rows = chance()
+    rows = rows[~rows["set"].str.startswith(("set", "tuned", "order"))]
+    drawn = [{**rows.iloc[2].to_dict(), "role": "random", "set": f"set-{i}", "accuracy": a} for i, a in enumerate(sets)]
+    _, (left, _) = against_chance(pd.concat([rows, pd.DataFrame(drawn)]), "lae", 4)
+    widths = {round(2 * patch.get_width(), 6) for patch in left.patches}
+    assert len(widths) == 1 and widths.pop() % 1 == 0, "whole numbers of questions, half a point each"
+    # what ties with the graft stands in its bin, not beside it
+    inside = next(p for p in left.patches if p.get_x() <= 100 * graft < p.get_x() + p.get_width())
+    assert inside.get_x() < 100 * graft < inside.get_x() + inside.get_width() and inside.get_height() >= 2
 
 
 def test_a_set_of_everything_has_no_control(generations: Pair) -> None:

@@ -182,7 +182,15 @@ def test_controls_beside_the_random_sets(finished: Any, generations: Any) -> Non
     correct = (graft.correct[graft.k == len(finished.graft)].iloc[0], test.correct["unrelated"])
     own, theirs = (np.array([c == "1" for c in bits]) for bits in correct)
     assert (row.unrelated_gained, row.unrelated_lost) == ((own & ~theirs).sum(), (theirs & ~own).sum())
-    assert f"What it picks on `{run.other.name}` reaches {100 * row.unrelated:.1f} %" in finished.summary
+    k = len(lowest)
+    shared = set(other.module[:k]) & set(finished.ranking.module[:k])
+    drawn_sets = run.controls.sets("lae", k).sets
+    between = np.median([len(set(s) & set(finished.ranking.module[:k])) for s in drawn_sets])
+    assert (row.unrelated_shared, row.random_shared) == (len(shared), between) and row.unrelated_shared < k
+    assert (
+        f"What it picks on `{run.other.name}` shares {len(shared)} of its {k} modules with it (random sets "
+        f"{between:g} in the median), reaches {100 * row.unrelated:.1f} %"
+    ) in finished.summary
 
 
 def test_side_effects_of_every_reported_graft(finished: Any) -> None:

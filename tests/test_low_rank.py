@@ -141,8 +141,8 @@ def test_a_run_compares_with_as_many_directions_at_random(tmp_path: Path) -> Non
     assert row.weights_distance_share == pytest.approx(np.median(drawn_ways) / way)
     assert row.weights_distance_share / test.strength.iloc[0] < row.distance_share / row.strength < 1
     assert (
-        f"by {100 * row.distance_share:.1f} % of the way from the target's candidates to the source's (random draws"
-        in run.summary
+        f"its change of the weights is {100 * row.distance_share:.1f} % as long as the whole difference between target "
+        "and source (random draws" in run.summary
     )
     cells = [json.loads(line) for line in (run.folder / "cells.jsonl").read_text().splitlines()]
     drawn = [cell["operator"] for cell in cells if cell.get("operator")][-1]

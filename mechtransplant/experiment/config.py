@@ -170,6 +170,8 @@ class RunConfig(Strict):
     gate: GateSpec | None = None
     budgets: tuple[int, ...] | None = None
     random_sets: int = Field(default=100, ge=0)
+    #: whether random sets and orders have as many of each projection too, beside kind, depth and parameters
+    random_match: Literal["size", "projection"] = "size"
     curve_sets: int = Field(default=20, ge=0)
     #: strengths among which, and the graft's, the one that suits random sets best on ``choose`` is found
     random_strengths: tuple[float, ...] = ()

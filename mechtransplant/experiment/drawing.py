@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mechtransplant import figures
 from mechtransplant.errors import UsageError
+from mechtransplant.grafting import get_operator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,12 +114,18 @@ def _of_run(folder: Path) -> Iterator[Drawing]:
     sets &= at.role.isin(["random", WEIGHTS])
     # one K is no curve: its random sets are drawn below
     if at[(at.role == "graft") & (at["rule"] == headline)].k.nunique() > 1 or not sets.any():
-        yield Drawing("k_curve", figures.k_curve(at, "test", budget, candidates, headline, title)[0], at[own[at.index]])
+        # sets of a K that another token budget chose are no sets of this one's
+        elsewhere = (at.role == "random") & at["set"].astype(str).str.startswith("set") & (at.k != k)
+        curve = at[own[at.index] & ~elsewhere]
+        figure, _ = figures.k_curve(curve, "test", budget, candidates, headline, title)
+        yield Drawing("k_curve", figure, curve)
     if sets.any():
         rows = at[(roles & own[at.index]) | sets]
         what = drawn_beside(config.operator).what if (rows.role == WEIGHTS).any() else "changes"
         drawn = f"draws of as many {what}"
-        figure, _ = figures.against_chance(rows, headline, k, strength, title=title, drawn=drawn)
+        by = get_operator(config.operator).name
+        whole = "graft of everything" if by == "replace" else f"graft of all modules by {by}"
+        figure, _ = figures.against_chance(rows, headline, k, strength, title=title, drawn=drawn, whole=whole)
         yield Drawing("against_chance", figure, rows)
     if len(config.rules) > 1:
         figure, _ = figures.rule_curves(at, budget, candidates, list(config.rules), title=title)

@@ -108,9 +108,10 @@ MEASURED = 10
 
 
 def _moved(run: Run, rule: str, graft: Graft) -> dict[str, float]:
-    """How far the graft and its random counterparts (their median) move the weights, of the way to the source.
+    """How long a graft's change of the weights is, and its random counterparts' (their median), of all there is.
 
-    Of the way of all candidates, whatever the operator: a graft of one layer goes a little of it.
+    Of the difference between target and source in all candidates, whatever the operator. A length alone: a change of
+    half the layers to the source's is 71 % as long as that of all, and what is left is as long.
     """
     whole = Graft(run.candidates, kv=run.config.kv).distance(run.pair)
     if whole == 0:
@@ -160,6 +161,8 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
         found["changed_share"] = outcome.parameter_share * changed / graft.parameter_count(run.pair)
     if budget == run.budget:
         found |= _moved(run, rule, graft)
+        if rule in run.config.with_controls:
+            found |= _shared(run, rule)
     change, ranks, curve = outcome.log_probability, outcome.controls, outcome.curve
     found["log_probability_change"] = None if change is None else change.change
     for name in _RANK:
@@ -194,6 +197,18 @@ def _row(run: Run, rule: str, budget: int, graft: Graft, outcome: Outcome) -> di
         if role == "unrelated" and found[role] is not None:
             found |= _specific(run, rule, at[0])
     return found
+
+
+def _shared(run: Run, rule: str) -> dict[str, Any]:
+    """How many of a graft's modules its random sets (in the median) and the modules picked on another task have too.
+
+    Two halves of all modules share half of them, and grafts that are nearly one can hardly differ in what they do.
+    """
+    k = run.chosen[rule][run.budget][0]
+    own, drawn = set(run.rankings.top(rule, k)), run.controls.sets(rule, k).sets
+    found: dict[str, Any] = {"random_shared": median(len(own & set(s)) for s in drawn)} if drawn else {}
+    other = run.controls.elsewhere(rule, k)
+    return found if other is None else {**found, "unrelated_shared": len(own & set(other.module[:k]))}
 
 
 def _specific(run: Run, rule: str, other: dict[str, Any]) -> dict[str, Any]:

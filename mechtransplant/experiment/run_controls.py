@@ -24,6 +24,8 @@ from mechtransplant.ranking import get_rule
 from mechtransplant.tasks import Task
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mechtransplant.experiment.run import Run
 
 
@@ -41,13 +43,16 @@ class Controls:
     def sets(self, rule: str, k: int) -> RandomSets:
         """Random sets matched to a rule's K modules."""
         run, config = self.run, self.config
-        return random_matched(run.pair, run.rankings.top(rule, k), config.random_sets, config.seed + k, config.kv)
+        chosen, match = run.rankings.top(rule, k), config.random_match
+        return random_matched(run.pair, chosen, config.random_sets, config.seed + k, config.kv, match)
 
     def in_sets(self, rule: str, k: int, strength: float) -> list[Job]:
         """Those sets, with the rule's strengths dealt anew where it fits some."""
         run, found = self.run, self.sets(rule, k)
         own = run.rankings.strengths(rule, k)
-        dealt = deal(run.pair, run.rankings.top(rule, k), own, found.sets) if own else [()] * len(found.sets)
+        dealt: list[tuple[float, ...]] = [()] * len(found.sets)
+        if own:
+            dealt = deal(run.pair, run.rankings.top(rule, k), own, found.sets, self.config.random_match)
         return [
             Job("random", rule, drawn, strength, theirs, set=f"set-{number}", depth=found.depth)
             for number, (drawn, theirs) in enumerate(zip(found.sets, dealt, strict=True))
@@ -65,7 +70,9 @@ class Controls:
             order = list(map(str, run.rankings.frame(rule, k).module))
             strictest = k if run.rankings.by_k(rule) else chosen
             known = next((o for size, o in orders.items() if not run.rankings.by_k(rule)), None)
-            orders[k] = known or random_orders(run.pair, order, config.curve_sets, strictest, config.seed, config.kv)
+            orders[k] = known or random_orders(
+                run.pair, order, config.curve_sets, strictest, config.seed, config.kv, config.random_match
+            )
         curves = [{k: orders[k].orders[i][:k] for k in sizes} for i in range(config.curve_sets)]
         return curves, ", ".join(dict.fromkeys(o.depth for o in orders.values()))
 
@@ -194,14 +201,21 @@ class Controls:
             if "bottom" in config.controls and some:
                 lowest = order[::-1]
                 jobs.append(Job("bottom", rule, tuple(lowest.module[:k]), strength, strengths_in(lowest, k)))
-            if self.has_unrelated(rule) and run.other is not None and some:
-                names = run.rankings.unrelated(rule, run.other.split(**self._other_sizes(run.other)), k)
+            names = self.elsewhere(rule, k)
+            if names is not None:
                 jobs.append(Job("unrelated", rule, tuple(names.module[:k]), strength, strengths_in(names, k)))
             if "reverse" in config.controls:
                 jobs.append(Job("reverse", rule, ranked.modules, strength, ranked.strengths, "reverse"))
             if "self" in config.controls and rule == config.rules[0]:
                 jobs.append(Job("self", rule, ranked.modules, strength, ranked.strengths, "self"))
         return jobs
+
+    def elsewhere(self, rule: str, k: int) -> pd.DataFrame | None:
+        """A rule's ranking on the unrelated task, as it is for a K; None where there is no such control."""
+        other = self.run.other
+        if not self.has_unrelated(rule) or other is None or k == len(self.run.candidates):
+            return None
+        return self.run.rankings.unrelated(rule, other.split(**self._other_sizes(other)), k)
 
     def has_unrelated(self, rule: str) -> bool:
         """Whether a ranking on another task is wanted, and would be another one."""

@@ -28,7 +28,8 @@ _SOMETIMES = (
     "tuned_p_value", "tuned_median", "tuned_low", "tuned_high", "tuned_strength",
     "weights_beaten_log_probability", "weights_p_value_log_probability", "tuned_beaten_log_probability",
     "tuned_p_value_log_probability", "distance_share", "random_distance_share", "tuned_distance_share",
-    "weights_distance_share", "unrelated_beaten", "unrelated_gained", "unrelated_lost", "unrelated_p_value",
+    "weights_distance_share", "random_shared", "unrelated_shared", "unrelated_beaten", "unrelated_gained",
+    "unrelated_lost", "unrelated_p_value",
 )  # fmt: skip
 
 

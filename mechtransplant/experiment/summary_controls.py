@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechtransplant.experiment.findings import Findings
 from mechtransplant.experiment.jobs import WEIGHTS
+from mechtransplant.experiment.make_up import others_make_up
 from mechtransplant.experiment.random_weights import drawn_beside
 from mechtransplant.experiment.words import head_of, interval_of, percent, range_of, row_of
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mechtransplant.experiment.run import Run
 
 
-#: how random sets are matched in depth, in words
+#: how random sets are matched in depth, in words; with ``random_match: projection``, of each projection
 _DEPTHS = {
     "thirds": "as many in each third of the layers",
     "halves": "as many in each half of the layers",
@@ -32,6 +33,8 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
         if rule not in run.config.with_controls:
             return f"`{rule}` has no random sets of its own (`controlled` names the rules that have)."
         none = "no other set has this make-up" if run.config.random_sets else "no random set was asked for"
+        if len(graft) == len(run.candidates):
+            none = "all candidates are grafted, so that it selects nothing"
         said = f"no matched random set at K = {len(graft)}: {none}"
         if curve is not None:
             said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
@@ -41,14 +44,22 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     what = " with its strengths dealt anew" if fits else ""
     said = (
         f"`{rule}` beats {ranks.beaten} of {ranks.n} matched random sets{what} at K = {len(graft)} "
-        f"({_DEPTHS[sets.depth]}; one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible is "
-        f"{1 / (ranks.n + 1):.2g})"
+        f"({_matched(run, sets.depth)}; one-sided permutation p = {ranks.p_value:.2g}, of which the smallest possible "
+        f"is {1 / (ranks.n + 1):.2g})"
     )
     if curve is not None:
         said += f"; over the whole K-curve p = {curve.p_value:.2g} ({curve.n} random orders, max-statistic)"
-    more = _against_refitted(rule, findings) if fits else ""
-    more += _against_tuned(rule, findings) + _against_weights(run, rule, findings)
-    return f"{said}.{more}{_against_unrelated(run, rule, findings)}"
+    more = others_make_up(run.pair, list(graft.modules), sets.sets, run.config.random_match)
+    more += _against_unrelated(run, rule, findings)
+    more += _against_refitted(rule, findings) if fits else ""
+    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(run, rule, findings)}"
+
+
+def _matched(run: Run, depth: str) -> str:
+    """How random sets are matched beside kind and parameters."""
+    if run.config.random_match == "size":
+        return _DEPTHS[depth]
+    return "of each projection " + _DEPTHS[depth].replace("depth not", "as many, depth not")
 
 
 def _against_tuned(rule: str, findings: Findings) -> str:
@@ -61,8 +72,8 @@ def _against_tuned(rule: str, findings: Findings) -> str:
         return " On `choose` its strength suits random sets best as well."
     return (
         f" At strength {row.tuned_strength:g}, which suits random sets best on `choose`, it beats "
-        f"{row.tuned_beaten:.0f} of {n:.0f} of them (median {percent(row.tuned_median)}, p = {row.tuned_p_value:.2g})"
-        f"{_by_nats(row, 'tuned')}."
+        f"{row.tuned_beaten:.0f} of {n:.0f} of the random sets (median {percent(row.tuned_median)}, "
+        f"p = {row.tuned_p_value:.2g}){_by_nats(row, 'tuned')}."
     )
 
 
@@ -72,10 +83,15 @@ def _against_unrelated(run: Run, rule: str, findings: Findings) -> str:
     beaten = row.get("unrelated_beaten")
     if beaten is None or math.isnan(beaten) or run.other is None:
         return ""
+    shared = ""
+    if not math.isnan(row.get("unrelated_shared", math.nan)):
+        shared = f"shares {row.unrelated_shared:.0f} of its {row.k:.0f} modules with it "
+        if not math.isnan(row.get("random_shared", math.nan)):
+            shared += f"(random sets {row.random_shared:g} in the median), "
     return (
-        f" What it picks on `{run.other.name}` reaches {percent(row.unrelated)} and beats {beaten:.0f} of these sets; "
-        f"of the questions on which the two grafts differ its own has {row.unrelated_gained:.0f} right and the other "
-        f"{row.unrelated_lost:.0f} (exact McNemar p = {row.unrelated_p_value:.2g})."
+        f" What it picks on `{run.other.name}` {shared}reaches {percent(row.unrelated)} and beats {beaten:.0f} of "
+        f"these sets; of the questions on which the two grafts differ its own has {row.unrelated_gained:.0f} right and "
+        f"the other {row.unrelated_lost:.0f} (exact McNemar p = {row.unrelated_p_value:.2g})."
     )
 
 

@@ -58,7 +58,7 @@ def counted_in_words(operator: Operator) -> str:
 
 
 def moved_in_words(row: Mapping[Any, Any]) -> list[str]:
-    """How far a graft and its random counterparts move the weights, from a row of ``rules.csv``; [] if unknown."""
+    """How long a graft's change of the weights is, and its random counterparts', from a row of ``rules.csv``."""
 
     def way(name: str) -> str | None:
         share = row.get(f"{name}distance_share")
@@ -70,7 +70,7 @@ def moved_in_words(row: Mapping[Any, Any]) -> list[str]:
     names = {"random_": "random sets", "tuned_": "random sets at their own strength", "weights_": "random draws"}
     beside = [f"{name} {way(key)}" for key, name in names.items() if way(key) is not None]
     said = f" ({', '.join(beside)})" if beside else ""
-    return [f"- it moves the weights by {own} of the way from the target's candidates to the source's{said}"]
+    return [f"- its change of the weights is {own} as long as the whole difference between target and source{said}"]
 
 
 def kept_in_words(operator: Operator, share: float) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mechtransplant.errors import UsageError
 from mechtransplant.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, PURPLE, SKY, new_figure, style
@@ -29,6 +30,7 @@ _OUTCOMES = {
     "log_probability": ("by log-probability ", "log-probability of the gold answer, nats", 1.0, SAME_NATS),
 }
 BINS = 24
+WEIGHTS = "random_weights"
 
 
 def against_chance(
@@ -40,6 +42,7 @@ def against_chance(
     budget: int | None = None,
     title: str = "",
     drawn: str = "draws of as many changes",
+    whole: str = "graft of everything",
 ) -> tuple[Figure, Any]:
     """How many random sets (histograms) reach how much, and where the graft (line) stands among them.
 
@@ -50,7 +53,7 @@ def against_chance(
         results: as a run's ``results.parquet`` has them: columns split, budget, role, rule, set ("set-3", "tuned-3",
             "refitted-3", "weights-3"), k, strength, accuracy, log_probability.
         rule: whose graft. k, strength: which of its grafts. split: one that selected nothing. drawn: what random
-            weights are, in words.
+            weights are, in words. whole: what a graft of all candidates is called, which no rule selects.
 
     Raises:
         UsageError: results without that graft, its two models, or any random set of it, or that lack a column; a split
@@ -81,8 +84,8 @@ def against_chance(
     # free-form answers have no log-probability
     measured = pd.concat([graft, *ends.values(), *(part for _, _, _, part in kinds)])
     shown = [name for name in _OUTCOMES if name in measured and measured[name].notna().all()]
-    whole = ((rows.role == "all") & (rows.k == k)).any()
-    lines = [(graft.iloc[0], "graft of everything" if whole else f"graft by {rule}", BLUE, "-")]
+    selected = not ((rows.role == "all") & (rows.k == k)).any()
+    lines = [(graft.iloc[0], f"graft by {rule}" if selected else whole, BLUE, "-")]
     for role, colour, dashes in (("source", GREEN, "--"), ("target", GREY, ":")):
         lines.append((ends[role].iloc[0], role, colour, dashes))
     with style():
@@ -94,8 +97,7 @@ def against_chance(
             places = [scale * float(row[outcome]) for row, _, _, _ in lines]
             # the target is often far away, and widens no axis
             near = np.concatenate([*values, places[:2]])
-            margin = 0.06 * (near.max() - near.min()) or 1.0
-            bins = np.linspace(near.min() - margin, near.max() + margin, BINS + 1)
+            bins = _bins(near, 100 / float(graft.n.iloc[0]) if outcome == "accuracy" else None)
             for (name, colour, hatch, _), heights in zip(kinds, values, strict=True):
                 axes.hist(
                     heights, bins, color=colour, alpha=0.45, hatch=hatch, edgecolor=colour, linewidth=0.4, label=name
@@ -108,7 +110,7 @@ def against_chance(
             # labels of log-probabilities are long
             axes.locator_params("x", nbins=5)
             axes.set_xlabel(label)
-        panels[0].set_ylabel("sets")
+        panels[0].set_ylabel("draws" if all(WEIGHTS in set(part.role) for *_, part in kinds) else "sets")
         handles = panels[0].get_legend_handles_labels()[0]
         said = [_beaten(name, graft.iloc[0], part, shown) for name, _, _, part in kinds]
         for (row, name, _, _), handle in zip(lines, handles[len(kinds) :], strict=True):
@@ -118,6 +120,18 @@ def against_chance(
         n = f"K = {k} at strength {strength:g}, {int(graft.n.iloc[0])} {split} questions"
         figure.suptitle(f"{title}\n{n}" if title else n)
     return figure, found
+
+
+def _bins(values: NDArray[np.float64], step: float | None) -> NDArray[np.float64]:
+    """Edges of at most ``BINS`` + 2 bins around all values; of counted ones, ``step`` apart, halfway between two."""
+    low, high = values.min(), values.max()
+    if step is None:
+        margin = 0.06 * (high - low) or 1.0
+        return np.linspace(low - margin, high + margin, BINS + 1)
+    # as many possible values in every bin, or a gap would be of the bins' making; ties are in the graft's own bin
+    first, last = round(low / step), round(high / step)
+    width = -(-(last - first + 1) // BINS)
+    return step * (np.arange(first - width, last + 2 * width + 1, width) - 0.5)
 
 
 def _beaten(name: str, graft: Any, part: pd.DataFrame, shown: list[str]) -> str:
@@ -141,7 +155,7 @@ def _kinds(
     rows: pd.DataFrame, rule: str, k: int, strength: float, drawn: str
 ) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """(what they are, colour, hatch, their rows) of every kind of random sets of one graft."""
-    own = rows[(rows["rule"] == rule) & (rows.k == k) & rows.role.isin(["random", "random_weights"])]
+    own = rows[(rows["rule"] == rule) & (rows.k == k) & rows.role.isin(["random", WEIGHTS])]
     names = own["set"].astype(str).str.split("-").str[0]
     for kind, (said, colour, hatch) in _KINDS.items():
         part = own[names == kind]

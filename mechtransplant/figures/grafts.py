@@ -27,11 +27,11 @@ def k_curve(
     """Accuracy against the number of grafted modules, with random sets and both baselines.
 
     The band is of random orders, as many sets at every K, where there are some, since a range grows with the number of
-    sets; sets matched to one K are a bar beside it.
+    sets; sets matched to one K are a bar beside it. Triangle and diamond: the lowest-ranked modules, as many, and all.
 
     Args:
-        results: columns split, role (target, source, graft, random), k, strength, budget, accuracy, low, high, n, and
-            set ("order…": of a random order along K) where random sets of both kinds are there.
+        results: columns split, role (target, source, graft, random, bottom, all), k, strength, budget, accuracy, low,
+            high, n, and set ("order…": of a random order along K) where random sets of both kinds are there.
         candidates: the number of all modules; adds an axis of shares.
         rule: whose grafts and random sets, where the results (column rule) hold several.
         title: said above the number of questions, for example the pair's name.
@@ -89,8 +89,12 @@ def k_curve(
                 alpha=1 / (1 + 0.3 * index),
                 label=label,
             )
+        everything = rows[(rows.role == "all") & (rows.strength == graft.strength.iloc[0])]
+        for part, marker, name in ((rows[rows.role == "bottom"], "v", "lowest-ranked"), (everything, "D", "all")):
+            if len(part):
+                axes.plot(part.k, 100 * part.accuracy, marker, color=ORANGE, linestyle="none", markersize=4, label=name)
         axes.set_xscale("log", base=2)
-        ticks = _apart(sorted(graft.k.unique()))
+        ticks = _apart(sorted({*graft.k, *everything.k}))
         axes.set_xticks(ticks, [str(k) for k in ticks])
         axes.minorticks_off()
         axes.set_xlabel("grafted modules K" + (f" (of {candidates})" if candidates else ""))

@@ -15,8 +15,14 @@ if TYPE_CHECKING:
 
 _NEEDED = (
     "run", "rule", "k", "n", "target", "source", "after", "after_low", "after_high", "random_low", "random_median",
-    "random_high", "random_n", "recovery", "recovery_low", "recovery_high",
+    "random_high", "random_n", "random_beaten", "recovery", "recovery_low", "recovery_high",
 )  # fmt: skip
+
+
+#: how far below a row's points its random sets are drawn, in rows
+BELOW = 0.36
+#: where a range begins that leaves room for words on its left, in per cent
+ROOM = 30
 
 
 def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
@@ -26,9 +32,10 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         rows: as :func:`~mechtransplant.experiment.runs_table` has them, the first on top; a column ``label`` names the
             rows, which are otherwise called by run, rule and K.
 
-    Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery); grey is the whole range of the
-    random sets, with their median, and orange that of random weights, where a run has some (columns weights_low,
-    …). Where Recovery is withheld, the right panel has no point. Raises UsageError for lacking columns.
+    Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery). Below them, grey is the whole range of
+    the random sets, with their median, and orange that of random weights, where a run has some (columns weights_low,
+    …), and beside it how many of them the graft beats. Where Recovery is withheld, the right panel has no point.
+    Raises UsageError for lacking columns.
     """
     lacking = [c for c in _NEEDED if c not in getattr(rows, "columns", [])]
     if lacking or not len(rows):
@@ -36,7 +43,7 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
     frame = rows.reset_index(drop=True)
     y = np.arange(len(frame))[::-1]
     with style():
-        figure, (left, right) = new_figure(PAGE, 1.15 + 0.24 * len(frame), columns=2)
+        figure, (left, right) = new_figure(PAGE, 1.15 + 0.33 * len(frame), columns=2)
         drawn = "as many changes at random"
         if "operator" in frame and frame.operator.str.startswith("low_rank").any():
             drawn = "as many changes, or directions, at random"
@@ -46,8 +53,19 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
             controlled = frame[f"{kind}_n"].notna().to_numpy()
             low, median, high = (100 * frame[f"{kind}_{end}"][controlled] for end in ("low", "median", "high"))
             said = f"{name}: range, median"
-            left.hlines(y[controlled], low, high, color=colour, alpha=0.35, linewidth=6, label=said)
-            left.plot(median, y[controlled], "|", color=colour, markersize=7, markeredgewidth=1.2)
+            # below the points, which would hide a narrow range
+            at = y[controlled] - BELOW
+            left.hlines(at, low, high, color=colour, alpha=0.45, linewidth=3.5, label=said)
+            left.plot(median, at, "|", color=colour, markersize=4, markeredgewidth=1.2)
+            counts = [frame[f"{kind}_{name}"][controlled] for name in ("beaten", "n")]
+            for height, start, end, beaten, n in zip(at, low, high, *counts, strict=True):
+                # on the side where there is room
+                before = start > ROOM
+                left.annotate(
+                    f"beats {beaten:.0f} of {n:.0f}", (start if before else end, height), (-3 if before else 3, 0),
+                    textcoords="offset points", ha="right" if before else "left", va="center", fontsize="x-small",
+                    color=colour,
+                )  # fmt: skip
         ends = [frame.after - frame.after_low, frame.after_high - frame.after]
         left.errorbar(
             100 * frame.after, y, xerr=100 * np.clip(ends, 0, None), color=BLUE, marker="o", linestyle="none",
@@ -66,7 +84,7 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         right.axvline(0, color=GREY, linewidth=0.6, linestyle=":")
         names = frame.label if "label" in frame else frame.run + ", " + frame["rule"] + ", K = " + frame.k.astype(str)
         left.set_yticks(y, list(names))
-        left.set_ylim(-0.7, len(frame) - 0.3)
+        left.set_ylim(-0.8, len(frame) - 0.5)
         left.set_xlim(-2, 102)
         left.set_xlabel("accuracy, %")
         right.set_xlabel("Recovery, %")

@@ -195,8 +195,8 @@ class Graft:
     def distance(self, pair: Pair) -> float:
         """How far the graft moves the target's weights: the L2 norm ‖t_grafted − t‖ over all numbers that it writes.
 
-        Divided by that of a graft of all candidates it says which part of the way to the source is gone. Call it while
-        no graft is in place.
+        A length, wherever it leads: a graft as long as the whole difference may end as far from the source as it
+        began. Call it while no graft is in place.
         """
         return sum(squared_change(self.operator, pair, *part) for part in self._written(pair).items()) ** 0.5
 

@@ -1,16 +1,19 @@
 """Modules that a random set may exchange for each other, and rules made of another rule's ranking.
 
 Two modules are of one class if both are attention or both feed-forward, have equally many parameters, and lie in the
-same part of the depth (thirds, halves, or anywhere).
+same part of the depth (thirds, halves, or anywhere). By projection, two linear layers are so only where they are the
+same projection as well: with grouped heads K and V have one size, and what a graft of them does has not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from mechtransplant.errors import UsageError
 from mechtransplant.grafting import KV, Graft
 from mechtransplant.modules import Kind, parse_address
 from mechtransplant.ranking.registry import Kinds, Scores, get_rule, register_rule, scores_of
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from mechtransplant.pair import Pair
 
 Class = tuple[Any, ...]
+#: what linear layers that may be exchanged have in common: their size, or their projection (q, k, v, o, gate, …) too
+Match = Literal["size", "projection"]
 
 
 def kinds_among(pair: Pair, modules: Sequence[str]) -> tuple[Kind, ...]:
@@ -30,8 +35,22 @@ def kinds_among(pair: Pair, modules: Sequence[str]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def classes(pair: Pair, modules: Sequence[str], parts: int = 3) -> dict[str, Class]:
-    """Module → its class; ``parts`` of the depth: 3, 2, or 1 for anywhere."""
+def projection_of(pair: Pair, module: str) -> str | None:
+    """Which projection of its block a linear layer or its part is (of an expert: of experts); None of other kinds."""
+    address = pair.layout.check(module)
+    if address.kind not in ("linear", "part"):
+        return None
+    return re.sub(r"\.\d+(?=\.)", "", str(address.name))
+
+
+def classes(pair: Pair, modules: Sequence[str], parts: int = 3, match: Match = "size") -> dict[str, Class]:
+    """Module → its class; ``parts`` of the depth: 3, 2, or 1 for anywhere.
+
+    Raises:
+        UsageError: another ``match`` than "size" or "projection".
+    """
+    if match not in get_args(Match):
+        raise UsageError(f"match: expected size or projection, got {match!r}")
     found: dict[str, Class] = {}
     for module in modules:
         address = pair.layout.check(module)
@@ -41,7 +60,8 @@ def classes(pair: Pair, modules: Sequence[str], parts: int = 3) -> dict[str, Cla
         kind = (
             ("linear", pair.layout.is_feed_forward(module)) if address.kind in ("linear", "part") else (address.kind,)
         )
-        found[module] = (*kind, count, parse_address(module).layer * parts // pair.layout.layers)
+        same = (projection_of(pair, module),) if match == "projection" else ()
+        found[module] = (*kind, *same, count, parse_address(module).layer * parts // pair.layout.layers)
     return found
 
 
