@@ -21,8 +21,6 @@ _NEEDED = (
 
 #: how far below a row's points its random sets are drawn, in rows
 BELOW = 0.36
-#: where a range begins that leaves room for words on its left, in per cent
-ROOM = 30
 
 
 def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
@@ -34,7 +32,7 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
 
     Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery). Below them, grey is the whole range of
     the random sets, with their median, and orange that of random weights, where a run has some (columns weights_low,
-    …), and beside it how many of them the graft beats. Where Recovery is withheld, the right panel has no point.
+    …), and at the edge how many of them the graft beats. Where Recovery is withheld, the right panel has no point.
     Raises UsageError for lacking columns.
     """
     lacking = [c for c in _NEEDED if c not in getattr(rows, "columns", [])]
@@ -57,14 +55,14 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
             at = y[controlled] - BELOW
             left.hlines(at, low, high, color=colour, alpha=0.45, linewidth=3.5, label=said)
             left.plot(median, at, "|", color=colour, markersize=4, markeredgewidth=1.2)
-            counts = [frame[f"{kind}_{name}"][controlled] for name in ("beaten", "n")]
-            for height, start, end, beaten, n in zip(at, low, high, *counts, strict=True):
-                # on the side where there is room
-                before = start > ROOM
-                left.annotate(
-                    f"beats {beaten:.0f} of {n:.0f}", (start if before else end, height), (-3 if before else 3, 0),
-                    textcoords="offset points", ha="right" if before else "left", va="center", fontsize="x-small",
-                    color=colour,
+            # at the edge, where no range is in the way; a row of both kinds has two lines
+            both = controlled & (kind == "weights") & frame.random_n.notna().to_numpy()
+            heights = y - BELOW * (1 - 2 * both.astype(int))
+            for at_row in np.flatnonzero(controlled):
+                beaten, n = (frame[f"{kind}_{name}"][at_row] for name in ("beaten", "n"))
+                left.text(
+                    1.02, heights[at_row], f"beats {beaten:.0f} of {n:.0f}", transform=left.get_yaxis_transform(),
+                    va="center", fontsize="x-small", color=colour,
                 )  # fmt: skip
         ends = [frame.after - frame.after_low, frame.after_high - frame.after]
         left.errorbar(
