@@ -128,6 +128,8 @@ def test_what_the_scorer_number_cannot_read_is_refused() -> None:
         with pytest.raises(TaskError, match=r"the scorer number cannot read the answer .* of the question 'b': write"):
             Task("t", (Example("a", "$1,000"), Example("b", answer)), scorer="number")
     assert len(Task("t", (Example("a", "18%"), Example("b", "-1,234.50"), Example("c", r"\$5")), scorer="number")) == 3
+    signed = ("+$5", "$+5$", "-$5", "$5$.", r"$18\%$", r"18$\%$")
+    assert len(Task("t", tuple(Example(answer, answer) for answer in signed), scorer="number")) == len(signed)
 
 
 def test_a_template_that_writes_the_date_asks_the_same_prompt_every_day(random_pair: Pair) -> None:
@@ -192,6 +194,17 @@ def test_boxed_needs_a_box() -> None:
         ("1,234,5", "5", True),
         ("it is \N{MINUS SIGN}5", "-5", True),
         ("a loss: -$5", "-5", True),
+        (r"a loss: -\$5, $-5$", "-5", True),
+        (r"a loss: \(-\$5\)", "-5", True),
+        ("$5$-$3$", "3", True),
+        ("The values are $1$,$2$,$100$.", "100", True),
+        ("sums $100$,$200$", "200", True),
+        ("$$6+6=12$$12 eggs", "12", True),
+        (r"in all $12$\$13", "13", True),
+        ("$1,234", "1234", True),
+        ("$1,234$", "1234", True),
+        ("1,2,100", "100", True),
+        ("in all:5,or,1,234", "1234", True),
         ("The answer is $1,000.", "$1,000", True),
         ("18% of them", "18%", True),
         ("18", "1/2", False),

@@ -101,13 +101,19 @@ def boxed(text: str, answer: str) -> bool:
     return any(normalise_answer(found, way) == normalise_answer(answer, way) for way in (True, False))
 
 
-#: a minus after a digit subtracts or joins ("3-5" ends in 5); commas count only as thousands ("1,2" ends in 2)
-_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
+#: a minus after a digit subtracts or joins ("3-5" ends in 5); commas count only as thousands ("1,2" ends in 2, and
+#: "1,2,100" in 100)
+_NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:(?<!\d)(?<!\d[.,])\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)")
 
 
 def _plain(text: str) -> str:
-    """A text whose minus signs are hyphens, without dollar signs, which stand between a minus and its number."""
-    return text.replace("\N{MINUS SIGN}", "-").replace("\\$", "").replace("$", "")
+    """A text whose minus signs are hyphens, with spaces for dollar signs, which else would join what they separate.
+
+    Between a sign and its number ("-$5"), and between a number and a minus ("$5$-$3$"), they go without a trace.
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    text = re.sub(r"(?<=[\w.)])\\?\$(?=-)|(?<=[-+])(?:\\?\$)+(?=[\d.])", "", text)
+    return re.sub(r"\\?\$", " ", text)
 
 
 def value_of(answer: str) -> Decimal | None:
