@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 from small_runs import small
 
+from mechtransplant import tasks
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment import Run, evaluator, lower_layers, run_experiment
@@ -358,6 +360,21 @@ def test_an_unrelated_task_that_is_the_runs_own_is_refused(tmp_path: Path) -> No
     questions.write_text("".join(json.dumps({"question": e.question, "answer": e.answer}) + "\n" for e in asked))
     with pytest.raises(UsageError, match="asks 3 of the run's own questions: name another task"):
         run_experiment(config(unrelated=str(questions)), tmp_path / "out")
+
+
+def test_another_task_that_shows_its_own_questions_has_fewer_to_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = load_task("sort", 100)
+    shown = replace(words.format, shots=tuple((e.question, e.answer) for e in words.examples[:2]))
+    few = replace(words, name="shown", format=shown)
+    monkeypatch.setitem(tasks._REGISTERED, "shown", (lambda name, n, seed: few, ""))
+    beside = {"tasks": ["shown"], "questions": 256, "texts": 0}
+    run = Run(config(unrelated="shown", split={"discover": 64, "choose": 64}, side_effects=beside), tmp_path / "out")
+    assert run.other is not None and len(few.askable) == 98
+    parts = run.other.split(**run.controls._other_sizes(run.other))
+    (asked,) = run.elsewhere.tasks
+    assert [len(part) for part in parts] == [48, 48, 1] and len(asked) == 96
 
 
 def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:

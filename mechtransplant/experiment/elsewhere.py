@@ -168,7 +168,7 @@ def _asked(run: Setup, name: str, spec: SideEffectSpec) -> Task:
     if task.name == run.task.name:
         raise UsageError(f"side_effects.tasks: {name!r} is the run's own task, whose effect is the gain: leave it out")
     known = {q for split in (*run.splits, *run.shut) for q in split.keys}
-    first_of = {key: i for i, key in reversed(list(enumerate(task.keys))) if key not in known}
+    first_of = {key: i for key, i in task.askable.items() if key not in known}
     n = min(spec.questions, len(first_of) - 2)
     if n < 1:
         raise UsageError(f"side_effects.tasks: {name!r} has no question that the run's own task has not: leave it out")

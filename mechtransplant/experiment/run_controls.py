@@ -225,6 +225,5 @@ class Controls:
     def _other_sizes(self, other: Task) -> dict[str, Any]:
         """As many questions of the unrelated task as of the run's own, or what it has."""
         sizes = {key: getattr(self.config.split, key) for key in ("discover", "choose")}
-        distinct = len(set(other.keys))
-        scale = min(1.0, (distinct - 1) / sum(sizes.values()))
+        scale = min(1.0, (len(other.askable) - 1) / sum(sizes.values()))
         return {key: max(1, int(n * scale)) for key, n in sizes.items()} | {"test": 1, "seed": self.config.split.seed}

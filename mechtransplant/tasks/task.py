@@ -203,6 +203,12 @@ class Task:
         return tuple(e.key for e in self.examples)
 
     @property
+    def askable(self) -> dict[str, int]:
+        """Key → place of every distinct question that a split may ask: none that every prompt shows, worked out."""
+        shown = {Example(question, "").key for question, _ in self.format.shots}
+        return {key: i for i, key in reversed(list(enumerate(self.keys))) if key not in shown}
+
+    @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of everything that decides a score: questions, answers, format, scorer, stops."""
         content = asdict(self)
@@ -251,8 +257,7 @@ class Task:
 
     def _parts(self, sizes: list[int], seed: int, without: Set[str] = frozenset()) -> list[list[int]]:
         """Disjoint stratified samples of so many distinct questions, without some."""
-        without = without | {Example(shown, "").key for shown, _ in self.format.shots}
-        first_of = {e.key: i for i, e in reversed(list(enumerate(self.examples))) if e.key not in without}
+        first_of = {key: i for key, i in self.askable.items() if key not in without}
         if len(first_of) < sum(sizes):
             raise TaskError(
                 f"task {self.name!r} has {len(first_of)} distinct questions and the split asks for "
