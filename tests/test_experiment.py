@@ -17,7 +17,7 @@ from mechtransplant import tasks
 from mechtransplant.errors import UsageError
 from mechtransplant.evaluation.forked import resuming
 from mechtransplant.experiment import Run, evaluator, lower_layers, run_experiment
-from mechtransplant.experiment.cells import CellStore
+from mechtransplant.experiment.cells import CellStore, cell_key
 from mechtransplant.experiment.config import parse_config, read_config
 from mechtransplant.experiment.drawing import draw
 from mechtransplant.experiment.setup import Setup, build_task
@@ -25,6 +25,7 @@ from mechtransplant.experiment.summary_effects import _with_fronts
 from mechtransplant.experiment.worker import Shipped
 from mechtransplant.ranking import rank_modules
 from mechtransplant.tasks import load_task
+from mechtransplant.tasks.scorers import SCORING
 
 SMALL = small(k=[2, 8, 1.0])
 
@@ -375,6 +376,35 @@ def test_another_task_that_shows_its_own_questions_has_fewer_to_ask(
     parts = run.other.split(**run.controls._other_sizes(run.other))
     (asked,) = run.elsewhere.tasks
     assert [len(part) for part in parts] == [48, 48, 1] and len(asked) == 96
+
+
+def test_a_scorer_that_judges_otherwise_has_other_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few: dict[str, Any] = {"pair": "family/instruct", "split": {"discover": 4, "choose": 4, "test": 4}}
+    few["side_effects"] = {"tasks": ["sort"], "questions": 4, "texts": 0}
+    cell = evaluator.Cell("test", "graft", ("L0.q_proj",))
+
+    def keys() -> dict[str, list[str]]:
+        return {
+            name: [cell_key(part.content(cell)) for part in (evaluator.Evaluator(run), run.elsewhere)]
+            for name, run in runs.items()
+        }
+
+    specs = {name: {"name": "boxed-addition", "scorer": name} for name in ("boxed", "number", "exact")}
+    runs = {name: Run(config(**few, task=spec), tmp_path / name, progress=False) for name, spec in specs.items()}
+    runs["beside"] = Run(
+        config(**{**few, "side_effects": {**few["side_effects"], "tasks": ["boxed-addition"]}}, task="addition"),
+        tmp_path / "beside",
+        progress=False,
+    )
+    # cells from before versions were noted are of version 1
+    assert "scoring" not in evaluator.Evaluator(runs["number"]).content(cell)
+    before = keys()
+    monkeypatch.setitem(SCORING, "boxed", 2)
+    after = keys()
+    changed = {name: [a != b for a, b in zip(before[name], after[name], strict=True)] for name in before}
+    # the side effects of the last are on boxed answers
+    none, both = [False, False], [True, True]
+    assert changed == {"boxed": both, "number": none, "exact": none, "beside": [False, True]}
 
 
 def test_splits_never_share_a_question(finished: Any, tmp_path: Path) -> None:

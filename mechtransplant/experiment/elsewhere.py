@@ -23,6 +23,7 @@ from mechtransplant.side_effects import (
     side_effect_baseline,
 )
 from mechtransplant.tasks import Task, list_tasks, load_task
+from mechtransplant.tasks.scorers import scoring_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,6 +97,7 @@ class Elsewhere:
             "strength": cell.strength,
             **cell.own_strengths,
             "test": run.splits.test.fingerprint,
+            **scoring_of(run.task.scorer, *(task.scorer for task in self.tasks)),
             **({} if run.gating is None else {"gate": run.gating.fingerprint}),
             **{key: getattr(run.config, key) for key in ("kv", "operator", "dtype", "batch_size")},
         }

@@ -19,6 +19,7 @@ from mechtransplant.experiment.setup import Setup
 from mechtransplant.grafting import ConditionalGraft, Graft
 from mechtransplant.pair import LanguageModel, Pair, make_pair
 from mechtransplant.tasks import Task
+from mechtransplant.tasks.scorers import scoring_of
 
 #: which model is evaluated: the target under a graft of the source ("graft"), the source ("source"), the source under
 #: a graft of the target ("reverse"), or the target under a graft of itself ("self")
@@ -101,6 +102,7 @@ class Evaluator:
             **self.setup.fingerprints,
             **self.setup.ancestor,
             "task": self.splits[cell.split].fingerprint,
+            **scoring_of(self.splits[cell.split].scorer),
             "budgets": self.setup.budgets,
             "body": cell.body,
             "modules": sorted(cell.modules),

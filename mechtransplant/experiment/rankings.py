@@ -14,6 +14,7 @@ from mechtransplant.ranking import get_rule, rank_modules
 from mechtransplant.ranking.steps import keeping
 from mechtransplant.selection import remembering
 from mechtransplant.tasks import Splits
+from mechtransplant.tasks.scorers import scoring_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +152,7 @@ class Rankings:
         options = options_of_rule(rule, given, config.batch_size, **own) | more
         task = splits.choose if entry.sees(given)[0] == "choose" else splits.discover
         named = {"rule": rule, "kinds": list(config.kinds), "seed": config.seed, "task": task.fingerprint, **options}
-        with self._keeping(named | self.fingerprints):
+        with self._keeping(named | scoring_of(task.scorer) | self.fingerprints):
             return rank_modules(
                 self.pair, task, rule, config.kinds, seed=config.seed, progress=self.progress, **options
             )

@@ -161,6 +161,17 @@ _HUGE = re.compile(r"\^\s*\{?\s*\(?\s*\d+\s*\^|\^\s*\{?\s*\d{6,}|\d{5,}\s*!|[)}\
 
 SCORERS: dict[str, Scorer] = {"exact": exact, "boxed": boxed, "number": number, "math": math}
 
+#: scorer → version of its verdicts; raise it with every change after which a scorer may judge a text otherwise (that of
+#: ``math`` with ``boxed``, which it asks first), so that no cell that was scored before is taken for a new one
+#: (``number`` is at 1 although it once joined numbers over dollar signs: answers of the committed run by it have none)
+SCORING = {"exact": 1, "boxed": 1, "number": 1, "math": 1}
+
+
+def scoring_of(*scorers: str) -> dict[str, dict[str, int]]:
+    """What scorers add to the key of a cell: nothing at version 1, as cells from before versions were noted have."""
+    versions = {name: SCORING[name] for name in sorted(set(scorers)) if SCORING[name] > 1}
+    return {"scoring": versions} if versions else {}
+
 
 def has_answer(text: str, scorer: str) -> bool:
     """Whether a text has what a scorer compares: a box, a number, for ``math`` either or a formula, or any text."""
