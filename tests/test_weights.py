@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -505,12 +506,22 @@ def test_another_transformers_converts_again(tiny: Path, tmp_path: Path, monkeyp
     with pytest.warns(UserWarning, match="by transformers 4.57.1, and cannot be by .*cannot fetch toy"):
         again(no_network, by="4.57.1")
     assert sha256_of(cached / "model.safetensors") == first
+    # the version that wrote the configuration is no difference, what it says is
+    for change, count in (({"transformers_version": "9.9"}, 0), ({"rms_norm_eps": 1e-3}, 1)):
+        path = tiny / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            again(by="4.57.1")
+        assert ["another configuration or tokenizer" in str(w.message) for w in caught] == [True] * count
+    assert json.loads((cached / "config.json").read_text())["rms_norm_eps"] == 1e-3
+    assert sha256_of(cached / "model.safetensors") == first
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tiny / "model.safetensors")
     tensors["lm_head.weight"] += 1
     save_file(tensors, tiny / "model.safetensors", metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="converts toy to other weights than 4.57.1 did"):
-        again()
+        again(by="4.57.1")
     assert sha256_of(cached / "model.safetensors") == sha256_of(tiny / "model.safetensors") != first
     assert sorted(p.name for p in cached.parent.iterdir()) == [cached.name, f"{cached.name}.lock"]

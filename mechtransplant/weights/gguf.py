@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from mechtransplant.errors import WeightsError, one_line
 from mechtransplant.weights.files import read_json, sha256_of
@@ -143,16 +144,32 @@ def _renew(folder: Path, name: str, sha256: str, provide: Callable[[Path], Path]
                 stacklevel=4,
             )
             return
-        if read_json(made / "source.json").get("model_sha256") == note.get("model_sha256"):
+        same_weights = read_json(made / "source.json").get("model_sha256") == note.get("model_sha256")
+        # the same weights are another model with another config.json, or asked other tokens with another tokenizer
+        if same_weights and _beside(made) == _beside(folder):
             os.replace(made / "source.json", folder / "source.json")
             return
+        what = "another configuration or tokenizer" if same_weights else "other weights"
         warnings.warn(
-            f"transformers {now} converts {name} to other weights than {before} did, and the new ones are used: "
-            "numbers from before do not hold for them",
+            f"transformers {now} converts {name} to {what} than {before} did, and the new ones are used: "
+            f"numbers from before {'may' if same_weights else 'do'} not hold for them",
             stacklevel=4,
         )
         os.replace(folder, Path(temporary) / "before")
         os.replace(made, folder)
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """File → content of all that a conversion writes beside the weights, less the version that wrote it."""
+    found: dict[str, Any] = {}
+    for path in folder.iterdir():
+        if path.name not in ("source.json", "model.safetensors"):
+            # as JSON: the order of keys and the indentation are no difference
+            found[path.name] = read_json(path) if path.suffix == ".json" else path.read_bytes()
+    for name in ("config.json", "generation_config.json"):
+        if name in found:
+            found[name] = {key: value for key, value in found[name].items() if key != "transformers_version"}
+    return found
 
 
 def convert(gguf: Path, folder: Path, name: str, sha256: str) -> None:
