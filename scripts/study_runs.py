@@ -21,6 +21,8 @@ _BOTH = {"generations": _FIRST, "instruct": _FIRST}
 #: a pair on all three, chosen by screens and trials on ``choose`` of the first
 PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "paper": {"generations": SPLITS, "instruct": SPLITS, "gemma": _FIRST},
+    # the paper's method beside random sets of the same projections, on a split where it chooses half of the layers
+    "projections": {"generations": (1,)},
     "best": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
     # beside random sets of the same sizes, in which K stands for V: what ``best`` was compared with at first
     "sizes": {"generations": _FIRST},
@@ -39,7 +41,7 @@ PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 #: those that a screen chose, or a rule that fits strengths
-RECIPE_RUNS = tuple(what for what in PLANNED if what not in ("paper", "number", "heads", "mlps"))
+RECIPE_RUNS = tuple(what for what in PLANNED if what not in ("paper", "projections", "number", "heads", "mlps"))
 
 
 def planned(what: str) -> list[tuple[str, int]]:

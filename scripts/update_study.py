@@ -131,8 +131,10 @@ def status() -> str:
 def setting() -> str:
     """The paper's rule on both pairs and every split."""
     rows = []
-    for row in runs_table(folders("paper")).to_dict("records"):
+    for row in runs_table([*folders("paper"), *folders("projections")]).to_dict("records"):
         share = f"{row['k']} of {row['candidates']}"
+        if "projections" in row["run"]:
+            row["seed"] = f"{row['seed']}, sets of the same projections"
         others = [f"{100 * row['bottom']:.1f}", elsewhere(row), f"{100 * row['reverse']:.1f}"]
         rows.append([row["pair"], row["seed"], share, *outcome(row), *others, *harm(row)])
     table = markdown(["pair", "split", "K", *OUTCOME, "lowest-ranked, %", ELSEWHERE, "reverse, %", *HARM], rows)

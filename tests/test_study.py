@@ -83,6 +83,10 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                 if what == "number":
                     same = read_config(ROOT / "configs" / "study" / f"{pair}-directions-{split}.yaml")
                     assert config.operator == same.operator and config.k == same.k and config.split == same.split
+                if what == "projections":
+                    same = read_config(ROOT / "configs" / "study" / f"{pair}-paper-{split}.yaml")
+                    changed = {"name": config.name, "random_match": "projection"}
+                    assert config == same.model_copy(update=changed) and same.random_match == "size"
                 assert (config.gate is not None) == ("gated" in what)
                 if "sparse" in what or "directions" in what:
                     assert config.random_weights == 100
