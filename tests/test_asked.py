@@ -60,6 +60,34 @@ def test_an_edited_model_folder_is_another_model(
     assert (first.folder / "cells.jsonl").read_bytes() == before and not (tmp_path / "again").exists()
 
 
+def test_a_note_from_before_a_setting_was_noted_is_of_the_same_models(folders: dict[str, str], tmp_path: Path) -> None:
+    path = Path(folders["target"]) / "config.json"
+    edited(path, attention_multiplier=0.25)
+    config = parse_config(small(**LEAN, pair=folders))
+    folder = run_experiment(config, tmp_path / "run", progress=False).folder
+    environment = folder / "environment.json"
+    noted = json.loads(environment.read_text())
+    settings = noted["asked"]["settings"]
+    assert settings["target"]["head_dim"] == 16 and settings["target"]["attention_multiplier"] == 0.25
+    # what a config lacks adds nothing
+    assert "attention_multiplier" not in settings["source"]
+    later = ("head_dim", "attention_multiplier")
+    older = {role: {k: v for k, v in said.items() if k not in later} for role, said in settings.items()}
+    other = {**settings, "target": {**settings["target"], "attention_multiplier": 0.5}}
+
+    def note(said: dict[str, Any]) -> None:
+        environment.write_text(json.dumps({**noted, "asked": {**noted["asked"], "settings": said}}))
+
+    note(older)
+    Run(config, folder, progress=False).execute()
+    Run(config, tmp_path / "again", progress=False, reuse=folder)
+    note(other)
+    with pytest.raises(UsageError, match="begun with different prompts, end tokens or model settings"):
+        Run(config, folder, progress=False).execute()
+    with pytest.raises(UsageError, match="its models have other settings or end tokens"):
+        Run(config, tmp_path / "again", progress=False, reuse=folder)
+
+
 def test_a_folder_from_before_it_was_noted_goes_on(folders: dict[str, str], tmp_path: Path) -> None:
     config = parse_config(small(**LEAN, pair=folders))
     folder = run_experiment(config, tmp_path / "run", progress=False).folder

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from mechtransplant.tasks import Task
 
 
+#: settings that notes lack from before they were noted; ``head_dim`` is no setting of a compatible pair, which has one
+_LATER = ("head_dim", "attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
 def tokens_of(pair: Pair, splits: Iterable[Task]) -> dict[str, str]:
     """Split → sixteen hexadecimal digits of the token ids of its prompts and gold answers."""
     found = {}
@@ -38,11 +42,27 @@ def settings_of(pair: Pair) -> dict[str, Any]:
     settings = {}
     for role, model in (("source", pair.source), ("target", pair.target)):
         config = model.hf.config.get_text_config()
-        known = {key: getattr(config, key, None) for key in SETTINGS}
+        known = {key: getattr(config, key, None) for key in dict.fromkeys((*SETTINGS, *_LATER))}
         settings[role] = {key: value for key, value in known.items() if value is not None}
         settings[role]["end_tokens"] = end_tokens(model)
     found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return found
+
+
+def same_settings(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two notes are of the same models; what one of them was written too early to say is not compared."""
+    said = [set().union(*note.values()) for note in (one, other)]
+    unknown = set(_LATER) - (said[0] & said[1])
+    mine, theirs = (
+        {role: {key: value for key, value in model.items() if key not in unknown} for role, model in note.items()}
+        for note in (one, other)
+    )
+    return mine == theirs
+
+
+def same_asked(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs asked the same models the same prompts; see :func:`same_settings`."""
+    return one["tokens"] == other["tokens"] and same_settings(one["settings"], other["settings"])
 
 
 def check_asked(
@@ -52,12 +72,9 @@ def check_asked(
     theirs = began.get("asked")
     if theirs is None:
         return
+    mine, other = settings_of(pair), theirs["settings"]
     # in either order: of two models the better one may be the source
-    mine, other = (
-        sorted(json.dumps(model, sort_keys=True) for model in settings.values())
-        for settings in (settings_of(pair), theirs["settings"])
-    )
-    if mine != other:
+    if not (same_settings(mine, other) or same_settings(mine, {"source": other["target"], "target": other["source"]})):
         raise FolderError(
             f"--reuse {folder}: its models have other settings or end tokens (see its environment.json), so its cells "
             "are of other models: leave --reuse out"

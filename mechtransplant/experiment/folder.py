@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mechtransplant.errors import FolderError, UsageError
+from mechtransplant.experiment.asked import same_asked
 from mechtransplant.experiment.cells import write_atomically
 from mechtransplant.experiment.environment import versions
 
@@ -145,7 +147,8 @@ def _earlier_starts(
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         wanted = [*compared, *(what for what in added if what in saved)]
-        changed = [what for what in wanted if saved.get(what) != began[what]]
+        alike = {"asked": same_asked}
+        changed = [what for what in wanted if not alike.get(what, eq)(saved.get(what), began[what])]
         starts = list(saved["starts"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderError(f"{path} is broken ({error}): {ELSEWHERE}, or remove it") from error

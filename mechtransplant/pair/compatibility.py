@@ -113,6 +113,11 @@ SETTINGS = (
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
+    # Granite's
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
     "max_position_embeddings",
     "tie_word_embeddings",
 )
