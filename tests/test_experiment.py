@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -720,6 +721,16 @@ def test_a_graft_that_overflows_is_not_chosen(tmp_path: Path) -> None:
     broken = parse_config(small(**{**OVERFLOWING, "strengths": [1e30]}))
     with pytest.raises(UsageError, match="all grafts of weight_delta overflow on choose: give smaller ones"):
         run_experiment(broken, tmp_path / "broken", progress=False)
+
+
+def test_a_graft_of_everything_is_no_way_out_of_an_overflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(parse_config(small(**OVERFLOWING)), tmp_path / "run", progress=False)
+    rows = [{"k": k, "strength": 1.0, "log_probability": v} for k, v in ((9, -np.inf), (len(run.candidates), -1.0))]
+    monkeypatch.setattr(run, "rows", SimpleNamespace(where=lambda **_: rows), raising=False)
+    with pytest.raises(UsageError, match="all grafts of weight_delta overflow on choose: give smaller ones"):
+        run._choose("weight_delta", 8)
+    del rows[0]
+    assert run._choose("weight_delta", 8) == (len(run.candidates), 1.0)
 
 
 def test_a_run_whose_graft_overflows_is_reported_without_log_probability(tmp_path: Path) -> None:

@@ -274,11 +274,12 @@ class Run(Setup):
             )
         if any(r[by] is None for r in options):
             raise UsageError(f"choose_by: {by} is not known of this task's answers: choose by accuracy")
+        # first: where every selective graft overflows, one of all candidates is none to choose instead
+        options = [r for r in options if r["k"] < len(self.candidates)] or options
         options = [r for r in options if math.isfinite(r[by])]
         if not options:
             raise UsageError(f"strengths: all grafts of {rule} overflow on choose: give smaller ones")
-        selective = [r for r in options if r["k"] < len(self.candidates)]
-        best = min(selective or options, key=lambda r: (-r[by], r["k"], abs(r["strength"] - 1)))
+        best = min(options, key=lambda r: (-r[by], r["k"], abs(r["strength"] - 1)))
         return best["k"], best["strength"]
 
     def _small_enough(self, rule: str, k: int) -> bool:
