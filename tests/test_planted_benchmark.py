@@ -96,6 +96,7 @@ def test_a_folder_is_not_overwritten_by_another_config(tmp_path: Path, command: 
         ("options: {greedy: 4}", "options: expected a mapping from name to a mapping, got"),
         ("rules: 5", "rules: expected a list of names, got '5'"),
         ("seeds: many", "seeds: expected a whole number, got 'many'"),
+        ("seeds: true", "seeds: expected a whole number, got 'True'"),
         ("sedes: 3", "unknown key of"),
         ("seeds: 3\nseeds: 4", "the key 'seeds' is given twice"),
     ],

@@ -89,7 +89,7 @@ def _check_types(content: dict[str, Any], where: str) -> None:
             what = "a mapping from name to a mapping"
             right = isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
         else:
-            what, right = "a whole number", isinstance(value, int)
+            what, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
         if not right:
             raise UsageError(f"{where}: {key}: expected {what}, got {str(value)[:60]!r}; fix this key")
 
