@@ -85,9 +85,10 @@ def _against_unrelated(run: Run, rule: str, findings: Findings) -> str:
         return ""
     shared = ""
     if not math.isnan(row.get("unrelated_shared", math.nan)):
-        shared = f"shares {row.unrelated_shared:.0f} of its {row.k:.0f} modules with it "
+        shared = f"shares {row.unrelated_shared:.0f} of its {row.k:.0f} modules with it"
         if not math.isnan(row.get("random_shared", math.nan)):
-            shared += f"(random sets {row.random_shared:g} in the median), "
+            shared += f" (random sets {row.random_shared:g} in the median)"
+        shared += ", "
     return (
         f" What it picks on `{run.other.name}` {shared}reaches {percent(row.unrelated)} and beats {beaten:.0f} of "
         f"these sets; of the questions on which the two grafts differ its own has {row.unrelated_gained:.0f} right and "

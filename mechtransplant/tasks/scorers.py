@@ -169,7 +169,7 @@ SCORING = {"exact": 1, "boxed": 1, "number": 1, "math": 1}
 
 def scoring_of(*scorers: str) -> dict[str, dict[str, int]]:
     """What scorers add to the key of a cell: nothing at version 1, as cells from before versions were noted have."""
-    versions = {name: SCORING[name] for name in sorted(set(scorers)) if SCORING[name] > 1}
+    versions = {name: at for name in sorted(set(scorers)) if (at := SCORING.get(name, 1)) > 1}
     return {"scoring": versions} if versions else {}
 
 
