@@ -215,6 +215,9 @@ def test_the_side_effects_table_says_on_which_front_a_graft_is() -> None:
     assert list(_with_fronts(plane).fronts) == [accuracy, kl, kl, ""]
     assert list(_with_fronts(plane.assign(kl=[0.1, 0.2, 0.3, 0.4])).fronts) == [both, "", "", ""]
     assert list(_with_fronts(plane.drop(columns="harm")).fronts) == ["", kl, kl, ""]
+    # the third overflows: it has no KL, and the others are compared all the same
+    overflowing = plane.assign(kl=[0.5, 0.1, float("nan"), 0.4])
+    assert list(_with_fronts(overflowing).fronts) == [both, kl, "", ""]
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,11 @@ def _cells_of(graft: dict[str, Any], effects: list[Any]) -> list[str]:
 def _with_fronts(grafts: pd.DataFrame) -> pd.DataFrame:
     """The grafts with a column ``fronts``: for which harms they are on the front."""
     named = {"harm": "gain and accuracy elsewhere", "kl": "gain and KL"}
-    harms = [harm for harm in named if harm in grafts and grafts[harm].notna().all()]
-    on = {harm: pareto_front(grafts, harm=harm).front for harm in harms}
-    fronts = ["; ".join(named[harm] for harm in harms if on[harm][at]) for at in grafts.index]
+    # a graft that overflows has no KL, and is on no front by it
+    on = {
+        harm: set(pareto_front(grafts[grafts[harm].notna()], harm=harm).query("front").index)
+        for harm in named
+        if harm in grafts
+    }
+    fronts = ["; ".join(named[harm] for harm in on if at in on[harm]) for at in grafts.index]
     return grafts.assign(fronts=fronts)
