@@ -18,7 +18,7 @@ ONCE = ("gemma",)
 _FIRST = (0,)
 _BOTH = {"generations": _FIRST, "instruct": _FIRST}
 #: what → pair → the splits that it is planned on, in the order of tables and figures: the paper's method and one recipe
-#: a pair on all three, chosen by screens and trials on ``choose`` of the first
+#: a pair on all three
 PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     "paper": {"generations": SPLITS, "instruct": SPLITS, "gemma": _FIRST},
     # the paper's method beside random sets of the same projections, on a split where it chooses half of the layers
@@ -27,10 +27,11 @@ PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     # beside random sets of the same sizes, in which K stands for V: what ``best`` was compared with at first
     "sizes": {"generations": _FIRST},
     "gated": {"generations": SPLITS, "instruct": _FIRST, "gemma": _FIRST},
-    "sparse": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
-    "sparse-gated": {"generations": _FIRST, "instruct": SPLITS, "gemma": _FIRST},
-    "directions": _BOTH,
-    "directions-gated": _BOTH,
+    "sparse": {"generations": _FIRST, "instruct": _FIRST, "gemma": _FIRST},
+    "sparse-gated": {"generations": _FIRST, "instruct": _FIRST, "gemma": _FIRST},
+    # in place of ``sparse`` on all three between base and tuned, since split 0 had both
+    "directions": {"generations": _FIRST, "instruct": SPLITS},
+    "directions-gated": {"generations": _FIRST, "instruct": SPLITS},
     "gentle": _BOTH,
     "pruned": {"instruct": _FIRST},
     "pruned-gated": {"instruct": _FIRST},

@@ -108,20 +108,25 @@ def test_the_studys_configs_ask_for_what_it_promises() -> None:
         run = read_config(ROOT / "configs" / "study" / f"{pair}-paper-{split}.yaml")
         assert run.rule == "lae" and run.random_sets == 100
         assert pair in ONCE or set(run.counts(210)) >= {13, 26, 52, 105, 210}
-        for what, kind in (("best", "screen"), ("best", "neuron-screen"), ("sparse", "sparse-screen")):
+        for what, kind, share in (
+            ("best", "screen", 0.15),
+            ("best", "neuron-screen", 0.15),
+            ("sparse", "sparse-screen", 0.15),
+            ("directions", "directions-screen", 0.024),
+        ):
             path = ROOT / "configs" / "study" / f"{pair}-{kind}-{split}.yaml"
             # neurons are tried on the first split of the pairs that come with the project
             wanted = (pair, split) in planned(what) and (kind != "neuron-screen" or (split == 0 and pair not in ONCE))
             assert path.exists() == wanted, path.name
             if path.exists():
                 screen = read_screen(path)
-                assert screen.task == run.task and screen.pair == run.pair and max(screen.shares) == 0.15
+                assert screen.task == run.task and screen.pair == run.pair and max(screen.shares) == share
                 assert screen.split == run.split and (run.split.seed, run.split.test, run.split.choose) == (
                     split,
                     512,
                     64,
                 )
-                assert screen.counted == ("changes" if what == "sparse" else "modules")
+                assert screen.counted == ("modules" if what == "best" else "changes")
 
 
 def test_the_aim_is_judged_condition_by_condition() -> None:
