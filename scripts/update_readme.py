@@ -61,6 +61,21 @@ def depth(results: pd.DataFrame, rule: str) -> str:
     return ", ".join(dict.fromkeys(mine.depth_matched))
 
 
+def same_projections(folder: Path, rule: str, k: int) -> str:
+    """The rank among random sets of the same projections, which another run of the same name has."""
+    other = folder.with_name(f"{folder.name}-projections") / "rules.csv"
+    if not other.exists():
+        return "–"
+    table = pd.read_csv(other)
+    table = table[(table.budget == table.budget.max()) & table.random_n.notna()]
+    mine = table[(table["rule"] == rule) & (table.k == k)]
+    if mine.empty:
+        return "–"
+    row = mine.iloc[0]
+    ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
+    return f"{percent(row.random_median)} ({ends}), {row.random_beaten:.0f} of {row.random_n:.0f}"
+
+
 def rows(folder: Path) -> list[str]:
     """One run as rows of the table."""
     table = pd.read_csv(folder / "rules.csv").set_index("rule")
@@ -82,6 +97,7 @@ def rows(folder: Path) -> list[str]:
             f"{row.k} of {everything}",
             random,
             f"{row.random_beaten:.0f} of {row.random_n:.0f} (p = {row.random_p_value:.2g})" if controlled else "–",
+            same_projections(folder, rule, row.k) if controlled else "–",
             f"{row.curve_p_max:.2g}" if not pd.isna(row.curve_p_max) else "–",
             "undefined" if pd.isna(row.tir) else f"{row.tir:.2f}" + few(row),
             "withheld" if pd.isna(row.recovery) else recovery(row),
@@ -95,7 +111,8 @@ def table() -> str:
     """The table of every committed run."""
     found = [ROOT / "runs" / name for name in RUNS]
     columns = ["run", "rule", "target", "source", "grafted", "K", "random at K: median (range), depth"]
-    columns += ["random sets beaten", "p of the K-curve", "TIR", "Recovery", "n"]
+    columns += ["random sets beaten", "of the same projections: median (range), beaten"]
+    columns += ["p of the K-curve", "TIR", "Recovery", "n"]
     head = f"| {' | '.join(columns)} |"
     lines = [
         head,
