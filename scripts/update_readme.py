@@ -63,17 +63,18 @@ def depth(results: pd.DataFrame, rule: str) -> str:
 
 def same_projections(folder: Path, rule: str, k: int) -> str:
     """The rank among random sets of the same projections, which another run of the same name has."""
-    other = folder.with_name(f"{folder.name}-projections") / "rules.csv"
-    if not other.exists():
+    other = folder.with_name(f"{folder.name}-projections")
+    if not (other / "outcome.json").exists():
         return "–"
-    table = pd.read_csv(other)
+    table = pd.read_csv(other / "rules.csv")
     table = table[(table.budget == table.budget.max()) & table.random_n.notna()]
     mine = table[(table["rule"] == rule) & (table.k == k)]
     if mine.empty:
         return "–"
     row = mine.iloc[0]
     ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
-    return f"{percent(row.random_median)} ({ends}), {row.random_beaten:.0f} of {row.random_n:.0f}"
+    matched = depth(pd.read_parquet(other / "results.parquet"), rule)
+    return f"{percent(row.random_median)} ({ends}), {matched}: {row.random_beaten:.0f} of {row.random_n:.0f}"
 
 
 def rows(folder: Path) -> list[str]:
@@ -111,7 +112,7 @@ def table() -> str:
     """The table of every committed run."""
     found = [ROOT / "runs" / name for name in RUNS]
     columns = ["run", "rule", "target", "source", "grafted", "K", "random at K: median (range), depth"]
-    columns += ["random sets beaten", "of the same projections: median (range), beaten"]
+    columns += ["random sets beaten", "of the same projections: median (range), depth: beaten"]
     columns += ["p of the K-curve", "TIR", "Recovery", "n"]
     head = f"| {' | '.join(columns)} |"
     lines = [
