@@ -171,6 +171,17 @@ def test_readme_has_the_numbers_of_the_committed_runs() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_rank_among_the_same_projections_is_that_of_the_graft_in_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from update_readme import same_projections
+
+    run = ROOT / "runs" / "smollm2-generations"
+    assert same_projections(run, "integrated_gradient", 32) == "72.3 (68.0 – 76.6), thirds: 100 of 100"
+    # another K is another graft, and `greedy` has no random sets there
+    assert same_projections(run, "integrated_gradient", 64) == same_projections(run, "greedy", 32) == "–"
+    assert same_projections(run.with_name("family-strengths"), "lae", 14) == "–"
+
+
 def test_the_rules_page_is_what_the_registry_says() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/update_rules.py", "--check"], cwd=ROOT, capture_output=True, text=True
