@@ -61,6 +61,12 @@ def depth(results: pd.DataFrame, rule: str) -> str:
     return ", ".join(dict.fromkeys(mine.depth_matched))
 
 
+def spread(row: Any, results: pd.DataFrame) -> str:
+    """What a rule's random sets reach, and how strictly they are matched in depth."""
+    ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
+    return f"{percent(row.random_median)} ({ends}), {depth(results, row['rule'])}"
+
+
 def same_projections(folder: Path, rule: str, k: int) -> str:
     """The rank among random sets of the same projections, which another run of the same name has."""
     other = folder.with_name(f"{folder.name}-projections")
@@ -72,14 +78,13 @@ def same_projections(folder: Path, rule: str, k: int) -> str:
     if mine.empty:
         return "–"
     row = mine.iloc[0]
-    ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
-    matched = depth(pd.read_parquet(other / "results.parquet"), rule)
-    return f"{percent(row.random_median)} ({ends}), {matched}: {row.random_beaten:.0f} of {row.random_n:.0f}"
+    reached = spread(row, pd.read_parquet(other / "results.parquet"))
+    return f"{reached}: {row.random_beaten:.0f} of {row.random_n:.0f}"
 
 
 def rows(folder: Path) -> list[str]:
     """One run as rows of the table."""
-    table = pd.read_csv(folder / "rules.csv").set_index("rule")
+    table = pd.read_csv(folder / "rules.csv").set_index("rule", drop=False)
     table = table[table.budget == table.budget.max()]
     results = pd.read_parquet(folder / "results.parquet")
     everything = int(results[results.role == "all"].k.iloc[0])
@@ -87,16 +92,12 @@ def rows(folder: Path) -> list[str]:
     for at, rule in enumerate(shown(folder)):
         row = table.loc[rule]
         controlled = not pd.isna(row.random_n)
-        random = "–"
-        if controlled:
-            ends = f"{percent(row.random_low)} – {percent(row.random_high)}"
-            random = f"{percent(row.random_median)} ({ends}), {depth(results, rule)}"
         cells: list[Any] = [
             f"[{folder.name}](runs/{folder.name}/summary.md)" if at == 0 else "",
             f"`{rule}`",
             *[percent(row[role]) for role in ("target", "source", "after")],
             f"{row.k} of {everything}",
-            random,
+            spread(row, results) if controlled else "–",
             f"{row.random_beaten:.0f} of {row.random_n:.0f} (p = {row.random_p_value:.2g})" if controlled else "–",
             same_projections(folder, rule, row.k) if controlled else "–",
             f"{row.curve_p_max:.2g}" if not pd.isna(row.curve_p_max) else "–",
