@@ -132,17 +132,37 @@ def test_what_the_scorer_number_cannot_read_is_refused() -> None:
     assert len(Task("t", tuple(Example(answer, answer) for answer in signed), scorer="number")) == len(signed)
 
 
-def test_a_template_that_writes_the_date_asks_the_same_prompt_every_day(random_pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        # as in Llama 3
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+            "{{ date_string }}: {{ messages[-1].content }}",
+            "26 Jul 2024: q",
+        ),
+        # as in gpt-oss, in a macro
+        (
+            "{% macro head() %}{{ 'Current date: ' + strftime_now('%Y-%m-%d') + '\n' }}{% endmacro %}"
+            "{{ head() }}{{ messages[-1].content }}",
+            "Current date: 2024-07-26\nq",
+        ),
+        # as in Mistral
+        (
+            "\n{%- set today = strftime_now('%A, %-d %B %y') %}{{ today }}: {{ messages[-1].content }}",
+            "Friday, 26 July 24: q",
+        ),
+    ],
+)
+def test_a_template_that_writes_the_date_asks_the_same_prompt_every_day(
+    random_pair: Pair, template: str, written: str
+) -> None:
     import copy
 
     tokenizer = copy.copy(random_pair.target.tokenizer)
-    # as in Llama 3
-    tokenizer.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ date_string }}: {{ messages[-1].content }}"
-    )
+    tokenizer.chat_template = template
     task = Task("t", (Example("q", "a"),), format=PromptFormat(chat=True))
-    assert task.prompts(tokenizer) == ["26 Jul 2024: q"]
+    assert task.prompts(tokenizer) == [written]
 
 
 def test_a_question_that_is_shown_is_not_asked() -> None:
@@ -490,6 +510,9 @@ def test_short_answers_need_the_exact_scorer_and_stops_of_one_character() -> Non
 def test_a_template_without_system_role_gets_the_system_text_in_the_first_turn() -> None:
     class Tokenizer:
         chat_template = "refuses a system role"
+
+        def get_chat_template(self) -> str:
+            return self.chat_template
 
         def apply_chat_template(self, turns: list[dict[str, str]], **_: object) -> str:
             from jinja2 import TemplateError

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
+import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -83,21 +85,39 @@ class PromptFormat:
         return self.completion.replace("{answer}", answer)
 
 
-#: the day that templates of Llama 3 write where they are told none and know no clock: not today's, with which every day
-#: would ask other prompts
-_DATE = "26 Jul 2024"
+#: what every template takes for today (so does Llama 3's where it knows no clock): prompts are the same every day
+_DAY = datetime(2024, 7, 26)
+
+
+def _without_clock(template: str) -> str:
+    """A chat template to which it is always ``_DAY``, also where it asks the clock itself (gpt-oss, Mistral)."""
+    if "strftime_now" not in template:
+        return template
+    # transformers passes no function into a template, so it is defined there, over the one of the same name
+    codes = {code: _DAY.strftime(code.replace("-", "")) for code in sorted(set(re.findall("%-?[A-Za-z]", template)))}
+    # %-d is the day without a leading zero
+    values = {code: (value.lstrip("0") or "0") if "-" in code else value for code, value in codes.items()}
+    written = "".join(f".replace({code!r}, {value!r})" for code, value in values.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + written + " }}{%- endmacro -%}" + template
 
 
 def _apply_template(tokenizer: Any, system: str, turns: list[dict[str, str]]) -> str:
     """The chat's text; where the template refuses a system role (Gemma 2), the first user turn begins with its text."""
     from jinja2 import TemplateError
 
+    template = _without_clock(tokenizer.get_chat_template())
     first = {**turns[0], "content": f"{system}\n\n{turns[0]['content']}"}
     forms = [[{"role": "system", "content": system}, *turns], [first, *turns[1:]]] if system else [turns]
     for form in forms:
         try:
             return str(
-                tokenizer.apply_chat_template(form, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+                tokenizer.apply_chat_template(
+                    form,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    date_string=f"{_DAY:%d %b %Y}",
+                )
             )
         except TemplateError as error:
             said = str(error)
