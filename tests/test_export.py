@@ -363,11 +363,18 @@ def test_a_runs_graft_is_made_where_the_run_was(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         # most operators round alike everywhere
         warnings.simplefilter("error")
-        for gone in ({"device": "cuda"}, {"device": "cuda:1"}, {"device_map": "auto"}, {"device_map": {"": 0}}):
+        elsewhere = [
+            {"device": "auto"},
+            {"device": "cuda"},
+            {"device": "cuda:1"},
+            {"device_map": "auto"},
+            {"device_map": {"": 0}},
+        ]
+        for gone in [*elsewhere, *([] if torch.backends.mps.is_available() else [{"device": "mps"}])]:
             pair = ran_with(**gone)
             assert pair.target.hf.device.type == "cpu" and not hasattr(pair.target.hf, "hf_device_map")
     assert takes_turns(ran_with(device="cuda", one_at_a_time=True).target.hf)
-    for broken in ({"device": "cuda:first"}, {"device_map": "balanced"}):
+    for broken in ({"device": "cuda:first"}, {"device": "none"}, {"device_map": "balanced"}):
         with pytest.raises(UsageError, match="no finished run that can be read"):
             ran_with(**broken)
     chosen = json.loads((run / "outcome.json").read_text())

@@ -57,7 +57,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
     except FileNotFoundError as error:
         missing = Path(str(error.filename)).name
         raise UsageError(f"{folder} holds no finished run ({missing} is missing): finish it, then export") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, yaml.YAMLError) as error:
         raise UsageError(f"{folder} holds no finished run that can be read ({error!r}): run it again") from error
     if config.get("gate") is not None:
         raise UsageError(
@@ -79,7 +79,7 @@ def finished_run(folder: str | Path) -> FinishedRun:
 
 
 def _where(config: dict[str, Any], graft: Graft) -> dict[str, Any]:
-    """Where the run had its models, as options of ``load_pair``; the CPU where its CUDA devices are not here.
+    """Where the run had its models, as options of ``load_pair``; the CPU where its devices are not here.
 
     Warns where the graft's numbers are then rounded otherwise.
     """
@@ -89,7 +89,8 @@ def _where(config: dict[str, Any], graft: Graft) -> dict[str, Any]:
     spread = where.get("device_map", {})
     devices = ["cuda"] if spread == "auto" else [where.get("device", "cpu"), *spread.values()]
     names = [f"cuda:{device}" if isinstance(device, int) else str(device) for device in devices]
-    gone = [n for n in names if n.startswith("cuda") and int(n.partition(":")[2] or 0) >= torch.cuda.device_count()]
+    parts = [(name, *name.partition(":")[::2]) for name in names if name not in ("cpu", "auto")]
+    gone = [n for n, kind, at in parts if int(at or 0) >= torch.get_device_module(kind).device_count()]
     if not gone:
         return where
     if not getattr(graft.operator, "reproducible", True):
