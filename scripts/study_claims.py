@@ -135,7 +135,7 @@ CLAIMS: dict[str, tuple[str, Callable[[Study], Evidence]]] = {
     "LAE finds the modules that carry it": ("rank among 100 matched random sets, 5 % at either end", finds),
     "They are specific to the workload": ("against the modules that LAE finds on another task", specific),
     "A graft can reach the source (Recovery 100 % and more)": ("Recovery's 95 % interval against 100 %", reaches),
-    "Few modules suffice": ("Recovery with one eighth of the candidates, against 50 %", few),
+    "Few modules suffice": ("Recovery with the eighth of the candidates that LAE ranks first, against 50 %", few),
     "An inner K is better than all": ("the difference to all candidates, against 0", inner),
     "The target's character is preserved": (
         "holds: perplexity's interval up to +1 % and the worst other task's from −5 points; does not: surely more than "

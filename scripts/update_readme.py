@@ -68,7 +68,10 @@ def spread(row: Any, results: pd.DataFrame) -> str:
 
 
 def same_projections(folder: Path, rule: str, k: int) -> str:
-    """The rank among random sets of the same projections, which another run of the same name has."""
+    """The rank among random sets of the same projections, which another run of the same name has.
+
+    At the strength that the graft has, and at the one that suited three of them best on `choose`.
+    """
     other = folder.with_name(f"{folder.name}-projections")
     if not (other / "outcome.json").exists():
         return "–"
@@ -79,7 +82,12 @@ def same_projections(folder: Path, rule: str, k: int) -> str:
         return "–"
     row = mine.iloc[0]
     reached = spread(row, pd.read_parquet(other / "results.parquet"))
-    return f"{reached}: {row.random_beaten:.0f} of {row.random_n:.0f}"
+    said = f"{reached}: {row.random_beaten:.0f} of {row.random_n:.0f}"
+    if pd.isna(row.tuned_n) or row.tuned_strength == row.strength:
+        return said
+    ends = f"{percent(row.tuned_low)} – {percent(row.tuned_high)}"
+    moved = f"{percent(row.tuned_median)} ({ends}): {row.tuned_beaten:.0f} of {row.tuned_n:.0f}"
+    return f"{said}; at strength {row.tuned_strength:g} {moved}"
 
 
 def rows(folder: Path) -> list[str]:
@@ -113,7 +121,8 @@ def table() -> str:
     """The table of every committed run."""
     found = [ROOT / "runs" / name for name in RUNS]
     columns = ["run", "rule", "target", "source", "grafted", "K", "random at K: median (range), depth"]
-    columns += ["random sets beaten", "of the same projections: median (range), depth: beaten"]
+    columns += ["random sets beaten"]
+    columns += ["of the same projections: median (range), depth: beaten; at the strength that suits them, if another"]
     columns += ["p of the K-curve", "TIR", "Recovery", "n"]
     head = f"| {' | '.join(columns)} |"
     lines = [

@@ -91,6 +91,9 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                 if "sparse" in what or "directions" in what:
                     assert config.random_weights == 100
                     assert config.parameters == (0.15 if "sparse" in what else 0.024)
+                if "small" in what:
+                    assert config.parameters == 0.05 and max(config.random_strengths) > max(config.strengths)
+                    assert config.choose_by == "log_probability" and config.random_match == "projection"
                 if "pruned" in what:
                     assert config.parameters == 0.15 == config.options_of("pruned")["share"]
                     assert config.refitted_sets == 19
@@ -109,14 +112,15 @@ def test_the_studys_configs_ask_for_what_it_promises() -> None:
         assert run.rule == "lae" and run.random_sets == 100
         assert pair in ONCE or set(run.counts(210)) >= {13, 26, 52, 105, 210}
         for what, kind, share in (
-            ("best", "screen", 0.15),
+            ("small", "screen", 0.15),
             ("best", "neuron-screen", 0.15),
             ("sparse", "sparse-screen", 0.15),
             ("directions", "directions-screen", 0.024),
         ):
             path = ROOT / "configs" / "study" / f"{pair}-{kind}-{split}.yaml"
             # neurons are tried on the first split of the pairs that come with the project
-            wanted = (pair, split) in planned(what) and (kind != "neuron-screen" or (split == 0 and pair not in ONCE))
+            wanted = (pair, split) in [*planned(what), *(planned("best") if kind == "screen" else ())]
+            wanted &= kind != "neuron-screen" or (split == 0 and pair not in ONCE)
             assert path.exists() == wanted, path.name
             if path.exists():
                 screen = read_screen(path)
@@ -126,7 +130,7 @@ def test_the_studys_configs_ask_for_what_it_promises() -> None:
                     512,
                     64,
                 )
-                assert screen.counted == ("modules" if what == "best" else "changes")
+                assert screen.counted == ("modules" if what in ("best", "small") else "changes")
 
 
 def test_the_aim_is_judged_condition_by_condition() -> None:
