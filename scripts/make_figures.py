@@ -30,7 +30,7 @@ BESIDE_THE_PAPER = ("family-generations", "family-instruct", "smollm2-generation
 #: name in figures/ → (run, figure)
 PUBLISHED = {
     "k_curve": ("family-generations", "k_curve"),
-    "against_chance": ("study-generations-sizes-0", "against_chance"),
+    "against_chance": ("study-generations-best-0", "against_chance"),
     "rule_curves": ("family-generations", "rule_curves"),
     "gain_against_kl": ("family-generations", "gain_against_kl"),
     "planted_benchmark": ("bench-planted", "planted_benchmark"),

@@ -225,13 +225,12 @@ def headline() -> str:
                 run = f"[{row['run'].removeprefix('study-')}](runs/{row['run']}/summary.md)"
                 found = outcome(row)[:5]
                 size = f"{row['k']} of {row['candidates']}"
-                beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "weights")]
+                beside = [", ".join(dict.fromkeys(among(row, which))) for which in ("random", "tuned", "weights")]
                 beside.append(elsewhere(row))
                 rows.append([run, recipe_of(row), size, changed(row), moved(row), *found, *beside, *harm(row)])
     columns = ["run", "recipe", "layers altered", CHANGED, MOVED, *OUTCOME[:5]]
-    columns += [
-        f"{which}: median (range), %, beaten" for which in ("random sets", "as many changes (or directions) at random")
-    ]
+    controls = ("random sets", "these at the strength that suits them", "as many changes (or directions) at random")
+    columns += [f"{which}: median (range), %, beaten" for which in controls]
     return markdown([*columns, ELSEWHERE, *HARM], rows) + "\n" + status()
 
 

@@ -244,6 +244,15 @@ def test_runs_side_by_side() -> None:
     grey = left.collections[0].get_segments()
     assert np.allclose([line[0][0] for line in grey], 100 * controlled.random_low)
     assert "Recovery" in right.get_xlabel()
+    # random sets at a strength of their own have a line of their own, below those at the graft's
+    both = runs_table([ROOT / "runs" / "study-generations-best-0", folder])
+    _, (left, _) = figures.run_rows(both[both["rule"].isin(["own", "lae"])])
+    (first_grey, *_), (blue,) = (lines.get_segments() for lines in left.collections[:2])
+    assert [blue[0][0], blue[1][0]] == pytest.approx([100 * both.tuned_low[0], 100 * both.tuned_high[0]])
+    assert blue[0][1] < first_grey[0][1] and "beats 74 of 100" in [text.get_text() for text in left.texts]
+    # where that is the graft's strength they are the same sets
+    _, (left, _) = figures.run_rows(both.assign(tuned_strength=both.strength))
+    assert len(left.get_legend_handles_labels()[1]) == 4
     with pytest.raises(UsageError, match="lacks recovery"):
         figures.run_rows(controlled.drop(columns="recovery"))
     with pytest.raises(UsageError, match="holds no finished run"):

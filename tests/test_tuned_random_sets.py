@@ -78,6 +78,7 @@ def test_where_the_grafts_strength_suits_them_nothing_more_is_computed(run: Any,
     )
     plain = run_experiment(config(random_strengths=[]), tmp_path / "plain", progress=False, reuse=run.folder)
     assert "tuned_n" not in runs_table([plain.folder]) and "suits random sets" not in plain.summary
+    assert "Random sets have its strength, 0.3, which was chosen for it: `random_strengths`" in plain.summary
 
 
 def test_the_estimate_counts_them(run: Any, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def verdict(run: Run, rule: str, findings: Findings) -> str:
     more = others_make_up(run.pair, list(graft.modules), sets.sets, run.config.random_match)
     more += _against_unrelated(run, rule, findings)
     more += _against_refitted(rule, findings) if fits else ""
-    return f"{said}.{more}{_against_tuned(rule, findings)}{_against_weights(run, rule, findings)}"
+    return f"{said}.{more}{_against_tuned(run, rule, findings)}{_against_weights(run, rule, findings)}"
 
 
 def _matched(run: Run, depth: str) -> str:
@@ -62,12 +62,18 @@ def _matched(run: Run, depth: str) -> str:
     return "of each projection " + _DEPTHS[depth].replace("depth not", "as many, depth not")
 
 
-def _against_tuned(rule: str, findings: Findings) -> str:
-    """Where a graft stands among random sets at the strength that suits those best on ``choose``; else nothing."""
+def _against_tuned(run: Run, rule: str, findings: Findings) -> str:
+    """Where a graft stands among random sets at the strength that suits those best on ``choose``; else a warning where
+    its own was chosen."""
     row = findings.headline(rule)
     n = row.get("tuned_n")
     if n is None or math.isnan(n):
-        return ""
+        if run.config.strengths == (1.0,):
+            return ""
+        return (
+            f" Random sets have its strength, {row.strength:g}, which was chosen for it: `random_strengths` measures "
+            "them at the one that suits them best as well."
+        )
     if row.tuned_strength == row.strength:
         return " On `choose` its strength suits random sets best as well."
     return (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechtransplant.errors import UsageError
-from mechtransplant.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, new_figure, style
+from mechtransplant.figures.style import BLUE, GREEN, GREY, ORANGE, PAGE, SKY, new_figure, style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +19,8 @@ _NEEDED = (
 )  # fmt: skip
 
 
-#: how far below a row's points its random sets are drawn, in rows
-BELOW = 0.36
+#: how far below a row's points its random sets are drawn, and how far apart those of several kinds, in rows
+BELOW, APART = 0.36, 0.28
 
 
 def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
@@ -31,10 +31,13 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
             rows, which are otherwise called by run, rule and K.
 
     Bars of the graft are 95 % intervals (Wilson's; the run's own for Recovery). Below them, grey is the whole range of
-    the random sets, with their median, and orange that of random weights, where a run has some (columns weights_low,
-    …), and at the edge how many of them the graft beats. Where Recovery is withheld, the right panel has no point.
+    the random sets, with their median, light blue that of the same sets at the strength that suits them, if it is not
+    the graft's, and orange that of random weights, where a run has some (columns tuned_low, weights_low, …), and at the
+    edge how many of them the graft beats. Where Recovery is withheld, the right panel has no point.
     Raises UsageError for lacking columns.
     """
+    from matplotlib.colors import to_rgb
+
     lacking = [c for c in _NEEDED if c not in getattr(rows, "columns", [])]
     if lacking or not len(rows):
         raise UsageError(f"the frame lacks {', '.join(lacking) or 'rows'}: pass what runs_table returns")
@@ -45,24 +48,28 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         drawn = "as many changes at random"
         if "operator" in frame and frame.operator.str.startswith("low_rank").any():
             drawn = "as many changes, or directions, at random"
-        for kind, name, colour in (("random", "random sets", GREY), ("weights", drawn, ORANGE)):
-            if f"{kind}_n" not in frame or frame[f"{kind}_n"].isna().all():
+        has = _controls(frame)
+        kinds = (("random", "random sets", GREY), ("tuned", "at their own strength", SKY), ("weights", drawn, ORANGE))
+        for kind, name, colour in kinds:
+            if kind not in has:
                 continue
-            controlled = frame[f"{kind}_n"].notna().to_numpy()
+            controlled = has[kind].to_numpy()
             low, median, high = (100 * frame[f"{kind}_{end}"][controlled] for end in ("low", "median", "high"))
-            said = f"{name}: range, median"
-            # below the points, which would hide a narrow range
-            at = y[controlled] - BELOW
+            said = name if len(has) > 2 else f"{name}: range, median"
+            # below the points, which would hide a narrow range; those of several kinds below each other
+            before = np.sum([has[other] for other in list(has)[: list(has).index(kind)]], axis=0) + np.zeros(len(frame))
+            heights = y - BELOW - APART * (before - (np.sum(list(has.values()), axis=0) - 1) / 2)
+            at = heights[controlled]
+            # light blue is too light for letters
+            ink = tuple(0.7 * part for part in to_rgb(colour)) if colour == SKY else colour
             left.hlines(at, low, high, color=colour, alpha=0.45, linewidth=3.5, label=said)
-            left.plot(median, at, "|", color=colour, markersize=4, markeredgewidth=1.2)
-            # at the edge, where no range is in the way; a row of both kinds has two lines
-            both = controlled & (kind == "weights") & frame.random_n.notna().to_numpy()
-            heights = y - BELOW * (1 - 2 * both.astype(int))
+            left.plot(median, at, "|", color=ink, markersize=4, markeredgewidth=1.2)
+            # at the edge, where no range is in the way
             for at_row in np.flatnonzero(controlled):
                 beaten, n = (frame[f"{kind}_{name}"][at_row] for name in ("beaten", "n"))
                 left.text(
                     1.02, heights[at_row], f"beats {beaten:.0f} of {n:.0f}", transform=left.get_yaxis_transform(),
-                    va="center", fontsize="x-small", color=colour,
+                    va="center", fontsize="x-small", color=ink,
                 )  # fmt: skip
         ends = [frame.after - frame.after_low, frame.after_high - frame.after]
         left.errorbar(
@@ -86,6 +93,15 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         left.set_xlim(-2, 102)
         left.set_xlabel("accuracy, %")
         right.set_xlabel("Recovery, %")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=4 if len(has) < 3 else 3)
         figure.suptitle(f"{title}\n95 % intervals" if title else "95 % intervals")
     return figure, (left, right)
+
+
+def _controls(frame: pd.DataFrame) -> dict[str, pd.Series[bool]]:
+    """Which rows have which kind of random counterpart, of the kinds that any has."""
+    found = {kind: frame[f"{kind}_n"].notna() for kind in ("random", "tuned", "weights") if f"{kind}_n" in frame}
+    if "tuned" in found:
+        # at the graft's own strength they are its random sets
+        found["tuned"] &= frame.tuned_strength != frame.strength
+    return {kind: rows for kind, rows in found.items() if rows.any()}

@@ -50,6 +50,7 @@ class Gate:
     centre: NDArray[np.float64]
     batch_size: int = 64
     known: dict[str, bool] = field(default_factory=dict, repr=False)
+    _texts: dict[tuple[int, ...], bool] = field(default_factory=dict, repr=False)
 
     def __call__(self, example: Example) -> bool:
         """Whether it is open for a question."""
@@ -68,6 +69,14 @@ class Gate:
         """Whether it is open for each of some rows of token ids."""
         x = residual_means(self.model, rows, self.layer, self.batch_size)
         return (x - self.centre) @ self.direction > 0
+
+    def opens_for_texts(self, rows: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+        """As :meth:`opens`, of texts that one graft after another is measured on: each is read once."""
+        asked = [tuple(row) for row in rows]
+        new = [row for row in dict.fromkeys(asked) if row not in self._texts]
+        if new:
+            self._texts |= zip(new, self.opens(new).tolist(), strict=True)
+        return np.array([self._texts[row] for row in asked], dtype=bool)
 
     def share(self, what: Task | Texts) -> float:
         """The share of a task's questions, or of texts, that it is open for."""

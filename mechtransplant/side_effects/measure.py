@@ -250,7 +250,7 @@ def measure_side_effects(
     if before.reading is not None:
         measured = text_divergence(pair, plain, before.reading)
         if gate is not None:
-            open_for = gate.opens(before.reading.rows)
+            open_for = gate.opens_for_texts(before.reading.rows)
             measured = measured.only(open_for)
             notes.append(f"the gate is open for {int(open_for.sum())} of {len(open_for)} texts")
         rows += _text_rows(measured, seed)
