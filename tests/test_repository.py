@@ -176,7 +176,10 @@ def test_the_rank_among_the_same_projections_is_that_of_the_graft_in_the_row(mon
     from update_readme import same_projections
 
     run = ROOT / "runs" / "smollm2-generations"
-    assert same_projections(run, "integrated_gradient", 32) == "72.3 (68.0 – 76.6), thirds: 100 of 100"
+    said = "72.3 (68.0 – 76.6), thirds: 100 of 100; at strength 1.5 77.3 (75.0 – 81.2): 72 of 100"
+    assert same_projections(run, "integrated_gradient", 32) == said
+    # whose sets the graft's strength suits best has them once
+    assert same_projections(run, "lae", 128) == "77.3 (74.2 – 79.7), thirds: 0 of 100"
     # another K is another graft, and `greedy` has no random sets there
     assert same_projections(run, "integrated_gradient", 64) == same_projections(run, "greedy", 32) == "–"
     assert same_projections(run.with_name("family-strengths"), "lae", 14) == "–"
