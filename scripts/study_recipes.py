@@ -6,11 +6,11 @@
 there is one), ``gentle`` (on the first split) the highest among those that raise perplexity by at most 1 %; ``gated``
 is the best behind a gate, which shares its cells with it (``mechtransplant run … --reuse
 runs/study-PAIR-best-SPLIT``). ``small`` and ``small-gated`` are the best with at most 5 % of the parameters, and their
-random sets may go further than the screen did. ``sparse`` and ``sparse-gated`` are the same of the screen of grafts
-that change few numbers of many modules, and are compared with as many numbers at random; ``directions`` of the screen
-of low-rank grafts, beside random directions. What only a run has is added: no random orders along K (there is one K),
-the limit, and on the first split alone side effects of random sets, and random sets at the strength of the screen's
-that suits them best (of ``small`` on every split).
+random sets may go further than the screen did; ``small-sizes`` has sets of the same sizes, not projections. ``sparse``
+and ``sparse-gated`` are the same of the screen of grafts that change few numbers of many modules, and are compared with
+as many numbers at random; ``directions`` of the screen of low-rank grafts, beside random directions. What only a run
+has is added: no random orders along K (there is one K), the limit, and on the first split alone side effects of random
+sets, and random sets at the strength of the screen's that suits them best (of ``small`` on every split).
 """
 
 from __future__ import annotations
@@ -45,17 +45,23 @@ WHOLE, SPARSE, DIRECTIONS = ("screen", "neuron-screen"), ("sparse-screen",), ("d
 SAME = MappingProxyType({"random_match": "projection"})
 HIGHEST = "the recipe of the highest log-probability"
 # with 15 % random sets at a strength of their own reach the source too: a rule shows what it knows with less
-FEW, FURTHER = 0.05, MappingProxyType({**SAME, "random_strengths": [1.0, 1.5, 2.0, 3.0]})
+FEW, FURTHER = 0.05, {"random_strengths": [1.0, 1.5, 2.0, 3.0]}
 OPEN = "behind a gate that lets this task's questions through"
 RECIPES = {
     "best": Recipe(WHOLE, HIGHEST, more=SAME),
     "gated": Recipe(WHOLE, f"{HIGHEST}, {OPEN}", more={**SAME, "gate": {}}),
     "gentle": Recipe(WHOLE, f"{HIGHEST} that raises perplexity by at most 1 %", 0.01, SAME),
-    "small": Recipe(WHOLE, f"{HIGHEST} with at most 5 % of the parameters", more=FURTHER, share=FEW),
+    "small": Recipe(WHOLE, f"{HIGHEST} with at most 5 % of the parameters", more={**SAME, **FURTHER}, share=FEW),
+    "small-sizes": Recipe(
+        WHOLE,
+        f"{HIGHEST} with at most 5 % of the parameters, beside random sets of the same sizes",
+        more=FURTHER,
+        share=FEW,
+    ),
     "small-gated": Recipe(
         WHOLE,
         f"{HIGHEST} with at most 5 % of the parameters, {OPEN}",
-        more={**FURTHER, "gate": {}},
+        more={**SAME, **FURTHER, "gate": {}},
         share=FEW,
     ),
     "sparse": Recipe(SPARSE, f"{HIGHEST} that changes 15 % of the numbers", more={"random_weights": 100}),

@@ -30,6 +30,8 @@ PLANNED: dict[str, dict[str, tuple[int, ...]]] = {
     # with at most 5 % of the parameters: in place of ``best`` on all three across generations, since random sets at a
     # strength of their own did as well as it on split 0
     "small": {"generations": SPLITS, "instruct": _FIRST},
+    # sets of the same projections in the same thirds share most of so few layers: whether its make-up matters
+    "small-sizes": {"generations": _FIRST},
     "small-gated": {"generations": SPLITS, "instruct": _FIRST},
     "sparse": {"generations": _FIRST, "instruct": _FIRST, "gemma": _FIRST},
     "sparse-gated": {"generations": _FIRST, "instruct": _FIRST, "gemma": _FIRST},

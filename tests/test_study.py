@@ -93,7 +93,8 @@ def test_every_planned_run_has_a_config_of_its_name() -> None:
                     assert config.parameters == (0.15 if "sparse" in what else 0.024)
                 if "small" in what:
                     assert config.parameters == 0.05 and max(config.random_strengths) > max(config.strengths)
-                    assert config.choose_by == "log_probability" and config.random_match == "projection"
+                    assert config.choose_by == "log_probability"
+                    assert config.random_match == ("size" if what == "small-sizes" else "projection")
                 if "pruned" in what:
                     assert config.parameters == 0.15 == config.options_of("pruned")["share"]
                     assert config.refitted_sets == 19
