@@ -54,11 +54,11 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
             if kind not in has:
                 continue
             controlled = has[kind].to_numpy()
-            low, median, high = (100 * frame[f"{kind}_{end}"][controlled] for end in ("low", "median", "high"))
-            said = name if len(has) > 2 else f"{name}: range, median"
             # below the points, which would hide a narrow range; those of several kinds below each other
-            before = np.sum([has[other] for other in list(has)[: list(has).index(kind)]], axis=0) + np.zeros(len(frame))
-            heights = y - BELOW - APART * (before - (np.sum(list(has.values()), axis=0) - 1) / 2)
+            order = has.cumsum(axis=1)[kind] - (has.sum(axis=1) + 1) / 2
+            heights = y - BELOW - APART * order.to_numpy()
+            low, median, high = (100 * frame[f"{kind}_{end}"][controlled] for end in ("low", "median", "high"))
+            said = name if has.shape[1] > 2 else f"{name}: range, median"
             at = heights[controlled]
             # light blue is too light for letters
             ink = tuple(0.7 * part for part in to_rgb(colour)) if colour == SKY else colour
@@ -93,15 +93,18 @@ def run_rows(rows: pd.DataFrame, title: str = "") -> tuple[Figure, Any]:
         left.set_xlim(-2, 102)
         left.set_xlabel("accuracy, %")
         right.set_xlabel("Recovery, %")
-        figure.legend(loc="outside lower center", ncols=4 if len(has) < 3 else 3)
+        figure.legend(loc="outside lower center", ncols=4 if has.shape[1] < 3 else 3)
         figure.suptitle(f"{title}\n95 % intervals" if title else "95 % intervals")
     return figure, (left, right)
 
 
-def _controls(frame: pd.DataFrame) -> dict[str, pd.Series[bool]]:
-    """Which rows have which kind of random counterpart, of the kinds that any has."""
-    found = {kind: frame[f"{kind}_n"].notna() for kind in ("random", "tuned", "weights") if f"{kind}_n" in frame}
+def _controls(frame: pd.DataFrame) -> pd.DataFrame:
+    """Which rows (of the frame) have which kind of random counterpart (columns), of the kinds that any has."""
+    import pandas as pd
+
+    kinds = [kind for kind in ("random", "tuned", "weights") if f"{kind}_n" in frame]
+    found = pd.DataFrame({kind: frame[f"{kind}_n"].notna() for kind in kinds}, index=frame.index)
     if "tuned" in found:
         # at the graft's own strength they are its random sets
         found["tuned"] &= frame.tuned_strength != frame.strength
-    return {kind: rows for kind, rows in found.items() if rows.any()}
+    return found.loc[:, found.any()]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -89,6 +90,7 @@ class PromptFormat:
 _DAY = datetime(2024, 7, 26)
 
 
+@lru_cache(maxsize=16)
 def _without_clock(template: str) -> str:
     """A chat template to which it is always ``_DAY``, also where it asks the clock itself (gpt-oss, Mistral)."""
     if "strftime_now" not in template:
